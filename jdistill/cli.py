@@ -1,0 +1,83 @@
+"""The one command: `jdistill teacher | train | score | probe | sample | eval | export | plot | demo`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import jdistill
+
+# One line a command, in the order in which people need them. The module is imported only when its command is asked for,
+# so that `jdistill probe` works where neither jax nor vLLM is installed.
+COMMANDS = {
+    "demo": "watch a JAX student learn from a teacher behind gRPC, three ways, in a few minutes",
+    "teacher": "serve a model's token log-probabilities over gRPC (vLLM, transformers, JAX)",
+    "probe": "what a running teacher is, whether it is healthy, how fast it answers",
+    "score": "score token sequences from a JSONL file, with an engine in process or a running teacher",
+    "train": "train a student: RL, on-policy distillation, both in one step, or supervised",
+    "eval": "accuracy of a checkpoint on a task's held-out problems",
+    "sample": "sample completions from a checkpoint",
+    "export": "write a run's student as a Hugging Face checkpoint",
+    "plot": "draw runs side by side (PNG and a self-contained HTML page)",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0 good, 1 the work failed, 2 the request was wrong, 130 Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="jdistill",
+        description=jdistill.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="`jdistill COMMAND --help` explains a command, with examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"jdistill {jdistill.__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        if name != chosen:
+            subparsers.add_parser(name, help=summary, add_help=False)
+            continue
+        try:
+            module = importlib.import_module(f"jdistill.commands.{name}")
+        except ModuleNotFoundError as e:
+            return _missing(name, e)
+        subparser = subparsers.add_parser(
+            name,
+            help=summary,
+            description=module.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    from jdistill.wire.errors import TeacherError
+
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print(f"jdistill {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as e:
+        return _missing(args.command, e)
+    except (TeacherError, ValueError, FileNotFoundError) as e:  # a person's mistake or the network's: no traceback
+        print(f"jdistill {args.command}: {e}", file=sys.stderr)
+        return 2 if isinstance(e, (ValueError, FileNotFoundError)) else 1
+
+
+EXTRA_OF_MODULE = {"jax": "student", "flax": "student", "optax": "student", "torch": "transformers", "vllm": "vllm"}
+
+
+def _missing(command: str, error: ModuleNotFoundError) -> int:
+    root = (error.name or "").partition(".")[0]
+    if root == "jdistill":
+        raise error  # ours: a bug, not an installation
+    extra = EXTRA_OF_MODULE.get(root, "student")
+    print(f"jdistill {command}: needs {root}, which is not installed: pip install 'jdistill[{extra}]'", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""YAML files plus dotted overrides -> frozen, typed, strict configuration.
+
+pydantic checks types and relations (it is what vLLM and most of the field use); ruamel.yaml reads YAML 1.2, in which
+`1e-5` is a number (PyYAML reads YAML 1.1, where it is a string).
+"""
+
+from __future__ import annotations
+
+import difflib
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
+
+import pydantic
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, what was expected and the nearest valid key."""
+
+
+class Section(pydantic.BaseModel):
+    """Base of all sections: frozen, strict, no unknown keys."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    path: str  # a Hugging Face checkpoint directory: config.json, *.safetensors, tokenizer files
+    init: Literal["checkpoint", "random"] = "checkpoint"  # random: only config.json and the tokenizer are read
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # masters are float32 always
+    remat: Literal["none", "layer"] = "layer"  # layer: keep only each layer's input for the backward pass
+
+
+class TaskSection(Section):
+    name: str  # a key of jdistill.tasks.TASKS
+    options: dict[str, Any] = {}  # fields of that task's own config, checked there
+
+
+class SpawnSection(Section):
+    """A sidecar that the trainer starts and takes down."""
+
+    engine: str
+    model: str  # checkpoint directory of the teacher
+    python: str | None = None  # interpreter of the teacher's own environment; default: the trainer's
+    dtype: str = "auto"
+    max_sequence_length: int | None = None
+    tensor_parallel_size: int = 1
+    engine_args: dict[str, Any] = {}  # passed to the engine by name, checked there
+    env: dict[str, str] = {}  # added to the process's environment, e.g. CUDA_VISIBLE_DEVICES
+    startup_timeout_s: float = 600.0  # loading a 14B model from a network disk takes minutes
+
+
+class TeacherSection(Section):
+    endpoints: list[str] | None = None  # running sidecars, "host:port"; or:
+    spawn: SpawnSection | None = None
+    deadline_s: float = 600.0  # over all attempts of one batch: how long a dead teacher may stay away
+    max_in_flight: int = 4  # calls in flight for each endpoint
+    batch_tokens: int = 16384  # tokens of one call
+
+    @pydantic.model_validator(mode="after")
+    def _one_way(self) -> TeacherSection:
+        if (self.endpoints is None) == (self.spawn is None):
+            raise ValueError(
+                "give exactly one of teacher.endpoints (sidecars that run) and teacher.spawn (the trainer starts one)"
+            )
+        return self
+
+
+class RolloutSection(Section):
+    num_prompts: int = pydantic.Field(16, ge=1)  # P, prompts a step
+    num_completions: int = pydantic.Field(8, ge=1)  # G, completions a prompt; GRPO needs at least 2
+    max_prompt_tokens: int = pydantic.Field(512, ge=1)
+    max_new_tokens: int = pydantic.Field(512, ge=1)
+    temperature: float = pydantic.Field(1.0, gt=0)  # of the student's sampling, the student's loss and the teacher
+    chunk_tokens: int = pydantic.Field(16, ge=1)  # decode steps between two looks at which sequences have ended
+
+
+class ObjectiveSection(Section):
+    kind: Literal["on_policy", "supervised"] = "on_policy"
+    rl_loss_weight: float = pydantic.Field(1.0, ge=0)
+    distill_loss_weight: float = pydantic.Field(0.0, ge=0)
+    advantage: Literal["grpo"] = "grpo"
+    policy: Literal["ppo_clip"] = "ppo_clip"
+    clip_low: float = pydantic.Field(0.2, gt=0)
+    clip_high: float | None = None  # None: the same as clip_low
+    # auto: topk_reverse_kl where the engine can score candidates, else sampled_reverse_kl
+    distillation: Literal["auto", "topk_reverse_kl", "sampled_reverse_kl"] = "auto"
+    distill_top_k: int = pydantic.Field(8, ge=1)  # the student's own top-k, scored by the teacher
+    distill_discount: float = pydantic.Field(0.0, ge=0, le=1)  # sampled_reverse_kl: 0 myopic, 1 full return-to-go
+    reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
+    chunk_tokens: int = pydantic.Field(1024, ge=1)  # tokens whose logits exist at once
+
+    @pydantic.model_validator(mode="after")
+    def _something_to_do(self) -> ObjectiveSection:
+        if self.kind == "on_policy" and self.rl_loss_weight == 0 and self.distill_loss_weight == 0:
+            raise ValueError("rl_loss_weight and distill_loss_weight are both 0: nothing would be trained")
+        return self
+
+
+class OptimizerSection(Section):
+    learning_rate: float = pydantic.Field(1e-6, gt=0)
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = pydantic.Field(0.0, ge=0)
+    clip_norm: float = pydantic.Field(1.0, gt=0)  # of the global gradient
+    warmup_steps: int = pydantic.Field(0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up, to the last step
+    end_factor: float = pydantic.Field(0.05, ge=0, le=1)  # the last step's rate as a share of learning_rate
+    minibatches: int = pydantic.Field(1, ge=1)  # updates a step; 1 is strictly on-policy
+    batch_size: int = pydantic.Field(64, ge=1)  # supervised only: sequences a step
+
+
+class EvalSection(Section):
+    every: int = pydantic.Field(25, ge=0)  # steps; 0: never
+    num_prompts: int = pydantic.Field(256, ge=1)
+    greedy: bool = True  # beside T = rollout.temperature
+
+
+class CheckpointSection(Section):
+    every: int = pydantic.Field(50, ge=0)  # steps; 0: only at the end
+    keep: int = pydantic.Field(2, ge=1)
+
+
+class MeshSection(Section):
+    """Number of devices on each axis; -1 (one of them at most): all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+class TrainConfig(Section):
+    """`jdistill train`: one YAML is one run."""
+
+    run_dir: str
+    seed: int = 0
+    num_steps: int = pydantic.Field(ge=1)
+    model: ModelSection
+    task: TaskSection
+    teacher: TeacherSection | None = None
+    rollout: RolloutSection = RolloutSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    mesh: MeshSection = MeshSection()
+
+    @pydantic.model_validator(mode="after")
+    def _relations(self) -> TrainConfig:
+        objective = self.objective
+        if objective.kind == "supervised":
+            return self
+        if objective.distill_loss_weight > 0 and self.teacher is None:
+            raise ValueError(
+                "objective.distill_loss_weight > 0 needs a teacher: set teacher.endpoints or teacher.spawn, "
+                "or set objective.distill_loss_weight: 0"
+            )
+        if objective.rl_loss_weight > 0 and self.rollout.num_completions < 2:
+            raise ValueError("GRPO compares completions of one prompt: rollout.num_completions must be at least 2")
+        num_rows = self.rollout.num_prompts * self.rollout.num_completions
+        if num_rows % self.optimizer.minibatches:
+            raise ValueError(
+                f"optimizer.minibatches = {self.optimizer.minibatches} does not divide "
+                f"rollout.num_prompts * rollout.num_completions = {num_rows}"
+            )
+        return self
+
+
+class TeacherServerConfig(Section):
+    """`jdistill teacher`: one sidecar. The command's flags have the same names."""
+
+    engine: str  # a key of jdistill.teacher.engines.ENGINES
+    model: str  # checkpoint directory
+    served_name: str | None = None  # default: the directory's name
+    host: str = "127.0.0.1"
+    port: int = pydantic.Field(50051, ge=0, le=65535)  # 0: any free one; see port_file
+    port_file: str | None = None  # where the bound port is written once the server listens
+    dtype: str = "auto"  # auto: the checkpoint's
+    max_sequence_length: int | None = None  # default: the checkpoint's
+    tensor_parallel_size: int = pydantic.Field(1, ge=1)
+    max_batch_tokens: int = pydantic.Field(16384, ge=1)  # transformers, jax: padded tokens of one forward pass
+    drain_timeout_s: float = 30.0  # how long running calls may finish after SIGTERM
+    engine_args: dict[str, Any] = {}  # passed to the engine by name, e.g. gpu_memory_utilization for vllm
+
+
+C = TypeVar("C", bound=Section)
+
+
+def load(schema: type[C], path: str | pathlib.Path, overrides: Sequence[str] = ()) -> C:
+    """Reads a YAML file and applies `section.key=value` overrides (values are YAML).
+
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type, contradiction.
+    """
+    path = pathlib.Path(path)
+    try:
+        data = YAML(typ="safe").load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no config file {path}") from None
+    except (YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path} is not YAML: {e}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, got {type(data).__name__}")
+    for override in overrides:
+        _apply(data, override)
+    return parse(schema, data, source=str(path))
+
+
+def parse(schema: type[C], data: dict[str, Any], *, source: str = "config") -> C:
+    """Checks `data` against `schema`. Raises ConfigError with one line for each thing that is wrong."""
+    try:
+        return schema.model_validate(data)
+    except pydantic.ValidationError as e:
+        raise ConfigError("\n".join(_explain(schema, error, source) for error in e.errors())) from None
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected section.key=value, e.g. optimizer.learning_rate=1e-5")
+    try:
+        value = YAML(typ="safe").load(text) if text.strip() else None
+    except YAMLError as e:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {e}") from None
+    *parents, leaf = key.split(".")
+    node = data
+    for i, parent in enumerate(parents):
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(parents[: i + 1])} is not a section")
+        node = child
+    node[leaf] = value
+
+
+def _section_at(schema: type[Section], loc: Sequence[Any]) -> type[Section] | None:
+    """The section that holds the last key of `loc`."""
+    section: type[Section] | None = schema
+    for key in loc:
+        field = section.model_fields.get(key) if section is not None else None
+        if field is None:
+            return None
+        section = _section_type(field.annotation)
+    return section
+
+
+def _section_type(annotation: Any) -> type[Section] | None:
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _explain(schema: type[Section], error: Any, source: str) -> str:
+    loc = [part for part in error["loc"]]
+    key = ".".join(str(part) for part in loc)
+    if error["type"] == "extra_forbidden":
+        section = _section_at(schema, loc[:-1])
+        names = list(section.model_fields) if section is not None else []
+        near = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*map(str, loc[:-1]), near[0]])}?" if near else f"valid keys: {', '.join(names)}"
+        return f"{source}: unknown key {key}; {hint}"
+    if error["type"] == "missing":
+        return f"{source}: missing key {key}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{source}: {key + ': ' if key else ''}{message}"
+    return f"{source}: {key}: {message}, got {error['input']!r}"
