@@ -1,0 +1,49 @@
+"""Prompts and rewards, one file a task; neither jax nor torch."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from jdistill.tasks.base import Problem, Task
+
+# A task is added by one file and one line here; tests/tasks/test_contract.py then tests it.
+TASKS = {
+    "addition": "jdistill.tasks.addition:Addition",
+    "gsm8k": "jdistill.tasks.gsm8k:Gsm8k",
+}
+
+__all__ = ["TASKS", "Problem", "Task", "create_task"]
+
+
+def create_task(
+    name: str,
+    options: Mapping[str, Any],
+    tokenizer_path: str | pathlib.Path,
+    *,
+    seed: int = 0,
+    max_prompt_tokens: int | None = None,
+) -> Task:
+    """Makes the task `name` (a key of TASKS).
+
+    Args:
+        name: `task.name` of the configuration.
+        options: `task.options`, checked strictly against the task's own `Options`.
+        tokenizer_path: checkpoint directory whose tokenizer and chat template are used.
+        seed: orders the training problems; the held-out ones do not depend on it.
+        max_prompt_tokens: a longer prompt is an error when the task is made, rather than in the middle of a run.
+
+    Raises:
+        ValueError: unknown task, bad options, no tokenizer, bad data; the message names the remedy.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(TASKS)}"
+        raise ValueError(f"task.name: no task {name!r}; {hint}")
+    module, _, cls = TASKS[name].partition(":")
+    return getattr(importlib.import_module(module), cls).create(
+        options, tokenizer_path, seed=seed, max_prompt_tokens=max_prompt_tokens
+    )
