@@ -1,0 +1,51 @@
+"""The table of engines: name -> where it is. An engine is tested by being listed here."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from jdistill.config import ConfigError, TeacherServerConfig
+from jdistill.teacher.engines.base import Engine
+
+# Imported only when asked for: each needs an environment of its own (vllm no jax, jax no torch).
+ENGINES = {
+    "vllm": "jdistill.teacher.engines.vllm:VllmEngine",
+    "transformers": "jdistill.teacher.engines.transformers:TransformersEngine",
+    "jax": "jdistill.teacher.engines.jax:JaxEngine",
+    "fake": "jdistill.teacher.engines.fake:FakeEngine",
+}
+
+# The pip extra that brings what an engine needs.
+EXTRAS = {"vllm": "vllm", "transformers": "transformers", "jax": "student", "fake": "server"}
+
+
+def engine_class(name: str) -> type[Engine]:
+    """The class behind `name`.
+
+    Raises:
+        ConfigError: no such engine, or its libraries are not installed here.
+    """
+    if name not in ENGINES:
+        near = difflib.get_close_matches(name, ENGINES, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"no engine {name!r}{hint} There are: {', '.join(ENGINES)}.")
+    module, _, attribute = ENGINES[name].partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as e:
+        if (e.name or "").partition(".")[0] == "jdistill":
+            raise  # ours: a bug, not an installation
+        raise ConfigError(
+            f"engine {name!r} needs {e.name}, which is not installed for this Python: "
+            f"pip install 'jdistill[{EXTRAS[name]}]', or use the interpreter of an environment that has it"
+        ) from None
+
+
+async def create_engine(config: TeacherServerConfig) -> Engine:
+    """Makes the engine of `config.engine` and loads its model.
+
+    Raises:
+        ConfigError, ValueError: no such engine, a checkpoint that cannot be used, unknown engine_args.
+    """
+    return await engine_class(config.engine).create(config)
