@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as e:
         return _missing(args.command, e)
     except (TeacherError, ValueError, FileNotFoundError) as e:  # a person's mistake or the network's: no traceback
-        print(f"jdistill {args.command}: {e}", file=sys.stderr)
+        print("\n".join([f"jdistill {args.command}: {e}", *getattr(e, "__notes__", [])]), file=sys.stderr)
         return 2 if isinstance(e, (ValueError, FileNotFoundError)) else 1
 
 

@@ -1,0 +1,90 @@
+"""`jdistill demo`: three ways to train the same student, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import time
+
+DESCRIPTION = """\
+Watch a JAX student learn 3-digit addition on-policy from a teacher behind gRPC. The teacher is a process of its own
+(`jdistill teacher`); the student starts from the same checkpoint each time and samples the same number of tokens under:
+  RL only               reward alone (GRPO)
+  distillation only     reverse KL to the teacher over the student's own top-k
+  RL + distillation     both in one loss
+
+It ends with a table, a picture (demo.png) and a self-contained page (demo.html) of held-out accuracy against sampled tokens.
+Run it in a clone of the repository: it reads configs/demo.yaml and examples/addition.
+
+examples:
+  jdistill demo
+  jdistill demo --teacher vllm --teacher-python .venv-vllm/bin/python
+  jdistill demo --seeds 0 1 2 --arms all --to runs/figure      # the README's picture"""
+
+# Arm -> what it changes in configs/demo.yaml. The learning rates are each arm's best of one grid (benchmarks/tune_addition.py).
+ARMS = {
+    "RL only": ["objective.distill_loss_weight=0", "objective.rl_loss_weight=1", "optimizer.learning_rate=1e-4"],
+    "distillation only": ["objective.rl_loss_weight=0"],
+    "RL + distillation": [],
+    "RL + distillation, RL's learning rate": ["optimizer.learning_rate=1e-4"],
+}
+DEFAULT_ARMS = ("RL only", "distillation only", "RL + distillation")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument("--teacher", default="jax", metavar="ENGINE", help="engine of the sidecar: jax, transformers or vllm")
+    parser.add_argument("--teacher-python", metavar="PATH", help="interpreter of the teacher's environment (default: this one)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each arm a seed (default: 0)")
+    parser.add_argument("--arms", default="main", choices=["main", "all"], help="all: RL + distillation at RL's learning rate too")
+    parser.add_argument("--to", type=pathlib.Path, default=pathlib.Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+    parser.add_argument("--picture", type=pathlib.Path, metavar="PNG", help="also copy the picture here")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for every arm, e.g. num_steps=30")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the arms one after the other with one sidecar; returns the exit code."""
+    config_path = pathlib.Path("configs/demo.yaml")
+    if not config_path.exists():
+        raise FileNotFoundError("no configs/demo.yaml here: run `jdistill demo` in a clone of the repository")
+    from rich.console import Console
+
+    from jdistill import config, plot
+    from jdistill.student.teacher_process import TeacherProcess
+    from jdistill.student.train import train
+
+    console = Console(stderr=True, highlight=False)
+    began = time.monotonic()
+    base = config.load(config.TrainConfig, config_path, args.overrides)
+    assert base.teacher is not None and base.teacher.spawn is not None
+    spawn = base.teacher.spawn.model_copy(update={"engine": args.teacher, "python": args.teacher_python})
+    groups: dict[str, list[pathlib.Path]] = {}
+    args.to.mkdir(parents=True, exist_ok=True)
+    console.print(f"starting the teacher: {args.teacher}, {spawn.model}")
+    with TeacherProcess(spawn, args.to / "teacher.log") as teacher:
+        console.print(f"the teacher serves on {teacher.endpoint} (process {teacher.pid}, log {args.to / 'teacher.log'})")
+        for seed in args.seeds:
+            for arm in DEFAULT_ARMS if args.arms == "main" else ARMS:
+                run_dir = args.to / f"{_slug(arm)}-seed{seed}"
+                overrides = [
+                    *args.overrides,
+                    *ARMS[arm],
+                    f"seed={seed}",
+                    f"run_dir={run_dir}",
+                    "teacher.spawn=null",
+                    f"teacher.endpoints=['{teacher.endpoint}']",
+                ]
+                label = arm if len(args.seeds) == 1 else f"{arm}, seed {seed}"
+                train(config.load(config.TrainConfig, config_path, overrides), overwrite=True, label=label)
+                groups.setdefault(arm, []).append(run_dir)
+    png, html = args.to / "demo.png", args.to / "demo.html"
+    plot.draw(groups, png, html, title="3-digit addition: held-out accuracy", notes=[])
+    if args.picture is not None:
+        args.picture.parent.mkdir(parents=True, exist_ok=True)
+        args.picture.write_bytes(png.read_bytes())
+    console.print(f"\n{(time.monotonic() - began) / 60:.1f} minutes. Picture: {png}  Page: {html}")
+    return 0
+
+
+def _slug(arm: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in arm.lower()).replace("__", "_").replace("__", "_")

@@ -1,0 +1,46 @@
+"""`jdistill train`: one YAML is one run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+DESCRIPTION = """\
+Train a student as a YAML file says: reinforcement learning plus on-policy distillation from a teacher behind gRPC,
+either of them alone, or supervised. Any key of the file can be overridden on the command line; a key that does not exist is an error.
+
+examples:
+  jdistill train configs/demo.yaml
+  jdistill train configs/demo.yaml objective.distill_loss_weight=0 optimizer.learning_rate=1e-4 run_dir=runs/rl_only
+  jdistill train configs/demo.yaml teacher.endpoints='[gpu7:50051, gpu8:50051]' teacher.spawn=null
+  jdistill train configs/demo.yaml --resume
+
+A run directory gets metrics.jsonl (a line a step, the same for the same seed), timings.jsonl, config.json, teacher.log and
+checkpoints/. `jdistill plot RUN...` draws runs, `jdistill export RUN --to DIR` writes the student as a Hugging Face checkpoint.
+
+exit codes: 0 done, 1 the teacher or the numbers failed (state saved), 2 the configuration was wrong, 130 Ctrl-C and
+143 SIGTERM (state saved)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument("config", help="YAML file (see configs/)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides; values are YAML")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, exactly where the run was")
+    again.add_argument("--overwrite", action="store_true", help="delete an earlier run in run_dir first")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains; see DESCRIPTION for the exit codes."""
+    from jdistill import config
+
+    parsed = config.load(config.TrainConfig, args.config, args.overrides)  # before jax: a typo is answered at once
+    from jdistill.student.train import Stopped, TrainingError, train
+
+    try:
+        train(parsed, resume=args.resume, overwrite=args.overwrite)
+    except (Stopped, TrainingError) as e:
+        print("\n".join([f"jdistill train: {e}", *getattr(e, "__notes__", [])]), file=sys.stderr)
+        return e.exit_code if isinstance(e, Stopped) else 1
+    return 0
