@@ -1,0 +1,83 @@
+"""From a sidecar's configuration and a checkpoint to what is served: dtype, longest sequence, engine_args, limits."""
+
+from __future__ import annotations
+
+import difflib
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jdistill.checkpoint_files import (
+    check_checkpoint,
+    checkpoint_dtype,
+    context_length,
+    read_config,
+    tokenizer_fingerprint,
+    vocab_size,
+)
+from jdistill.config import TeacherServerConfig
+from jdistill.teacher.fingerprint import model_fingerprint
+from jdistill.wire.types import ModelInfo
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_engine_args(engine: str, given: Mapping[str, Any], valid: Iterable[str]) -> None:
+    """Raises ValueError if `given` (engine_args of the configuration) names what `engine` does not know."""
+    valid = sorted(valid)
+    for name in given:
+        if name in valid:
+            continue
+        near = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+        hint = (
+            f"did you mean {near[0]!r}?"
+            if near
+            else f"it knows {', '.join(valid[:20])}{', ...' if len(valid) > 20 else ''}"
+        )
+        raise ValueError(f"engine_args: the {engine} engine does not know {name!r}; {hint}")
+
+
+def model_info(
+    config: TeacherServerConfig,
+    *,
+    max_top_k: int | None = None,
+    max_candidate_count: int | None = None,
+    any_temperature: bool = True,
+) -> ModelInfo:
+    """Checks the checkpoint and describes it as this configuration serves it.
+
+    Args:
+        config: of the sidecar.
+        max_top_k, max_candidate_count: what the engine can do; None means the whole vocabulary.
+        any_temperature: whether the engine can score at a temperature other than 1.
+
+    Raises:
+        FileNotFoundError, ValueError: the checkpoint is not whole, or the configuration does not fit it.
+    """
+    path = pathlib.Path(config.model)
+    check_checkpoint(path)
+    hf_config = read_config(path)
+    dtype = checkpoint_dtype(path) if config.dtype == "auto" else config.dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected auto or one of {', '.join(DTYPES)}, got {dtype!r}")
+    if config.max_sequence_length is None:
+        max_sequence_length = context_length(hf_config)
+    else:
+        max_sequence_length = config.max_sequence_length
+        longest = context_length(hf_config)
+        if not 2 <= max_sequence_length <= longest:
+            raise ValueError(
+                f"max_sequence_length: expected 2 to {longest} (the limit of {path}), got {max_sequence_length}"
+            )
+    size = vocab_size(hf_config)
+    return ModelInfo(
+        model=config.served_name or path.resolve().name,
+        fingerprint=model_fingerprint(path, dtype),
+        tokenizer_fingerprint=tokenizer_fingerprint(path),
+        vocab_size=size,
+        max_sequence_length=max_sequence_length,
+        max_top_k=size if max_top_k is None else max_top_k,
+        max_candidate_count=size if max_candidate_count is None else max_candidate_count,
+        any_temperature=any_temperature,
+        dtype=dtype,
+    )
