@@ -1,8 +1,8 @@
 """The numpy types that client, service and engines share.
 
-Dimension key: S tokens of one sequence, P scored positions of one sequence (ascending), K teacher top-k, C candidates.
+Dimension key: S tokens of one sequence, P scored positions of it (ascending), K teacher top-k, C candidates.
 
-A worked example: token_ids = [7, 3, 9, 4, 2], spans = ((2, 3), (4, 5)) scores the tokens at positions 2 and 4, so P = 2:
+A worked example: token_ids = [7, 3, 9, 4, 2], spans = ((2, 3), (4, 5)) scores the tokens at positions 2 and 4; P = 2:
 logprobs[0] = log p(9 | 7 3) and logprobs[1] = log p(2 | 7 3 9 4).
 """
 

@@ -1,0 +1,450 @@
+"""numpy <-> bytes of the wire's messages, with no Python per token.
+
+A packed `repeated fixed32` or `repeated float` has, on the wire, the very bytes of a little-endian array. protobuf's
+Python API nevertheless hands such a field over element by element (150 ms for two million floats on the runtimes that
+vLLM still accepts). So this module builds, at import, private mirror messages from the real descriptor in which those
+fields are `repeated bytes`: same wire format, and an array goes in and out with one copy at most.
+
+The mirror is not protobuf's equal in two cases that the format allows, and both are handled: a packed field that an
+encoder has split in pieces (hence `repeated`: the pieces are joined) and an unpacked one (the mirror sees unknown
+fields: such a message is read again through the real class). Counts are checked always.
+
+Dimension key: B sequences, S tokens, E entries of a reply, N scored positions of a reply, K top-k, C candidates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory, unknown_fields
+
+from jdistill.wire.errors import InvalidRequestError, VerificationError
+from jdistill.wire.types import ModelInfo, SequenceToScore, ServerInfo, TokenScores
+from jdistill.wire.v1 import teacher_pb2
+
+SERVICE = "jdistill.wire.v1.TeacherService"
+SCORE_METHOD = f"/{SERVICE}/ScoreSequences"
+INFO_METHOD = f"/{SERVICE}/GetServerInfo"
+DEFAULT_CHUNK_BYTES = 1 << 20  # larger messages only delay the first result (measured: 1 MB is as fast as 16 MB)
+
+_LITTLE_U4 = np.dtype("<u4")
+_LITTLE_F4 = np.dtype("<f4")
+_FIELD = descriptor_pb2.FieldDescriptorProto
+
+
+def _mirror_classes() -> tuple[type[message.Message], type[message.Message]]:
+    """The request and response messages with every packed fixed-width field declared as `repeated bytes`."""
+    file = descriptor_pb2.FileDescriptorProto()
+    teacher_pb2.DESCRIPTOR.CopyToProto(file)
+    for message_type in file.message_type:
+        for field in message_type.field:
+            if field.label == _FIELD.LABEL_REPEATED and field.type in (_FIELD.TYPE_FIXED32, _FIELD.TYPE_FLOAT):
+                field.type = _FIELD.TYPE_BYTES
+    pool = descriptor_pool.DescriptorPool()  # its own: the default pool already has these names
+    pool.Add(file)
+    request, response = (
+        message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{file.package}.{name}"))
+        for name in ("ScoreSequencesRequest", "ScoreSequencesResponse")
+    )
+    return request, response
+
+
+_MirrorRequest, _MirrorResponse = _mirror_classes()
+
+
+class RequestOptions(NamedTuple):
+    """Everything of a request that is not per sequence; meanings and defaults as in the proto."""
+
+    model: str = ""
+    expected_fingerprint: str = ""
+    temperature: float = 1.0
+    top_k: int = 0
+    request_id: str = ""
+    max_chunk_bytes: int = 0
+
+
+class ScoredRun(NamedTuple):
+    """Scores of a run of one sequence's scored positions, beginning at the `first_target`-th of them."""
+
+    sequence_index: int
+    first_target: int
+    scores: TokenScores
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class ScoreChunk:
+    """One response message as arrays, its counts checked; the arrays may be read-only views of the message.
+
+    Args:
+        sequence_indexes, first_targets, target_counts, token_crcs: int64 [E].
+        logprobs: float32 [N] with N = sum(target_counts).
+        top_ids, top_logprobs: int32 and float32 [N, K]; None if K is 0.
+        candidate_logprobs: float32 [N, C]; None if C is 0.
+    """
+
+    sequence_indexes: np.ndarray
+    first_targets: np.ndarray
+    target_counts: np.ndarray
+    token_crcs: np.ndarray
+    logprobs: np.ndarray
+    top_ids: np.ndarray | None
+    top_logprobs: np.ndarray | None
+    candidate_logprobs: np.ndarray | None
+    model: str
+    fingerprint: str
+    tokenizer_fingerprint: str
+    temperature: float
+
+    def runs(self) -> Iterator[ScoredRun]:
+        """The entries one by one."""
+        stops = np.cumsum(self.target_counts)
+        for e in range(len(stops)):
+            part = slice(int(stops[e] - self.target_counts[e]), int(stops[e]))
+            scores = TokenScores(
+                logprobs=self.logprobs[part],
+                top_ids=None if self.top_ids is None else self.top_ids[part],
+                top_logprobs=None if self.top_logprobs is None else self.top_logprobs[part],
+                candidate_logprobs=None if self.candidate_logprobs is None else self.candidate_logprobs[part],
+                token_crc=int(self.token_crcs[e]),
+            )
+            yield ScoredRun(int(self.sequence_indexes[e]), int(self.first_targets[e]), scores)
+
+
+def token_crc(token_ids: np.ndarray) -> int:
+    """CRC-32 (zlib's) of the little-endian 4-byte ids, as in `ScoreSequencesResponse.token_crcs`."""
+    return zlib.crc32(np.ascontiguousarray(token_ids, _LITTLE_U4 if np.asarray(token_ids).dtype.kind == "u" else "<i4"))
+
+
+def request_bytes(sequence: SequenceToScore) -> int:
+    """About how many bytes this sequence adds to a request (exact for what grows with its length)."""
+    candidates = 0 if sequence.candidate_ids is None else sequence.candidate_ids.size
+    return 4 * (2 + len(sequence.token_ids) + 2 * len(sequence.spans) + candidates)
+
+
+def encode_request(
+    sequences: Sequence[SequenceToScore],
+    *,
+    model: str = "",
+    expected_fingerprint: str = "",
+    temperature: float = 1.0,
+    top_k: int = 0,
+    request_id: str = "",
+    max_chunk_bytes: int = 0,
+) -> bytes:
+    """The bytes of a ScoreSequencesRequest.
+
+    Raises:
+        InvalidRequestError: some sequences have candidates and others none, or another number of them.
+    """
+    counts_C = {0 if s.candidate_ids is None else s.candidate_ids.shape[1] for s in sequences}
+    if len(counts_C) > 1:
+        raise InvalidRequestError(
+            f"the sequences of one request have different numbers of candidates ({sorted(counts_C)}); "
+            "send them in separate requests",
+            field="candidate_ids",
+        )
+    mirror: Any = _MirrorRequest(
+        model=model,
+        expected_fingerprint=expected_fingerprint,
+        temperature=temperature,
+        top_k=top_k,
+        request_id=request_id,
+        max_chunk_bytes=max_chunk_bytes,
+        candidate_count=counts_C.pop() if counts_C else 0,
+    )
+    lengths_B = [len(s.token_ids) for s in sequences]
+    _put(mirror.sequence_lengths, lengths_B)
+    _put(mirror.token_ids, _concatenate([s.token_ids for s in sequences]))
+    if any(s.spans != ((1, length),) for s, length in zip(sequences, lengths_B, strict=True)):
+        spans = np.array([span for s in sequences for span in s.spans], _LITTLE_U4).reshape(-1, 2)
+        _put(mirror.span_counts, [len(s.spans) for s in sequences])
+        _put(mirror.span_starts, spans[:, 0])
+        _put(mirror.span_ends, spans[:, 1])
+    if mirror.candidate_count:
+        _put(mirror.candidate_ids, _concatenate([s.candidate_ids.ravel() for s in sequences]))  # type: ignore[union-attr]
+    return mirror.SerializeToString()
+
+
+def decode_request(data: bytes) -> tuple[list[SequenceToScore], RequestOptions]:
+    """The sequences of a ScoreSequencesRequest, and its options; the arrays may be read-only views of `data`.
+
+    Structure is checked here (counts agree, spans are inside their sequence), the rest by `validate`, against a model.
+
+    Raises:
+        InvalidRequestError: not a ScoreSequencesRequest, or its counts contradict each other.
+    """
+    mirror = _parse(_MirrorRequest, teacher_pb2.ScoreSequencesRequest, data, _not_a_request)
+    lengths_B = _counts(mirror, "sequence_lengths")
+    token_ids = _get(mirror, "token_ids", _not_a_request).view(np.int32)
+    if lengths_B.sum() != len(token_ids):
+        raise InvalidRequestError(
+            f"sequence_lengths add up to {lengths_B.sum()} tokens, token_ids has {len(token_ids)}", field="token_ids"
+        )
+    spans_B = _decode_spans(mirror, lengths_B)
+    num_scored_B = np.array([sum(stop - start for start, stop in spans) for spans in spans_B], np.int64)
+    count_C = mirror.candidate_count
+    candidate_ids = _get(mirror, "candidate_ids", _not_a_request).view(np.int32)
+    if num_scored_B.sum() * count_C != len(candidate_ids):
+        raise InvalidRequestError(
+            f"candidate_ids has {len(candidate_ids)} values; {num_scored_B.sum()} scored positions with "
+            f"candidate_count = {count_C} need {num_scored_B.sum() * count_C}",
+            field="candidate_ids",
+        )
+    token_stops_B = np.cumsum(lengths_B)
+    candidates_PC = candidate_ids.reshape(-1, count_C) if count_C else None
+    scored_stops_B = np.cumsum(num_scored_B)
+    sequences = [
+        SequenceToScore(
+            token_ids=token_ids[stop - length : stop],
+            spans=spans,
+            candidate_ids=None if candidates_PC is None else candidates_PC[scored_stop - num_scored : scored_stop],
+        )
+        for stop, length, spans, scored_stop, num_scored in zip(
+            token_stops_B.tolist(),
+            lengths_B.tolist(),
+            spans_B,
+            scored_stops_B.tolist(),
+            num_scored_B.tolist(),
+            strict=True,
+        )
+    ]
+    options = RequestOptions(
+        model=mirror.model,
+        expected_fingerprint=mirror.expected_fingerprint,
+        temperature=mirror.temperature if mirror.HasField("temperature") else 1.0,
+        top_k=mirror.top_k,
+        request_id=mirror.request_id,
+        max_chunk_bytes=mirror.max_chunk_bytes,
+    )
+    return sequences, options
+
+
+def response_bytes(scores: TokenScores) -> int:
+    """How many bytes these scores take in a response, but for a few of overhead."""
+    return 16 + len(scores.logprobs) * _target_bytes(scores)
+
+
+def split_scores(scores: TokenScores, max_chunk_bytes: int) -> Iterator[tuple[int, TokenScores]]:
+    """Yields (first_target, part) in order, each of at most `max_chunk_bytes` and at least one target.
+
+    `max_chunk_bytes` is the request's; its 0 means DEFAULT_CHUNK_BYTES.
+    """
+    step = max(1, ((max_chunk_bytes or DEFAULT_CHUNK_BYTES) - 16) // _target_bytes(scores))
+    for first in range(0, len(scores.logprobs), step):
+        part = slice(first, first + step)
+        yield (
+            first,
+            TokenScores(
+                logprobs=scores.logprobs[part],
+                top_ids=None if scores.top_ids is None else scores.top_ids[part],
+                top_logprobs=None if scores.top_logprobs is None else scores.top_logprobs[part],
+                candidate_logprobs=None if scores.candidate_logprobs is None else scores.candidate_logprobs[part],
+                token_crc=scores.token_crc,
+            ),
+        )
+
+
+def encode_response(
+    runs: Sequence[ScoredRun | tuple[int, int, TokenScores]], *, info: ModelInfo, temperature: float
+) -> bytes:
+    """The bytes of one ScoreSequencesResponse that holds `runs`: (sequence index, first target, scores) each."""
+    mirror: Any = _MirrorResponse(
+        model=info.model,
+        fingerprint=info.fingerprint,
+        tokenizer_fingerprint=info.tokenizer_fingerprint,
+        temperature=temperature,
+    )
+    _put(mirror.sequence_indexes, [index for index, _, _ in runs])
+    _put(mirror.first_targets, [first for _, first, _ in runs])
+    _put(mirror.target_counts, [len(scores.logprobs) for _, _, scores in runs])
+    _put(mirror.token_crcs, [scores.token_crc for _, _, scores in runs])
+    scores_E = [scores for _, _, scores in runs]
+    for name, dtype in (
+        ("logprobs", _LITTLE_F4),
+        ("top_ids", _LITTLE_U4),
+        ("top_logprobs", _LITTLE_F4),
+        ("candidate_logprobs", _LITTLE_F4),
+    ):
+        columns = [getattr(scores, name) for scores in scores_E]
+        if any(column is not None for column in columns):
+            assert all(column is not None for column in columns), f"some runs have {name}, others none"
+            _put(getattr(mirror, name), _concatenate([column.ravel() for column in columns], dtype))
+    return mirror.SerializeToString()
+
+
+def decode_response(data: bytes, *, top_k: int, candidate_count: int) -> ScoreChunk:
+    """One ScoreSequencesResponse to a request with this `top_k` and number of candidates.
+
+    Raises:
+        VerificationError: not a ScoreSequencesResponse, or more or fewer values than its counts say.
+    """
+    mirror = _parse(_MirrorResponse, teacher_pb2.ScoreSequencesResponse, data, _not_a_response)
+    sequence_indexes, first_targets, target_counts, token_crcs = (
+        _get(mirror, name, _not_a_response).astype(np.int64)
+        for name in ("sequence_indexes", "first_targets", "target_counts", "token_crcs")
+    )
+    num_entries = len(sequence_indexes)
+    for name, column in (
+        ("first_targets", first_targets),
+        ("target_counts", target_counts),
+        ("token_crcs", token_crcs),
+    ):
+        if len(column) != num_entries:
+            raise VerificationError(
+                f"reply with {num_entries} sequence_indexes but {len(column)} {name}: the server miscounts"
+            )
+    num_targets = int(target_counts.sum())
+
+    def values(name: str, width: int, dtype: np.dtype) -> np.ndarray:
+        got = _get(mirror, name, _not_a_response)
+        if len(got) != num_targets * width:
+            raise VerificationError(
+                f"reply with {len(got)} {name}, expected {num_targets * width}: {num_targets} scored positions (of "
+                f"sequences {_some(sequence_indexes)}) times {width}"
+            )
+        return got.view(dtype)
+
+    logprobs = values("logprobs", 1, _LITTLE_F4)
+    top_ids = values("top_ids", top_k, np.dtype("<i4"))
+    top_logprobs = values("top_logprobs", top_k, _LITTLE_F4)
+    candidate_logprobs = values("candidate_logprobs", candidate_count, _LITTLE_F4)
+    return ScoreChunk(
+        sequence_indexes=sequence_indexes,
+        first_targets=first_targets,
+        target_counts=target_counts,
+        token_crcs=token_crcs,
+        logprobs=logprobs,
+        top_ids=top_ids.reshape(num_targets, top_k) if top_k else None,
+        top_logprobs=top_logprobs.reshape(num_targets, top_k) if top_k else None,
+        candidate_logprobs=candidate_logprobs.reshape(num_targets, candidate_count) if candidate_count else None,
+        model=mirror.model,
+        fingerprint=mirror.fingerprint,
+        tokenizer_fingerprint=mirror.tokenizer_fingerprint,
+        temperature=mirror.temperature,
+    )
+
+
+def encode_server_info(info: ServerInfo) -> bytes:
+    """The bytes of a GetServerInfoResponse."""
+    fields = {f.name: getattr(info, f.name) for f in dataclasses.fields(info) if f.name != "model"}
+    reply = teacher_pb2.GetServerInfoResponse(**fields, model=teacher_pb2.ModelInfo(**dataclasses.asdict(info.model)))
+    return reply.SerializeToString()
+
+
+def decode_server_info(data: bytes) -> ServerInfo:
+    """A GetServerInfoResponse. Raises VerificationError if the bytes are not one."""
+    try:
+        reply = teacher_pb2.GetServerInfoResponse.FromString(data)
+    except message.DecodeError as e:
+        raise VerificationError(
+            f"the server's GetServerInfo reply is not of the schema jdistill.wire.v1: {e}"
+        ) from None
+    model = ModelInfo(**{f.name: getattr(reply.model, f.name) for f in dataclasses.fields(ModelInfo)})
+    rest = {f.name: getattr(reply, f.name) for f in dataclasses.fields(ServerInfo) if f.name != "model"}
+    return ServerInfo(model=model, **rest)
+
+
+def _decode_spans(mirror: Any, lengths_B: np.ndarray) -> list[tuple[tuple[int, int], ...]]:
+    """Spans of each sequence, checked: ascending, disjoint, inside the sequence."""
+    counts_B = _counts(mirror, "span_counts")
+    starts, ends = _counts(mirror, "span_starts"), _counts(mirror, "span_ends")
+    if not len(counts_B):
+        if len(starts) or len(ends):
+            raise InvalidRequestError("span_starts or span_ends without span_counts", field="span_counts")
+        if (short := np.flatnonzero(lengths_B < 2)).size:
+            b = int(short[0])
+            raise InvalidRequestError(
+                f"sequence {b} has {lengths_B[b]} tokens; at least 2 are needed, since the first has no score",
+                field="sequence_lengths",
+                sequence=b,
+            )
+        return [((1, length),) for length in lengths_B.tolist()]
+    if len(counts_B) != len(lengths_B):
+        raise InvalidRequestError(
+            f"span_counts has {len(counts_B)} values for {len(lengths_B)} sequences", field="span_counts"
+        )
+    for name, column in (("span_starts", starts), ("span_ends", ends)):
+        if len(column) != counts_B.sum():
+            raise InvalidRequestError(
+                f"{name} has {len(column)} values, span_counts add up to {counts_B.sum()}", field=name
+            )
+    if (empty := np.flatnonzero(counts_B == 0)).size:
+        b = int(empty[0])
+        raise InvalidRequestError(
+            f"sequence {b} has no span: nothing to score; leave it out of the request", field="span_counts", sequence=b
+        )
+    owner = np.repeat(np.arange(len(counts_B)), counts_B)
+    # A span begins after the one before it in its own sequence has ended, and the first one at 1 or later.
+    first = np.concatenate([[True], owner[1:] != owner[:-1]])
+    floor = np.where(first, 1, np.concatenate([[1], ends[:-1]]))
+    bad = np.flatnonzero((starts < floor) | (ends <= starts) | (ends > lengths_B[owner]))
+    if bad.size:
+        i, b = int(bad[0]), int(owner[bad[0]])
+        raise InvalidRequestError(
+            f"span [{starts[i]}, {ends[i]}) of sequence {b} ({lengths_B[b]} tokens): spans are ascending, disjoint, "
+            f"not empty and inside [1, {lengths_B[b]})",
+            field="spans",
+            sequence=b,
+        )
+    pairs = list(zip(starts.tolist(), ends.tolist(), strict=True))
+    stops = np.cumsum(counts_B).tolist()
+    return [tuple(pairs[stop - count : stop]) for stop, count in zip(stops, counts_B.tolist(), strict=True)]
+
+
+def _not_a_request(reason: str) -> InvalidRequestError:
+    return InvalidRequestError(f"not a jdistill.wire.v1.ScoreSequencesRequest: {reason}")
+
+
+def _not_a_response(reason: str) -> VerificationError:
+    return VerificationError(f"not a jdistill.wire.v1.ScoreSequencesResponse: {reason}")
+
+
+def _parse(mirror_class: type[message.Message], real_class: type[message.Message], data: bytes, error: Any) -> Any:
+    """The mirror of `data`; an unpacked encoding is first brought into the packed one through the real class."""
+    try:
+        mirror = mirror_class.FromString(data)
+        packed = {f.number for f in mirror_class.DESCRIPTOR.fields if f.type == f.TYPE_BYTES}
+        if any(field.field_number in packed for field in unknown_fields.UnknownFieldSet(mirror)):
+            mirror = mirror_class.FromString(real_class.FromString(data).SerializeToString())
+    except message.DecodeError as e:
+        raise error(str(e)) from None
+    return mirror
+
+
+def _put(field: Any, values: Any) -> None:
+    array = np.ascontiguousarray(values, None if isinstance(values, np.ndarray) else _LITTLE_U4)
+    if array.size:  # protobuf leaves an empty packed field out, and so do we: byte-identical
+        if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and not np.little_endian):
+            array = array.astype(array.dtype.newbyteorder("<"))
+        assert array.dtype.itemsize == 4, f"packed field from {array.dtype}"
+        field.append(array.tobytes())
+
+
+def _get(mirror: Any, name: str, error: Any) -> np.ndarray:
+    pieces = getattr(mirror, name)
+    data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    if len(data) % 4:
+        raise error(f"{name} has {len(data)} bytes, which is not a multiple of 4")
+    return np.frombuffer(data, _LITTLE_U4)
+
+
+def _counts(mirror: Any, name: str) -> np.ndarray:
+    return _get(mirror, name, _not_a_request).astype(np.int64)  # sums of uint32 would wrap around
+
+
+def _concatenate(arrays: list[np.ndarray], dtype: Any = "<i4") -> np.ndarray:
+    return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(0, dtype)
+
+
+def _target_bytes(scores: TokenScores) -> int:
+    top = 0 if scores.top_ids is None else scores.top_ids.shape[1]
+    candidates = 0 if scores.candidate_logprobs is None else scores.candidate_logprobs.shape[1]
+    return 4 * (1 + 2 * top + candidates)
+
+
+def _some(values: np.ndarray) -> str:
+    return ", ".join(map(str, values[:5].tolist())) + (", ..." if len(values) > 5 else "")

@@ -1,0 +1,157 @@
+"""TeacherError <-> gRPC status: code, message, and google.rpc.Status details that survive the way.
+
+Details: ErrorInfo (domain "jdistill", reason = the error's upper-case word, metadata field and sequence) always,
+BadRequest for a wrong request, RetryInfo where a retry makes sense. Any language reads them; nothing parses the text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from google.protobuf import message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from jdistill.wire import errors
+
+DOMAIN = "jdistill"
+DETAILS_KEY = "grpc-status-details-bin"
+# The message goes over twice in one header block of at most 8 KiB, percent-encoded; over that the whole status is lost.
+MAX_MESSAGE_CHARS = 1000
+
+# Most special first; what is in none is INTERNAL.
+_CODES: tuple[tuple[type[errors.TeacherError], grpc.StatusCode], ...] = (
+    (errors.InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.UnsupportedError, grpc.StatusCode.UNIMPLEMENTED),
+    (errors.FingerprintMismatchError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.UnavailableError, grpc.StatusCode.UNAVAILABLE),
+    (errors.DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (errors.VerificationError, grpc.StatusCode.DATA_LOSS),
+)
+_BY_REASON = {
+    error.reason: error
+    for error in (
+        errors.TeacherError,
+        errors.InvalidRequestError,
+        errors.UnsupportedError,
+        errors.FingerprintMismatchError,
+        errors.UnavailableError,
+        errors.OverloadedError,
+        errors.DeadlineError,
+        errors.VerificationError,
+        errors.EngineDeadError,
+    )
+}
+# For servers that send no ErrorInfo: a proxy, gRPC itself.
+_BY_CODE = {
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequestError,
+    grpc.StatusCode.OUT_OF_RANGE: errors.InvalidRequestError,
+    grpc.StatusCode.NOT_FOUND: errors.InvalidRequestError,
+    grpc.StatusCode.UNIMPLEMENTED: errors.UnsupportedError,
+    grpc.StatusCode.UNAVAILABLE: errors.UnavailableError,
+    grpc.StatusCode.CANCELLED: errors.UnavailableError,  # by gRPC: over 1,000 pending calls, a GOAWAY
+    grpc.StatusCode.ABORTED: errors.UnavailableError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.OverloadedError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineError,
+    grpc.StatusCode.DATA_LOSS: errors.VerificationError,
+}
+
+
+def code_of(error: BaseException) -> grpc.StatusCode:
+    """The status code of an error: of the TeacherError tree by table, of anything else INTERNAL."""
+    return next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+
+
+def to_status(
+    error: BaseException, *, retry_after_s: float | None = None
+) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
+    """(code, message, trailing metadata) to end a call with: `await context.abort(*to_status(error))`.
+
+    Args:
+        error: a TeacherError; anything else is INTERNAL, and of its text only the type is told.
+        retry_after_s: when it is worth coming back (default 0.5); told for UnavailableError and its kind only.
+    """
+    code = code_of(error)
+    if isinstance(error, errors.TeacherError):
+        text, reason = str(error), error.reason
+    else:
+        text, reason = f"the teacher failed with {type(error).__name__}; see its log", "INTERNAL"
+    if len(text) > MAX_MESSAGE_CHARS:
+        text = text[: MAX_MESSAGE_CHARS - 4] + " ..."
+    info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
+    status = status_pb2.Status(code=code_pb2.Code.Value(code.name), message=text)
+    if isinstance(error, errors.InvalidRequestError):
+        if error.field is not None:
+            info.metadata["field"] = error.field
+        if error.sequence is not None:
+            info.metadata["sequence"] = str(error.sequence)
+        path = error.field or "request"
+        if error.sequence is not None:
+            path = f"sequences[{error.sequence}].{path}"
+        violation = error_details_pb2.BadRequest.FieldViolation(field=path, description=text[:200])
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, errors.UnavailableError):
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(1000 * (0.5 if retry_after_s is None else retry_after_s)))
+        status.details.add().Pack(retry)
+    status.details.add().Pack(info)
+    return code, text, ((DETAILS_KEY, status.SerializeToString()),)
+
+
+def from_rpc_error(error: Any, endpoint: str) -> errors.TeacherError:
+    """The TeacherError of a failed call (AioRpcError, or an RpcError that is a Call); its text begins with `endpoint`."""
+    code, details = error.code(), error.details() or ""
+    reason, metadata = _error_info(error)
+    kind = _BY_REASON.get(reason) if reason is not None else None
+    if reason == "INTERNAL":
+        kind = errors.TeacherError
+    elif kind is None:
+        kind = _BY_CODE.get(code, errors.TeacherError)
+        details = f"{code.name}: {details}"
+    if kind is errors.OverloadedError and reason is None and "larger than max" in details:
+        # gRPC's own limit on one message: the next attempt would fail in the same way.
+        return errors.InvalidRequestError(
+            f"{endpoint}: {details}; raise the limit of the proxy or server in between, or lower batch_tokens"
+        )
+    if kind is errors.UnsupportedError and reason is None:
+        details += " (is this a jdistill teacher, of this version?)"
+    text = f"{endpoint}: {details}"
+    if kind is errors.InvalidRequestError:
+        sequence = metadata.get("sequence")
+        return errors.InvalidRequestError(
+            text, field=metadata.get("field"), sequence=int(sequence) if sequence is not None else None
+        )
+    return kind(text)
+
+
+def retry_delay_s(error: Any) -> float | None:
+    """RetryInfo's delay of a failed call, in seconds; None if it has none."""
+    for detail in _details(error):
+        retry = error_details_pb2.RetryInfo()
+        if detail.Is(retry.DESCRIPTOR) and detail.Unpack(retry):
+            return retry.retry_delay.ToMilliseconds() / 1000
+    return None
+
+
+def has_error_info(error: Any) -> bool:
+    """Whether our own service ended this call on purpose (rather than gRPC, a proxy or an uncaught exception)."""
+    return _error_info(error)[0] is not None
+
+
+def _error_info(error: Any) -> tuple[str | None, dict[str, str]]:
+    for detail in _details(error):
+        info = error_details_pb2.ErrorInfo()
+        if detail.Is(info.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
+            return info.reason, dict(info.metadata)
+    return None, {}
+
+
+def _details(error: Any) -> list[Any]:
+    for key, value in error.trailing_metadata() or ():
+        if key == DETAILS_KEY:
+            try:
+                return list(status_pb2.Status.FromString(value).details)
+            except message.DecodeError:
+                return []  # a proxy's garbage: the code alone must do
+    return []

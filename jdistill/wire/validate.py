@@ -1,0 +1,138 @@
+"""Is a request one that this model can score? The same answer in the client, before the network, and in the service.
+
+The engines behind the service rely on it: one token id outside the vocabulary ends a vLLM or SGLang engine for good.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from jdistill.wire.errors import InvalidRequestError, UnsupportedError
+from jdistill.wire.types import ModelInfo, SequenceToScore
+
+
+def validate_request(
+    sequences: Sequence[SequenceToScore], *, info: ModelInfo, top_k: int = 0, temperature: float = 1.0
+) -> None:
+    """Checks a whole request against a model.
+
+    Raises:
+        InvalidRequestError: with the field, and the index of the sequence where there is one.
+        UnsupportedError: the engine behind this model cannot do it at all.
+    """
+    validate_options(info=info, top_k=top_k, temperature=temperature)
+    for b, sequence in enumerate(sequences):
+        validate_sequence(sequence, b, info=info)
+
+
+def validate_options(*, info: ModelInfo, top_k: int, temperature: float) -> None:
+    """Checks top_k and temperature; raises as `validate_request` does."""
+    if top_k < 0 or int(top_k) != top_k:
+        raise InvalidRequestError(f"top_k = {top_k}, expected a whole number of at least 0", field="top_k")
+    if top_k > 0 and info.max_top_k == 0:
+        raise UnsupportedError(
+            f"top_k = {top_k}, but the engine of teacher {info.model!r} cannot return its top-k; "
+            "use top_k = 0 or another engine"
+        )
+    limit = min(info.max_top_k, info.vocab_size)
+    if top_k > limit:
+        raise InvalidRequestError(
+            f"top_k = {top_k} is above the limit of teacher {info.model!r}: {limit} (max_top_k {info.max_top_k}, "
+            f"vocabulary {info.vocab_size}); ask for fewer, or start the teacher with a higher limit",
+            field="top_k",
+        )
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise InvalidRequestError(f"temperature = {temperature}, expected a number above 0", field="temperature")
+    if temperature != 1 and not info.any_temperature:
+        raise UnsupportedError(
+            f"temperature = {temperature:g}, but the engine of teacher {info.model!r} scores at temperature 1 only; "
+            "sample and train at temperature 1, or use an engine that can (transformers, jax)"
+        )
+
+
+def validate_sequence(sequence: SequenceToScore, index: int, *, info: ModelInfo) -> None:
+    """Checks one sequence, `index` of its request; raises as `validate_request` does."""
+    token_ids = np.asarray(sequence.token_ids)
+    _check_integers(token_ids, 1, "token_ids", index)
+    length = len(token_ids)
+    if length < 2:
+        raise InvalidRequestError(
+            f"sequence {index} has {length} token{'' if length == 1 else 's'}; at least 2 are needed, "
+            "since the first has no score",
+            field="token_ids",
+            sequence=index,
+        )
+    if length > info.max_sequence_length:
+        raise InvalidRequestError(
+            f"sequence {index} has {length} tokens, teacher {info.model!r} takes at most {info.max_sequence_length}; "
+            "shorten it or start the teacher with a larger --max-sequence-length",
+            field="token_ids",
+            sequence=index,
+        )
+    _check_vocabulary(token_ids, "token_ids", index, info)
+    before = 1
+    for start, stop in sequence.spans:
+        if not before <= start < stop <= length:
+            raise InvalidRequestError(
+                f"span [{start}, {stop}) of sequence {index} ({length} tokens): spans are ascending, disjoint, "
+                f"not empty and inside [1, {length})",
+                field="spans",
+                sequence=index,
+            )
+        before = stop
+    if sequence.candidate_ids is None:
+        return
+    candidate_ids = np.asarray(sequence.candidate_ids)
+    _check_integers(candidate_ids, 2, "candidate_ids", index)
+    num_scored, count = candidate_ids.shape
+    if num_scored != sequence.num_scored:
+        raise InvalidRequestError(
+            f"candidate_ids of sequence {index} has {num_scored} rows, its spans score {sequence.num_scored} positions",
+            field="candidate_ids",
+            sequence=index,
+        )
+    if count == 0:
+        raise InvalidRequestError(
+            f"candidate_ids of sequence {index} has no columns; use None for no candidates",
+            field="candidate_ids",
+            sequence=index,
+        )
+    if info.max_candidate_count == 0:
+        raise UnsupportedError(
+            f"candidate_ids given, but the engine of teacher {info.model!r} cannot score candidates; use top_k, the "
+            "sampled tokens alone (objective.distillation: sampled_reverse_kl), or another engine"
+        )
+    if count > info.max_candidate_count:
+        raise InvalidRequestError(
+            f"candidate_ids of sequence {index} has {count} candidates a position, teacher {info.model!r} takes at "
+            f"most {info.max_candidate_count}",
+            field="candidate_ids",
+            sequence=index,
+        )
+    _check_vocabulary(candidate_ids, "candidate_ids", index, info)
+
+
+def _check_integers(array: np.ndarray, ndim: int, field: str, index: int) -> None:
+    if array.ndim != ndim or (array.dtype.kind not in "iu" and array.size):
+        raise InvalidRequestError(
+            f"{field} of sequence {index} is {array.dtype} of shape {array.shape}, expected integers with "
+            f"{ndim} dimension{'s' if ndim > 1 else ''}",
+            field=field,
+            sequence=index,
+        )
+
+
+def _check_vocabulary(ids: np.ndarray, field: str, index: int, info: ModelInfo) -> None:
+    if not ids.size or (ids.min() >= 0 and ids.max() < info.vocab_size):
+        return
+    place = np.unravel_index(int(np.argmax((ids < 0) | (ids >= info.vocab_size))), ids.shape)
+    where = ", ".join(str(int(p)) for p in place)
+    raise InvalidRequestError(
+        f"{field} of sequence {index} has {ids[place]} at {where}: outside the vocabulary of teacher {info.model!r}, "
+        f"[0, {info.vocab_size}). Padding that was not cut off, or another tokenizer than the teacher's?",
+        field=field,
+        sequence=index,
+    )
