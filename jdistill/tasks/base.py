@@ -29,8 +29,8 @@ class Problem:
 class Task(abc.ABC):
     """Prompts and rewards in the tokens of one tokenizer.
 
-    `train_problem` is a pure function of its index and the task's seed, so that a resumed run sees what an uninterrupted
-    one would, whatever was asked before.
+    `train_problem` is a pure function of its index and the task's seed, so that a resumed run sees what an
+    uninterrupted one would, whatever was asked before.
     """
 
     name: ClassVar[str]  # the key in TASKS

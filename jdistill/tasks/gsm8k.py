@@ -1,0 +1,210 @@
+r"""Grade-school mathematics (GSM8K) from local JSONL files of `{"question": ..., "answer": "... #### 72"}`.
+
+The answer format is the published one by default: the final number after `####`. `answer_format: boxed` asks for
+`\boxed{}` instead, which chat models know better. The last such number is compared exactly with the reference.
+
+Reference: Cobbe et al., "Training Verifiers to Solve Math Word Problems", 2021.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import decimal
+import json
+import pathlib
+import re
+from typing import Any, Literal
+
+import numpy as np
+
+from jdistill.config import Section
+from jdistill.tasks.base import Problem, Task, epoch_permutation
+
+INSTRUCTIONS = {
+    "####": 'Let\'s think step by step and output the final answer after "####".',
+    "boxed": "Please reason step by step, and put your final answer within \\boxed{}.",
+}
+
+
+class Gsm8kOptions(Section):
+    """`task.options` of gsm8k."""
+
+    train_path: str  # JSONL
+    test_path: str  # JSONL; the held-out problems, in the file's order
+    answer_format: Literal["####", "boxed"] = "####"  # asked for in the prompt and expected in the completion
+    enable_thinking: bool | None = None  # passed to the chat template (Qwen3's); None: the template's default
+    keep_calculator: bool = False  # keep `<<48/2=24>>` of the published answers in the supervised solutions
+
+
+class Gsm8k(Task):
+    """Reward 1.0 for the right final number in an ended completion, else 0.0."""
+
+    name = "gsm8k"
+    Options = Gsm8kOptions
+
+    def __init__(self, options: Section, tokenizer: Any, *, seed: int, max_prompt_tokens: int | None) -> None:
+        super().__init__(options, tokenizer, seed=seed, max_prompt_tokens=max_prompt_tokens)
+        assert isinstance(options, Gsm8kOptions)
+        self.answer_format = options.answer_format
+        self.keep_calculator = options.keep_calculator
+        self._template_options = {} if options.enable_thinking is None else {"enable_thinking": options.enable_thinking}
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"the tokenizer in {tokenizer.name_or_path} has no chat template, which the prompts of gsm8k are "
+                "written with: use an instruction-tuned checkpoint, or put a chat_template.jinja beside its tokenizer.json"
+            )
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"the tokenizer in {tokenizer.name_or_path} has no end token: a completion could never end"
+            )
+        self.stop_token_ids = _stop_token_ids(tokenizer)
+        self._train = self._read(options.train_path, "train")
+        self._eval = self._read(options.test_path, "eval")
+        self.num_train = len(self._train)
+        self.num_eval = len(self._eval)
+        self._order: tuple[int, np.ndarray] = (0, epoch_permutation(seed, 0, self.num_train))
+
+    def train_problem(self, index: int) -> Problem:
+        """Each epoch visits every line once, in an order of its own that (seed, epoch) gives."""
+        epoch, place = divmod(index, len(self._train))
+        if self._order[0] != epoch:
+            self._order = (epoch, epoch_permutation(self.seed, epoch, len(self._train)))
+        return dataclasses.replace(self._train[self._order[1][place]], index=index)
+
+    def eval_problems(self, num: int) -> list[Problem]:
+        """The first `num` lines of the test file."""
+        self._check_num_eval(num)
+        return self._eval[:num]
+
+    def reward(self, problem: Problem, completion_ids: np.ndarray) -> float:
+        """1.0 for the right number. A completion that was cut off has no final answer, even where it holds a number."""
+        if not self.ended(completion_ids):
+            return 0.0
+        text = self.tokenizer.decode([int(i) for i in completion_ids[:-1]], skip_special_tokens=True)
+        return float(final_number(text, self.answer_format) == decimal.Decimal(problem.data["answer"]))
+
+    def solution_ids(self, problem: Problem) -> np.ndarray:
+        """The published reasoning and the final answer in the format that the prompt asks for, then the end token."""
+        reasoning = problem.data["solution"]
+        if not self.keep_calculator:
+            reasoning = re.sub(r"<<[^<>]*>>", "", reasoning)
+        answer = problem.data["answer"]
+        final = f"#### {answer}" if self.answer_format == "####" else f"\\boxed{{{answer}}}"
+        ids = self.tokenizer(f"{reasoning}\n{final}", add_special_tokens=False)["input_ids"]
+        return np.array([*ids, self.tokenizer.eos_token_id], np.int32)
+
+    def _read(self, path: str, split: Literal["train", "eval"]) -> list[Problem]:
+        """All problems of a file, tokenized, so that whatever is wrong with it is known before the first step."""
+        lines = _read_jsonl(path)
+        chats = [
+            [{"role": "user", "content": f"{question}\n{INSTRUCTIONS[self.answer_format]}"}]
+            for _, question, _, _ in lines
+        ]
+        texts = self.tokenizer.apply_chat_template(
+            chats, tokenize=False, add_generation_prompt=True, **self._template_options
+        )
+        # The template writes the special tokens itself: a tokenizer that adds a BOS would add a second one.
+        all_ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        problems = []
+        for (number, question, solution, answer), ids in zip(lines, all_ids, strict=True):
+            if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
+                raise ValueError(
+                    f"{path} line {number}: the prompt has {len(ids)} tokens, rollout.max_prompt_tokens is "
+                    f"{self.max_prompt_tokens}: raise it, or take the line out"
+                )
+            data = {"question": question, "solution": solution, "answer": answer}
+            problems.append(Problem(len(problems), split, np.array(ids, np.int32), data))
+        return problems
+
+
+def _read_jsonl(path: str) -> list[tuple[int, str, str, str]]:
+    """[(line number from 1, question, reasoning, answer)] of a file; blank lines are skipped."""
+    try:
+        raw_lines = pathlib.Path(path).read_bytes().split(b"\n")
+    except OSError as e:
+        raise ValueError(
+            f"task gsm8k cannot read {path} ({e.strerror}): set task.options.train_path and task.options.test_path"
+        ) from e
+    lines = []
+    for number, raw in enumerate(raw_lines, 1):
+        if not raw.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            line = json.loads(raw)
+        except ValueError as e:  # UnicodeDecodeError too
+            raise ValueError(f"{where} is not JSON: {e}") from None
+        if not isinstance(line, dict):
+            raise ValueError(f"{where}: expected an object with question and answer, got {type(line).__name__}")
+        for field in ("question", "answer"):
+            if not isinstance(line.get(field), str) or not line[field].strip():
+                raise ValueError(
+                    f"{where}: expected a text in {field!r}, got {line.get(field)!r}; fields: {sorted(line)}"
+                )
+        reasoning, marker, _ = line["answer"].rpartition("####")
+        answer = final_number(line["answer"], "####")
+        if not marker or answer is None:
+            raise ValueError(f"{where}: expected an answer that ends in '#### number', got ...{line['answer'][-40:]!r}")
+        lines.append((number, line["question"].strip(), reasoning.strip(), f"{answer:f}"))
+    if not lines:
+        raise ValueError(f'{path} is empty: expected one {{"question": ..., "answer": ...}} a line')
+    return lines
+
+
+# A number as people write it: sign, currency sign, thousands separators, a full stop at the end, a unit without digits.
+_NUMBER = re.compile(r"([-+]?)\s*[$€£]?\s*(-?)\s*(\d[\d,]*(?:\.\d+)?|\.\d+)\s*\.?(?:\s*[%°A-Za-z][^\d]*)?")
+
+
+def final_number(text: str, answer_format: Literal["####", "boxed"]) -> decimal.Decimal | None:
+    r"""The number after the last `####` (to the end of its line) or in the last `\boxed{}`; None if there is none.
+
+    There is no fallback to the last number of the text, which would reward a format that was not asked for. `18`,
+    `18.00`, `$18`, `18 dollars`, `18.` are the same number; `18/3` and `18 or 19` are none.
+    """
+    if answer_format == "####":
+        _, marker, rest = text.rpartition("####")
+        if not marker:
+            return None
+        span = rest.strip(" \t").partition("\n")[0]
+    else:
+        boxed = _last_boxed(text)
+        if boxed is None:
+            return None
+        span = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r" \1", boxed)
+        span = span.replace("{,}", ",").replace("\\%", "%").replace("\\$", "$")
+        span = re.sub(r"\\[,!;: ]", "", span)  # LaTeX's thin spaces, as in 1\,000
+    # U+2212 is the minus sign that typeset text has.
+    match = _NUMBER.fullmatch(span.replace("\u2212", "-").strip().strip("*$").strip())
+    if match is None:
+        return None
+    value = decimal.Decimal(match[3].replace(",", ""))
+    return -value if (match[1] or match[2] or "+") == "-" else value
+
+
+def _last_boxed(text: str) -> str | None:
+    """What is inside the last `\\boxed{...}`, braces balanced."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    start += len("\\boxed{")
+    depth = 1
+    for i in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[start:i]
+    return None
+
+
+def _stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The tokenizer's end token first, then the others of generation_config.json (Qwen3 has two)."""
+    stop = [int(tokenizer.eos_token_id)]
+    path = pathlib.Path(tokenizer.name_or_path) / "generation_config.json"
+    if path.is_file():
+        try:
+            more = json.loads(path.read_text()).get("eos_token_id")
+        except (ValueError, AttributeError) as e:
+            raise ValueError(f"{path} is not a JSON object: {e}") from None
+        for token_id in more if isinstance(more, list) else [more]:
+            if token_id is not None and token_id not in stop:
+                stop.append(int(token_id))
+    return tuple(stop)

@@ -1,0 +1,202 @@
+import importlib.util
+import json
+import pathlib
+import re
+from decimal import Decimal
+
+import numpy as np
+import pytest
+
+from jdistill.tasks import create_task
+from jdistill.tasks.gsm8k import final_number
+
+DATA = pathlib.Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
+
+spec = importlib.util.spec_from_file_location("chat_tokenizer", pathlib.Path(__file__).with_name("chat_tokenizer.py"))
+chat_tokenizer = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(chat_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return chat_tokenizer.write_chat_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def make(tokenizer, tmp_path):
+    def make(train=None, test=None, *, tokenizer=tokenizer, max_prompt_tokens=None, **options):
+        good = json.dumps({"question": "What is 70 plus 2?", "answer": "70 + 2 = <<70+2=72>>72\n#### 72"})
+        (tmp_path / "train.jsonl").write_text(good if train is None else train)
+        (tmp_path / "test.jsonl").write_text(good if test is None else test)
+        paths = {"train_path": str(tmp_path / "train.jsonl"), "test_path": str(tmp_path / "test.jsonl")}
+        return create_task("gsm8k", paths | options, tokenizer, max_prompt_tokens=max_prompt_tokens)
+
+    return make
+
+
+def completion(task, text, end=True):
+    ids = task.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return np.array([*ids, task.tokenizer.eos_token_id] if end else ids, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("So 70 + 2 = 72.\n#### 72", "72"),
+        ("####72", "72"),
+        ("#### $1,234.50.", "1234.50"),
+        ("#### -5", "-5"),
+        ("#### -$5", "-5"),
+        ("#### $-5", "-5"),
+        ("#### \u22125", "-5"),
+        ("#### 18 dollars", "18"),
+        ("#### 18.00", "18"),
+        ("#### .5", "0.5"),
+        ("#### 50%", "50"),
+        ("#### **18**", "18"),
+        ("#### 18\nIs that right?", "18"),
+        ("#### 17\nNo:\n#### 18", "18"),
+        ("72", None),  # another format than the one asked for
+        ("#### ", None),
+        ("#### seventy-two", None),
+        ("#### 18/3", None),
+        ("#### 18 or 19", None),
+        ("#### 18 19", None),
+        ("#### 1.2.3", None),
+        ("\\boxed{72}", None),
+    ],
+)
+def test_the_final_number_after_the_hashes(text, number):
+    assert final_number(text, "####") == (None if number is None else Decimal(number))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("The answer is $\\boxed{72}$.", "72"),
+        ("\\boxed{17} no, \\boxed{18}", "18"),
+        ("\\boxed{\\$1{,}234}", "1234"),
+        ("\\boxed{1\\,234\\text{ dollars}}", "1234"),
+        ("\\boxed{50\\%}", "50"),
+        ("\\boxed{-5}", "-5"),
+        ("\\boxed{\\frac{1}{2}}", None),
+        ("\\boxed{72", None),
+        ("#### 72", None),
+    ],
+)
+def test_the_final_number_in_a_box(text, number):
+    assert final_number(text, "boxed") == (None if number is None else Decimal(number))
+
+
+def test_the_prompt_is_what_the_chat_template_tokenizes(make):
+    for enable_thinking in (None, True, False):
+        task = make(enable_thinking=enable_thinking)
+        prompt_ids = task.train_problem(0).prompt_ids
+        content = 'What is 70 plus 2?\nLet\'s think step by step and output the final answer after "####".'
+        kwargs = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        expected = task.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **kwargs,
+        )
+        assert prompt_ids.tolist() == expected["input_ids"]
+        assert task.decode(prompt_ids).endswith("</think>\n\n") == (enable_thinking is False)
+    boxed = make(answer_format="boxed")
+    assert "within \\boxed{}.<|im_end|>" in boxed.decode(boxed.train_problem(0).prompt_ids)
+
+
+def test_solutions_follow_the_prompts_format(make):
+    def text(**options):
+        task = make(**options)
+        problem = task.train_problem(0)
+        assert task.reward(problem, task.solution_ids(problem)) == 1.0
+        return task.decode(task.solution_ids(problem))
+
+    assert text() == "70 + 2 = 72\n#### 72<|im_end|>"
+    assert text(keep_calculator=True) == "70 + 2 = <<70+2=72>>72\n#### 72<|im_end|>"
+    assert text(answer_format="boxed") == "70 + 2 = 72\n\\boxed{72}<|im_end|>"
+
+
+def test_a_completion_is_right_only_with_the_number_and_an_end(make):
+    task = make()
+    problem = task.eval_problems(1)[0]
+    assert task.stop_token_ids == (258, 256)  # the tokenizer's, and the other one of generation_config.json
+    assert task.reward(problem, completion(task, "#### 72.0")) == 1.0
+    assert task.reward(problem, completion(task, "#### 72", end=False)) == 0.0
+    assert task.reward(problem, np.array([*completion(task, "#### 72", end=False), 256], np.int32)) == 1.0
+    assert task.reward(problem, completion(task, "#### 73")) == 0.0
+    assert task.reward(problem, completion(task, "72")) == 0.0
+
+
+def test_every_epoch_visits_every_line_once_in_another_order(make):
+    lines = [{"question": f"What is {i}?", "answer": f"#### {i}"} for i in range(11)]
+    task = make("\n".join(map(json.dumps, lines)))
+    epochs = [[task.train_problem(11 * e + i).data["answer"] for i in range(11)] for e in range(3)]
+    assert all(sorted(map(int, epoch)) == list(range(11)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("", r"train.jsonl is empty: expected one"),
+        ("\n \n", r"train.jsonl is empty"),
+        ('{"question": "a", "answer": "#### 1"}\n{"question": ', r"train.jsonl line 2 is not JSON"),
+        ('\n["question"]', r"train.jsonl line 2: expected an object .* got list"),
+        ('{"question": "a"}', r"train.jsonl line 1: expected a text in 'answer', got None; fields: \['question'\]"),
+        ('{"question": 3, "answer": "#### 1"}', r"train.jsonl line 1: expected a text in 'question', got 3"),
+        ('{"question": "a", "answer": "72"}', r"train.jsonl line 1: expected an answer that ends in '#### number'"),
+        ('{"question": "a", "answer": "#### many"}', r"train.jsonl line 1: expected an answer that ends in"),
+    ],
+)
+def test_a_bad_file_is_an_error_that_names_file_and_line(make, train, message):
+    with pytest.raises(ValueError, match=message):
+        make(train)
+
+
+def test_a_file_that_is_not_text_is_an_error_that_names_file_and_line(make, tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes('{"question": "prix en £", "answer": "#### 1"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.jsonl line 1 is not JSON: 'utf-8' codec"):
+        make(train_path=str(tmp_path / "latin.jsonl"))
+
+
+def test_a_file_that_is_not_there_names_the_option_to_set(make):
+    with pytest.raises(ValueError, match=r"cannot read nowhere.jsonl \(No such file or directory\): set task.options"):
+        make(train_path="nowhere.jsonl")
+
+
+def test_a_prompt_over_the_limit_names_file_and_line(make):
+    long = json.dumps({"question": "x" * 200, "answer": "#### 1"})
+    with pytest.raises(
+        ValueError, match=r"test.jsonl line 1: the prompt has \d+ tokens, rollout.max_prompt_tokens is 150"
+    ):
+        make(test=long, max_prompt_tokens=150)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(make, tmp_path):
+    path = chat_tokenizer.write_chat_tokenizer(tmp_path / "base", chat_template=None)
+    with pytest.raises(ValueError, match=r"has no chat template.*use an instruction-tuned checkpoint"):
+        make(tokenizer=path)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the published GSM8K files are not in {DATA}")
+@pytest.mark.parametrize("answer_format", ["####", "boxed"])
+def test_every_published_solution_is_right_and_every_neighbours_answer_is_not(tokenizer, answer_format):
+    options = {"train_path": str(DATA / "train.jsonl"), "test_path": str(DATA / "test.jsonl")}
+    task = create_task("gsm8k", options | {"answer_format": answer_format}, tokenizer)
+    assert (task.num_train, task.num_eval) == (7473, 1319)
+    # The answer as the data set's authors cut it out of the text: independent of final_number.
+    published = [
+        re.search(r"#### (\-?[0-9\.\,]+)", json.loads(line)["answer"])[1].replace(",", "")
+        for line in (DATA / "test.jsonl").read_text().splitlines()
+    ]
+    problems = task.eval_problems(task.num_eval)
+    assert [Decimal(p.data["answer"]) for p in problems] == list(map(Decimal, published))
+    problems += [task.train_problem(i) for i in range(task.num_train)]
+    for problem in problems:
+        assert task.reward(problem, task.solution_ids(problem)) == 1.0, problem.data
+        wrong = Decimal(problem.data["answer"]) + 1
+        text = f"#### {wrong}" if answer_format == "####" else f"\\boxed{{{wrong}}}"
+        assert task.reward(problem, completion(task, text)) == 0.0, problem.data
