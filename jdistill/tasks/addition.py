@@ -43,7 +43,8 @@ class Addition(Task):
         if missing or tokenizer.eos_token != END:
             raise ValueError(
                 f"task addition needs a tokenizer with one token for each of {CHARACTERS} and the end token {END}; "
-                f"this one ({tokenizer.name_or_path}) has no token for {missing}, its end token is {tokenizer.eos_token!r}: "
+                f"this one ({tokenizer.name_or_path}) has no token for {missing}, "
+                f"its end token is {tokenizer.eos_token!r}: "
                 "make the models with examples/addition/make_models.py"
             )
         self._text_of = {i: token for token, i in self._id_of.items()}

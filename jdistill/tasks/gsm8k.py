@@ -51,7 +51,7 @@ class Gsm8k(Task):
         if not tokenizer.chat_template:
             raise ValueError(
                 f"the tokenizer in {tokenizer.name_or_path} has no chat template, which the prompts of gsm8k are "
-                "written with: use an instruction-tuned checkpoint, or put a chat_template.jinja beside its tokenizer.json"
+                "written with: use an instruction-tuned checkpoint, or put a chat_template.jinja beside tokenizer.json"
             )
         if tokenizer.eos_token_id is None:
             raise ValueError(
