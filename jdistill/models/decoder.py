@@ -1,0 +1,259 @@
+"""Decoder: the transformer that all families share; they differ by flags of DecoderConfig.
+
+Parameters of all layers are stacked ([L, ...]) and the layers run in one `lax.scan`, so compile time does not grow with
+depth. Masters stay in their own dtype (float32) and are cast at use; norms, rotary embeddings and softmax are float32.
+
+Dimension key: B sequences, S tokens, M cache slots, L layers, D width, N query heads, K key-value heads, H head_dim,
+F MLP width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jdistill.models.config import DecoderConfig
+
+Remat = Literal["none", "layer"]
+
+
+class KVCache(NamedTuple):
+    """Keys and values of all layers, at the slot of their position."""
+
+    k: Float[Array, "L B M K H"]
+    v: Float[Array, "L B M K H"]
+
+
+def init_cache(config: DecoderConfig, batch: int, max_len: int, dtype: jnp.dtype | str) -> KVCache:
+    """An empty cache for `batch` sequences of up to `max_len` tokens."""
+    shape = (config.num_layers, batch, max_len, config.num_kv_heads, config.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One parameter: its shape, the logical axis of each dim (see partitioning.MESH_AXES), and how it starts."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: Literal["normal", "ones", "zeros"]
+
+
+def param_specs(config: DecoderConfig) -> dict[str, ParamSpec]:
+    """Every parameter of a decoder by its dotted name, e.g. "layers.query"."""
+    L, D, N, K = config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads
+    H, F, V = config.head_dim, config.intermediate_size, config.vocab_size
+    specs = {
+        "embed": ParamSpec((V, D), ("vocab", "width"), "normal"),
+        "layers.attention_norm": ParamSpec((L, D), ("layer", None), "ones"),
+        "layers.query": ParamSpec((L, D, N, H), ("layer", "width", "heads", None), "normal"),
+        "layers.key": ParamSpec((L, D, K, H), ("layer", "width", "kv_heads", None), "normal"),
+        "layers.value": ParamSpec((L, D, K, H), ("layer", "width", "kv_heads", None), "normal"),
+        "layers.output": ParamSpec((L, N, H, D), ("layer", "heads", None, "width"), "normal"),
+        "layers.mlp_norm": ParamSpec((L, D), ("layer", None), "ones"),
+        "layers.gate": ParamSpec((L, D, F), ("layer", "width", "mlp"), "normal"),
+        "layers.up": ParamSpec((L, D, F), ("layer", "width", "mlp"), "normal"),
+        "layers.down": ParamSpec((L, F, D), ("layer", "mlp", "width"), "normal"),
+        "final_norm": ParamSpec((D,), (None,), "ones"),
+    }
+    if config.qk_norm:
+        specs["layers.query_norm"] = ParamSpec((L, H), ("layer", None), "ones")
+        specs["layers.key_norm"] = ParamSpec((L, H), ("layer", None), "ones")
+    if config.qkv_bias:
+        specs["layers.query_bias"] = ParamSpec((L, N, H), ("layer", "heads", None), "zeros")
+        specs["layers.key_bias"] = ParamSpec((L, K, H), ("layer", "kv_heads", None), "zeros")
+        specs["layers.value_bias"] = ParamSpec((L, K, H), ("layer", "kv_heads", None), "zeros")
+    if config.output_bias:
+        specs["layers.output_bias"] = ParamSpec((L, D), ("layer", None), "zeros")
+    if config.mlp_bias:
+        specs["layers.gate_bias"] = ParamSpec((L, F), ("layer", "mlp"), "zeros")
+        specs["layers.up_bias"] = ParamSpec((L, F), ("layer", "mlp"), "zeros")
+        specs["layers.down_bias"] = ParamSpec((L, D), ("layer", None), "zeros")
+    if not config.tie_word_embeddings:
+        specs["head"] = ParamSpec((D, V), ("width", "vocab"), "normal")
+    return specs
+
+
+class Layers(nnx.Module):
+    """The stacked parameters of all layers, one attribute each."""
+
+
+class Decoder(nnx.Module):
+    """A causal language model without its loss.
+
+    Args:
+        config: shape and flags.
+        rngs: for the random start; weights are normal with `config.initializer_range`, biases 0, norms 1.
+        compute_dtype: of activations and of the parameters at use.
+        remat: "layer" keeps only each layer's input for the backward pass, "none" everything.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        compute_dtype: jnp.dtype | str = "float32",
+        remat: Remat = "none",
+    ):
+        if remat not in ("none", "layer"):
+            raise ValueError(f"remat = {remat!r}: expected 'none' or 'layer'")
+        self.config = config
+        self.compute_dtype = jnp.dtype(compute_dtype)
+        self.remat = remat
+        self.layers = Layers()
+        for name, spec in param_specs(config).items():
+            owner, _, attribute = name.rpartition(".")
+            if spec.init == "normal":
+                value = config.initializer_range * jax.random.normal(rngs.params(), spec.shape, jnp.float32)
+            else:
+                value = jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, jnp.float32)
+            setattr(self.layers if owner else self, attribute, nnx.Param(value))
+
+    def __call__(
+        self,
+        tokens_BS: Int[Array, "B S"],
+        positions_BS: Int[Array, "B S"],
+        *,
+        segment_ids_BS: Int[Array, "B S"] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
+        """Hidden states after the final norm, in compute dtype, and the cache with these tokens in it.
+
+        Without a cache a token attends to itself and the tokens before it in its row, and with `segment_ids_BS` only to
+        those of its own segment (packed rows). With a cache the keys and values of a token are written to the slot of
+        its position, and it attends to all slots up to that one: right-padded prompts need no lengths, since what
+        padding wrote is overwritten before anything attends to it. A position >= M writes nothing (an idle row).
+
+        Args:
+            tokens_BS: ids in [0, V); padding too (an id outside gives NaN).
+            positions_BS: rotary position, and slot in the cache; not negative.
+            segment_ids_BS: only without a cache.
+            cache: from `init_cache` or the previous call. Donate it to update it in place.
+        """
+        if cache is not None and segment_ids_BS is not None:
+            raise ValueError("segment_ids_BS with a cache: packed rows cannot be decoded; give one of the two")
+        with jax.default_matmul_precision(_matmul_precision(self.compute_dtype)):
+            return self._forward(tokens_BS, positions_BS, segment_ids_BS, cache)
+
+    def _forward(self, tokens_BS, positions_BS, segment_ids_BS, cache):
+        config, dtype = self.config, self.compute_dtype
+        num_slots = tokens_BS.shape[1] if cache is None else cache.k.shape[2]
+        rotation = _rotation(config, positions_BS)
+        mask_B1SM: Bool[Array, "B 1 S M"] | None = None
+        if cache is not None:
+            mask_B1SM = (jnp.arange(num_slots) <= positions_BS[:, :, None])[:, None]
+        elif segment_ids_BS is not None:
+            mask_B1SM = (segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :])[:, None]
+
+        def attention(x_BSD, w, cached):
+            q_BSNH = jnp.einsum("BSD,DNH->BSNH", x_BSD, w["query"].astype(dtype))
+            k_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BSD, w["key"].astype(dtype))
+            v_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BSD, w["value"].astype(dtype))
+            if config.qkv_bias:
+                q_BSNH += w["query_bias"].astype(dtype)
+                k_BSKH += w["key_bias"].astype(dtype)
+                v_BSKH += w["value_bias"].astype(dtype)
+            if config.qk_norm:
+                q_BSNH = _rms_norm(q_BSNH, w["query_norm"], config.rms_norm_eps)
+                k_BSKH = _rms_norm(k_BSKH, w["key_norm"], config.rms_norm_eps)
+            q_BSNH, k_BSKH = _rotate(q_BSNH, rotation), _rotate(k_BSKH, rotation)
+            if cached is not None:
+                k_LBMKH, v_LBMKH, layer = cached
+                k_LBMKH = _write(k_LBMKH, layer, positions_BS, k_BSKH)
+                v_LBMKH = _write(v_LBMKH, layer, positions_BS, v_BSKH)
+                cached = (k_LBMKH, v_LBMKH, layer)
+                k_BSKH, v_BSKH = k_LBMKH[layer].astype(dtype), v_LBMKH[layer].astype(dtype)
+            # The public attention keeps logits and softmax in float32 whatever the inputs' dtype.
+            a_BSNH = jax.nn.dot_product_attention(q_BSNH, k_BSKH, v_BSKH, mask=mask_B1SM, is_causal=cached is None)
+            y_BSD = jnp.einsum("BSNH,NHD->BSD", a_BSNH, w["output"].astype(dtype))
+            return (y_BSD + w["output_bias"].astype(dtype) if config.output_bias else y_BSD), cached
+
+        def mlp(x_BSD, w):
+            gate_BSF = jnp.einsum("BSD,DF->BSF", x_BSD, w["gate"].astype(dtype))
+            up_BSF = jnp.einsum("BSD,DF->BSF", x_BSD, w["up"].astype(dtype))
+            if config.mlp_bias:
+                gate_BSF += w["gate_bias"].astype(dtype)
+                up_BSF += w["up_bias"].astype(dtype)
+            y_BSD = jnp.einsum("BSF,FD->BSD", jax.nn.silu(gate_BSF) * up_BSF, w["down"].astype(dtype))
+            return y_BSD + w["down_bias"].astype(dtype) if config.mlp_bias else y_BSD
+
+        def block(x_BSD, w, cached):
+            y_BSD, cached = attention(_rms_norm(x_BSD, w["attention_norm"], config.rms_norm_eps), w, cached)
+            x_BSD = x_BSD + y_BSD
+            return x_BSD + mlp(_rms_norm(x_BSD, w["mlp_norm"], config.rms_norm_eps), w), cached
+
+        weights = {name: param[...] for name, param in nnx.state(self.layers, nnx.Param).items()}
+        x_BSD = jnp.take(self.embed[...], tokens_BS, axis=0, mode="fill", fill_value=jnp.nan).astype(dtype)
+        if cache is None:
+
+            def step(x_BSD, w):
+                return block(x_BSD, w, None)[0], None
+
+            # prevent_cse=False: inside scan nothing can be merged with the first forward pass, and the barrier costs.
+            step = jax.checkpoint(step, prevent_cse=False) if self.remat == "layer" else step
+            x_BSD, _ = jax.lax.scan(step, x_BSD, weights)
+        else:
+
+            def cached_step(carry, per_layer):
+                x_BSD, k_LBMKH, v_LBMKH = carry
+                w, layer = per_layer
+                x_BSD, (k_LBMKH, v_LBMKH, _) = block(x_BSD, w, (k_LBMKH, v_LBMKH, layer))
+                return (x_BSD, k_LBMKH, v_LBMKH), None
+
+            # The whole cache is carried and written at [layer, row, position]: as inputs and outputs of the scan, each
+            # step would copy all of it.
+            layers = jnp.arange(config.num_layers)
+            (x_BSD, *kv), _ = jax.lax.scan(cached_step, (x_BSD, *cache), (weights, layers))
+            cache = KVCache(*kv)
+        return _rms_norm(x_BSD, self.final_norm[...], config.rms_norm_eps), cache
+
+    def head_DV(self) -> Float[Array, "D V"]:  # noqa: N802
+        """The output projection in compute dtype: the transposed embedding where they are tied."""
+        table = self.embed[...].T if self.config.tie_word_embeddings else self.head[...]
+        return table.astype(self.compute_dtype)
+
+    def logits(self, hidden: Float[Array, "*tokens D"]) -> Float[Array, "*tokens V"]:
+        """float32 logits of hidden states."""
+        with jax.default_matmul_precision(_matmul_precision(self.compute_dtype)):
+            return jnp.einsum("...D,DV->...V", hidden, self.head_DV(), preferred_element_type=jnp.float32)
+
+
+def _matmul_precision(dtype: jnp.dtype) -> str:
+    # On NVIDIA GPUs the default for float32 is TF32, whose 10-bit mantissa is not what float32 promises.
+    return "highest" if dtype == jnp.float32 else "default"
+
+
+def _rms_norm(x, scale, epsilon: float):
+    x32 = x.astype(jnp.float32)
+    x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def _rotation(config: DecoderConfig, positions_BS):
+    """float32 (cos, sin), each [B, S, 1, H/2]."""
+    angles = positions_BS[:, :, None, None].astype(jnp.float32) * config.rope.inverse_frequencies(config.head_dim)
+    return config.rope.attention_factor * jnp.cos(angles), config.rope.attention_factor * jnp.sin(angles)
+
+
+def _rotate(x_BSNH, rotation):
+    """Rotates the pairs (i, i + H/2), the layout of Hugging Face's weights."""
+    cos, sin = rotation
+    first, second = jnp.split(x_BSNH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BSNH.dtype)
+
+
+def _write(cache_LBMKH, layer, positions_BS, x_BSKH):
+    """Puts x at [layer, row, position]; a position outside the cache writes nothing."""
+
+    # vmap makes the rows batch dims of one scatter, so a cache that is sharded by rows stays where it is.
+    def write_row(cache_LMKH, positions_S, x_SKH):
+        return cache_LMKH.at[layer, positions_S].set(x_SKH.astype(cache_LMKH.dtype), mode="drop")
+
+    return jax.vmap(write_row, in_axes=(1, 0, 0), out_axes=1)(cache_LBMKH, positions_BS, x_BSKH)

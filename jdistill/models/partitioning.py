@@ -1,0 +1,38 @@
+"""Logical axes -> mesh axes: the one table that says how parameters are sharded."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jdistill.models.decoder import Decoder, param_specs
+
+# Logical axis (declared beside each parameter in decoder.param_specs) -> mesh axis. "data" shards no parameter.
+MESH_AXES = {
+    "layer": None,  # scanned over: every device needs its part of every layer
+    "width": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+
+def param_shardings(decoder: Decoder, mesh: Mesh) -> nnx.State:
+    """The sharding of every parameter, in the structure of `nnx.state(decoder, nnx.Param)`.
+
+    A dim that its mesh axis does not divide (2 key-value heads over 4 tensor devices) is replicated on that axis.
+    """
+    specs = param_specs(decoder.config)
+
+    def sharding(path: tuple, _: jax.Array) -> NamedSharding:
+        spec = specs[".".join(map(str, path))]
+        axes = []
+        for size, logical in zip(spec.shape, spec.axes, strict=True):
+            axis = MESH_AXES[logical] if logical is not None else None
+            axes.append(axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None)
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    state = nnx.state(decoder, nnx.Param)
+    return nnx.map_state(lambda path, variable: variable.replace(sharding(path, variable[...])), state)

@@ -1,0 +1,1 @@
+"""Qwen3 (dense): query and key norms, head_dim of its own."""

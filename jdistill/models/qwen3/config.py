@@ -1,0 +1,46 @@
+"""config.json of Qwen3 -> DecoderConfig."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jdistill.models.config import DecoderConfig, HFFields, hf_fields
+from jdistill.models.qwen2.config import refuse_sliding_window
+
+ARCHITECTURE = "Qwen3ForCausalLM"
+
+
+def from_hf(fields: HFFields) -> DecoderConfig:
+    """Defaults are those of transformers' Qwen3Config, where sizes that matter have none."""
+    attention_bias = fields.take("attention_bias", bool, False)
+    num_layers = fields.take("num_hidden_layers", int)
+    num_heads = fields.take("num_attention_heads", int)
+    max_position_embeddings = fields.take("max_position_embeddings", int, 32768)
+    refuse_sliding_window(fields, num_layers)
+    return DecoderConfig(
+        family="qwen3",
+        vocab_size=fields.take("vocab_size", int),
+        hidden_size=fields.take("hidden_size", int),
+        intermediate_size=fields.take("intermediate_size", int),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=fields.take("num_key_value_heads", int, num_heads),
+        head_dim=fields.take("head_dim", int, 128),
+        max_position_embeddings=max_position_embeddings,
+        rms_norm_eps=fields.take("rms_norm_eps", float, 1e-6),
+        rope=fields.rope(max_position_embeddings=max_position_embeddings),
+        qk_norm=True,
+        qkv_bias=attention_bias,
+        output_bias=attention_bias,
+        tie_word_embeddings=fields.take("tie_word_embeddings", bool, False),
+        initializer_range=fields.take("initializer_range", float, 0.02),
+    )
+
+
+def to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json that `from_hf` reads back."""
+    return {
+        "architectures": [ARCHITECTURE],
+        **hf_fields(config),
+        "attention_bias": config.qkv_bias,
+    }
