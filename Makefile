@@ -63,9 +63,12 @@ tune: $(STUDENT)/.student  ## every arm over the same grid of learning rates
 	@$(STUDENT)/bin/python benchmarks/tune_addition.py
 
 warmup: $(STUDENT)/.student  ## train the demo's teacher and student again from nothing (examples/addition)
-	@$(STUDENT)/bin/python examples/addition/make_models.py
-	@$(STUDENT)/bin/jdistill train examples/addition/teacher.yaml --overwrite
-	@$(STUDENT)/bin/jdistill train examples/addition/student.yaml --overwrite
+	@$(STUDENT)/bin/python examples/addition/make_models.py runs/warmup
+	@for model in teacher student; do \
+	  $(STUDENT)/bin/jdistill train examples/addition/$$model.yaml --overwrite && \
+	  rm -rf examples/addition/$$model && \
+	  $(STUDENT)/bin/jdistill export runs/warmup/$$model-run --to examples/addition/$$model --dtype bfloat16 || exit 1; \
+	done
 
 test: $(STUDENT)/.dev $(VLLM)/.vllm  ## all tests, real vLLM included
 	@JDISTILL_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(STUDENT)/bin/python -m pytest

@@ -210,9 +210,10 @@ class _Trainer:
                         self._save()
                 self.progress.step(self.step, values | timings)
         except BaseException as e:
-            if self.step > (self.checkpoints.latest_step() or 0):
-                self._save()
-            e.add_note(f"The state of step {self.step} is saved: the same command with --resume goes on from there.")
+            if self.step:
+                if self.step != self.checkpoints.latest_step():
+                    self._save()
+                e.add_note(f"The state of step {self.step} is saved: the same command with --resume goes on from there.")
             raise
 
     def _save(self) -> None:

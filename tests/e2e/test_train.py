@@ -1,0 +1,204 @@
+"""`jdistill train` as a user runs it: real processes, real gRPC, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+REPO = pathlib.Path(__file__).parents[2]
+NUM_STEPS = 7
+SMALL = [
+    f"num_steps={NUM_STEPS}",
+    "rollout.num_prompts=4",
+    "rollout.num_completions=4",
+    "eval.every=3",
+    "eval.num_prompts=16",
+    "checkpoint.every=2",
+]
+
+
+def start(run_dir: pathlib.Path, *overrides: str) -> subprocess.Popen[str]:
+    options = [word for word in overrides if word.startswith("--")]
+    values = [word for word in overrides if not word.startswith("--")]
+    return subprocess.Popen(
+        [sys.executable, "-m", "jdistill.cli", "train", *options, "configs/demo.yaml", *SMALL, f"run_dir={run_dir}", *values],
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0, timeout_s: float = 240) -> str:
+    output, _ = process.communicate(timeout=timeout_s)
+    assert process.returncode == code, output
+    return output
+
+
+def wait_for_step(process: subprocess.Popen[str], run_dir: pathlib.Path, step: int) -> None:
+    give_up = time.monotonic() + 200
+    while time.monotonic() < give_up:
+        if num_lines(run_dir) > step:  # step 0 has a line too
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was never reached")
+
+
+def num_lines(run_dir: pathlib.Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def sidecar_pid(run_dir: pathlib.Path) -> int:
+    """The process that runs `jdistill teacher` with this run's port file."""
+    wanted = str(run_dir / "teacher.port").encode()
+    for proc in pathlib.Path("/proc").iterdir():
+        if proc.name.isdigit():
+            try:
+                if wanted in (proc / "cmdline").read_bytes().split(b"\0"):
+                    return int(proc.name)
+            except OSError:
+                continue
+    raise AssertionError("no sidecar runs")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until_gone(pid: int, timeout_s: float = 20) -> None:
+    give_up = time.monotonic() + timeout_s
+    while is_running(pid):
+        assert time.monotonic() < give_up, f"process {pid} still runs"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    finish(start(run_dir))
+    return run_dir
+
+
+def metrics(run_dir: pathlib.Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_reports_every_step_and_learns_from_the_teacher(uninterrupted: pathlib.Path) -> None:
+    lines = metrics(uninterrupted)
+    assert [line["step"] for line in lines] == list(range(NUM_STEPS + 1))
+    assert [line["step"] for line in lines if "eval/accuracy" in line] == [0, 3, 6, 7]
+    assert all(line["reverse_kl"] > 0 for line in lines[1:])
+    assert lines[-1]["reverse_kl"] < lines[1]["reverse_kl"]
+    # The sampler and the trainer are two programs: they must agree on the probability of what was sampled.
+    assert max(line["sampler_logprob_error_max"] for line in lines[1:]) < 1e-3
+
+
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(uninterrupted: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    run_dir = tmp_path / "killed"
+    process = start(run_dir)
+    wait_for_step(process, run_dir, 5)
+    pid = sidecar_pid(run_dir)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    wait_until_gone(pid)  # the sidecar of a trainer that was killed outright
+    finish(start(run_dir, "--resume"))
+    assert (run_dir / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
+
+
+def test_a_teacher_that_dies_is_restarted_and_changes_no_number(uninterrupted: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    run_dir = tmp_path / "teacher_dies"
+    process = start(run_dir)
+    wait_for_step(process, run_dir, 3)
+    os.kill(sidecar_pid(run_dir), signal.SIGKILL)
+    output = finish(process)
+    assert "restart 1" in output
+    assert (run_dir / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
+
+
+def test_sigterm_saves_the_state_and_takes_the_sidecar_down(tmp_path: pathlib.Path) -> None:
+    run_dir = tmp_path / "terminated"
+    process = start(run_dir)
+    wait_for_step(process, run_dir, 1)
+    pid = sidecar_pid(run_dir)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, code=128 + signal.SIGTERM)
+    assert "--resume" in output
+    assert not is_running(pid)
+    saved = max(int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit())
+    assert saved == metrics(run_dir)[-1]["step"]
+
+
+def test_a_teacher_that_stays_away_stops_the_run_with_its_state_saved(tmp_path: pathlib.Path) -> None:
+    port_file = tmp_path / "port"
+    teacher = subprocess.Popen(
+        [sys.executable, "-m", "jdistill.cli", "teacher", "--engine", "jax", "--model", "examples/addition/teacher"]
+        + ["--dtype", "float32", "--port", "0", "--port-file", str(port_file)],
+        cwd=REPO,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not port_file.exists():
+            assert teacher.poll() is None
+            time.sleep(0.1)
+        endpoint = f"127.0.0.1:{port_file.read_text().strip()}"
+        run_dir = tmp_path / "abandoned"
+        process = start(run_dir, "teacher.spawn=null", f"teacher.endpoints=['{endpoint}']", "teacher.deadline_s=3")
+        wait_for_step(process, run_dir, 2)
+    finally:
+        teacher.kill()
+        teacher.wait()
+    output = finish(process, code=1)
+    assert endpoint in output
+    assert "--resume" in output
+    assert any(path.name.isdigit() for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_nan_stops_the_run_before_it_reaches_the_weights(tmp_path: pathlib.Path) -> None:
+    output = finish(start(tmp_path / "nan", "optimizer.learning_rate=1e38", "optimizer.warmup_steps=0"), code=1)
+    assert "NaN" in output
+    assert "optimizer.learning_rate" in output
+
+
+def test_a_student_with_another_tokenizer_is_refused(tmp_path: pathlib.Path) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(REPO / "examples/addition/student", student)
+    text = (student / "tokenizer.json").read_text()
+    tokenizer = json.loads(text)
+    vocab = tokenizer["model"]["vocab"]
+    vocab["1"], vocab["2"] = vocab["2"], vocab["1"]
+    (student / "tokenizer.json").write_text(json.dumps(tokenizer))
+    output = finish(start(tmp_path / "run", f"model.path={student}"), code=1)
+    assert "tokenizer" in output
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["optimizer.learning_rat=1e-4"], "did you mean optimizer.learning_rate"),
+        (["model.path=no/such/checkpoint"], "no/such/checkpoint"),
+        (["rollout.max_new_tokens=4000"], "max_position_embeddings"),
+        (["teacher.endpoints=['127.0.0.1:1']"], "exactly one of teacher.endpoints"),
+        (["task.name=additoin"], "did you mean addition"),
+        (["teacher.spawn.engine=vlm"], "did you mean vllm"),
+    ],
+)
+def test_a_wrong_configuration_is_answered_with_the_remedy(tmp_path: pathlib.Path, overrides: list[str], says: str) -> None:
+    process = start(tmp_path / "run", *overrides)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode in (1, 2)
+    assert says in output
+    assert "Traceback" not in output
