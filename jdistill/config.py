@@ -176,6 +176,7 @@ class TeacherServerConfig(Section):
     model: str  # checkpoint directory
     served_name: str | None = None  # default: the directory's name
     host: str = "127.0.0.1"
+    insecure: bool = False  # allow a host beyond loopback without encryption or authentication
     port: int = pydantic.Field(50051, ge=0, le=65535)  # 0: any free one; see port_file
     port_file: str | None = None  # where the bound port is written once the server listens
     dtype: str = "auto"  # auto: the checkpoint's
@@ -189,12 +190,17 @@ class TeacherServerConfig(Section):
 C = TypeVar("C", bound=Section)
 
 
-def load(schema: type[C], path: str | pathlib.Path, overrides: Sequence[str] = ()) -> C:
-    """Reads a YAML file and applies `section.key=value` overrides (values are YAML).
+def load(schema: type[C], path: str | pathlib.Path | None, overrides: Sequence[str] = ()) -> C:
+    """Reads a YAML file (None: begins with nothing) and applies `section.key=value` overrides (values are YAML).
 
     Raises:
         ConfigError: unreadable file, unknown key, wrong type, contradiction.
     """
+    if path is None:
+        data: Any = {}
+        for override in overrides:
+            _apply(data, override)
+        return parse(schema, data, source="command line")
     path = pathlib.Path(path)
     try:
         data = YAML(typ="safe").load(path.read_text())
@@ -262,7 +268,9 @@ def _explain(schema: type[Section], error: Any, source: str) -> str:
         section = _section_at(schema, loc[:-1])
         names = list(section.model_fields) if section is not None else []
         near = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*map(str, loc[:-1]), near[0]])}?" if near else f"valid keys: {', '.join(names)}"
+        hint = (
+            f"did you mean {'.'.join([*map(str, loc[:-1]), near[0]])}?" if near else f"valid keys: {', '.join(names)}"
+        )
         return f"{source}: unknown key {key}; {hint}"
     if error["type"] == "missing":
         return f"{source}: missing key {key}"

@@ -1,9 +1,9 @@
 """From concurrent calls to padded batches: the base of the engines that score one batch at a time (transformers, jax).
 
-Sequences of all calls wait in one queue. A batch is led by the longest sequence that is left of the oldest call, so no call
-waits for ever and a single call is cut into the same batches every time; it is filled with sequences of similar length, the
-oldest call's first, up to a budget of padded tokens. One worker thread loads, scores and frees, so that an engine
-may keep thread-local state (a mesh, an inference mode) and never sees two batches at once.
+Sequences of all calls wait in one queue. A batch is led by the longest sequence that is left of the oldest call, so no
+call waits for ever and a single call is cut into the same batches every time; it is filled with sequences of similar
+length, the oldest call's first, up to a budget of padded tokens. One worker thread loads, scores and frees, so that an
+engine may keep thread-local state (a mesh, an inference mode) and never sees two batches at once.
 
 Dimension key: N scored positions of a whole batch, sequence after sequence; K teacher top-k; C candidates.
 """
@@ -21,6 +21,7 @@ import numpy as np
 
 from jdistill.config import TeacherServerConfig
 from jdistill.teacher.engines.base import Engine
+from jdistill.wire.codec import token_crc
 from jdistill.wire.errors import EngineDeadError, TeacherError, UnavailableError
 from jdistill.wire.types import SequenceToScore, TokenScores
 
@@ -113,8 +114,8 @@ class BatchedEngine(Engine):
             EngineDeadError: the engine is gone for good. Any other exception fails these sequences only.
         """
 
-    def unload(self) -> None:  # noqa: B027  (most engines hold nothing that the garbage collector does not free)
-        """Frees what `load` took."""
+    def unload(self) -> None:
+        """Frees what `load` took; most engines hold nothing that the garbage collector does not free."""
 
     async def score(
         self, sequences: Sequence[SequenceToScore], *, top_k: int = 0, temperature: float = 1.0
@@ -205,14 +206,12 @@ def split_scores(
 
     Args:
         sequences: B sequences.
-        scored_ids: B arrays, the ids that went through the model (read them back from the batch that the engine built, not
-            from `sequences`: the checksum over them is how a client finds a mix-up).
+        scored_ids: B arrays, the ids that went through the model (read them back from the batch that the engine built,
+            not from `sequences`: the checksum over them is how a client finds a mix-up).
         logprobs_N: of the tokens at the scored positions, sequence after sequence, in nats.
         top_ids_NK, top_logprobs_NK: most likely first; or None.
         candidate_logprobs_NC: in the order of the sequences' candidates; or None.
     """
-    from jdistill.wire.codec import token_crc
-
     counts = [sequence.num_scored for sequence in sequences]
     if sum(counts) != len(logprobs_N):
         raise TeacherError(f"{len(logprobs_N)} log-probabilities for {sum(counts)} scored positions")

@@ -20,6 +20,12 @@ class InvalidRequestError(TeacherError, ValueError):
         self.sequence = sequence
 
 
+class ModelNotFoundError(InvalidRequestError):
+    """The teacher serves no model of that name."""
+
+    reason = "MODEL_NOT_FOUND"
+
+
 class UnsupportedError(TeacherError):
     """This engine cannot do what was asked; the message names the engine and the remedy."""
 

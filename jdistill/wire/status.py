@@ -21,6 +21,7 @@ MAX_MESSAGE_CHARS = 1000
 
 # Most special first; what is in none is INTERNAL.
 _CODES: tuple[tuple[type[errors.TeacherError], grpc.StatusCode], ...] = (
+    (errors.ModelNotFoundError, grpc.StatusCode.NOT_FOUND),
     (errors.InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.UnsupportedError, grpc.StatusCode.UNIMPLEMENTED),
     (errors.FingerprintMismatchError, grpc.StatusCode.FAILED_PRECONDITION),
@@ -34,6 +35,7 @@ _BY_REASON = {
     for error in (
         errors.TeacherError,
         errors.InvalidRequestError,
+        errors.ModelNotFoundError,
         errors.UnsupportedError,
         errors.FingerprintMismatchError,
         errors.UnavailableError,
@@ -100,7 +102,7 @@ def to_status(
 
 
 def from_rpc_error(error: Any, endpoint: str) -> errors.TeacherError:
-    """The TeacherError of a failed call (AioRpcError, or an RpcError that is a Call); its text begins with `endpoint`."""
+    """The TeacherError of a failed call (AioRpcError, or an RpcError that is a Call); the text begins with `endpoint`."""
     code, details = error.code(), error.details() or ""
     reason, metadata = _error_info(error)
     kind = _BY_REASON.get(reason) if reason is not None else None

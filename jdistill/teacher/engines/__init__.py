@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import importlib
 
@@ -20,16 +21,21 @@ ENGINES = {
 EXTRAS = {"vllm": "vllm", "transformers": "transformers", "jax": "student", "fake": "server"}
 
 
+def check_engine_name(name: str) -> None:
+    """Raises ConfigError, with the nearest name, if there is no such engine."""
+    if name not in ENGINES:
+        near = difflib.get_close_matches(name, ENGINES, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"no engine {name!r}; {hint}There are: {', '.join(ENGINES)}")
+
+
 def engine_class(name: str) -> type[Engine]:
     """The class behind `name`.
 
     Raises:
         ConfigError: no such engine, or its libraries are not installed here.
     """
-    if name not in ENGINES:
-        near = difflib.get_close_matches(name, ENGINES, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"no engine {name!r}{hint} There are: {', '.join(ENGINES)}.")
+    check_engine_name(name)
     module, _, attribute = ENGINES[name].partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
@@ -48,4 +54,6 @@ async def create_engine(config: TeacherServerConfig) -> Engine:
     Raises:
         ConfigError, ValueError: no such engine, a checkpoint that cannot be used, unknown engine_args.
     """
-    return await engine_class(config.engine).create(config)
+    # In a thread: importing torch or vLLM takes seconds, in which health checks are to be answered.
+    engine = await asyncio.to_thread(engine_class, config.engine)
+    return await engine.create(config)

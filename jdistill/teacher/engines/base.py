@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import AsyncIterator, Sequence
 
+from jdistill.config import TeacherServerConfig
 from jdistill.wire.types import ModelInfo, SequenceToScore, TokenScores
 
 
@@ -18,6 +19,15 @@ class Engine(abc.ABC):
     name: str  # the key in ENGINES
     version: str  # of the wrapped library
     info: ModelInfo
+
+    @classmethod
+    @abc.abstractmethod
+    async def create(cls, config: TeacherServerConfig) -> Engine:
+        """Loads the model without blocking the event loop for long: health checks are answered meanwhile.
+
+        Raises:
+            ValueError: the checkpoint or an entry of `config.engine_args` cannot be used; the message has the remedy.
+        """
 
     @abc.abstractmethod
     def score(

@@ -1,0 +1,125 @@
+"""`jdistill teacher`: serves a model's token log-probabilities over gRPC until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import types
+import typing
+from typing import Any
+
+from jdistill.config import ConfigError, TeacherServerConfig, load
+
+DESCRIPTION = """\
+Serve a model's token log-probabilities over gRPC.
+
+  jdistill teacher --engine vllm --model checkpoints/Qwen3-14B --tensor-parallel-size 2
+  jdistill teacher --engine transformers --model checkpoints/Qwen3-0.6B --port 0 --port-file teacher.port
+  jdistill teacher configs/teacher_vllm.yaml model=checkpoints/Qwen3-14B engine_args.gpu_memory_utilization=0.9
+
+The port is bound first and the model loaded then: health (grpc.health.v1) says NOT_SERVING until calls are answered.
+SIGTERM or Ctrl-C ends the sidecar in order: calls that run may finish, new ones are refused. `jdistill probe HOST:PORT`
+says what runs there. Exit codes: 0 stopped, 1 the engine died, 2 it could not start as asked.
+"""
+
+# One line for each field of TeacherServerConfig.
+HELP = {
+    "engine": "what computes the scores: vllm, transformers or jax",
+    "model": "checkpoint directory: config.json, *.safetensors, tokenizer files",
+    "served_name": "name that clients see (default: the directory's name)",
+    "host": "address to listen on",
+    "insecure": "allow a host beyond loopback, without encryption or authentication",
+    "port": "port to listen on; 0: any free one, see --port-file",
+    "port_file": "file to which the port is written once the server answers",
+    "dtype": "float32, bfloat16, float16 or auto (the checkpoint's)",
+    "max_sequence_length": "longest sequence in tokens (default: the checkpoint's limit)",
+    "tensor_parallel_size": "GPUs over which each layer is spread (vllm)",
+    "max_batch_tokens": "padded tokens of one forward pass (transformers, jax)",
+    "drain_timeout_s": "seconds in which running calls may finish after SIGTERM",
+    "engine_args": "argument of the engine by its own name, e.g. gpu_memory_utilization=0.9; may be repeated",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """See jdistill.commands."""
+    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="configuration file; flags come on top of it")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the configuration file")
+    add_config_arguments(parser, HELP)
+    parser.add_argument(
+        "--exit-with-parent",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="PID",
+        help="end when the process that started this one ends (its PID, if given, is checked)",
+    )
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, help_of: dict[str, str]) -> None:
+    """Adds a flag for each field of TeacherServerConfig in `help_of`; absent ones stay None."""
+    for name, text in help_of.items():
+        field = TeacherServerConfig.model_fields[name]
+        flag = "--" + name.replace("_", "-")
+        if name == "engine_args":
+            parser.add_argument("--engine-arg", action="append", default=[], metavar="NAME=VALUE", help=text)
+            continue
+        if field.annotation is bool:
+            parser.add_argument(flag, action="store_const", const=True, help=text)
+            continue
+        kind = _plain_type(field.annotation)
+        default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
+        parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text + default)
+
+
+def config_of(args: argparse.Namespace, names: typing.Iterable[str], path: str | None, overrides: list[str]) -> Any:
+    """The TeacherServerConfig of a YAML file (or None), dotted overrides and the flags of `names`.
+
+    Raises:
+        ConfigError: a key is given twice, is unknown, missing or of the wrong type.
+    """
+    given = [override.partition("=")[0] for override in overrides]
+    assignments = list(overrides)
+    for name in names:
+        if name == "engine_args":
+            for assignment in args.engine_arg:
+                if "=" not in assignment:
+                    raise ConfigError(f"--engine-arg {assignment}: expected NAME=VALUE, e.g. max_num_seqs=64")
+                assignments.append(f"engine_args.{assignment}")
+                given.append(f"engine_args.{assignment.partition('=')[0]}")
+        elif getattr(args, name) is not None:
+            assignments.append(f"{name}={json.dumps(getattr(args, name))}")  # JSON is YAML, and says string or number
+            given.append(name)
+    for key in given:
+        if given.count(key) > 1:
+            raise ConfigError(f"{key} is given {given.count(key)} times; give it once")
+    if path is None:
+        for name, field in TeacherServerConfig.model_fields.items():
+            if field.is_required() and name not in given:
+                raise ConfigError(f"--{name} is missing ({HELP[name]})")
+    return load(TeacherServerConfig, path, assignments)
+
+
+def _plain_type(annotation: Any) -> type:
+    """`int` of `int | None`, and so on."""
+    if isinstance(annotation, types.UnionType):
+        (annotation,) = (kind for kind in typing.get_args(annotation) if kind is not type(None))
+    return annotation
+
+
+def run(args: argparse.Namespace) -> int:
+    """See jdistill.commands."""
+    from jdistill.teacher.server import exit_soon, exit_with_parent, serve
+
+    if args.exit_with_parent is not None:
+        exit_with_parent(args.exit_with_parent or None)
+    if args.config is not None and "=" in args.config:
+        raise ConfigError(f"{args.config}: changes come after a configuration file; without one use flags (--help)")
+    config = config_of(args, HELP, args.config, args.overrides)
+    logging.basicConfig(
+        level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
+    code = serve(config)
+    exit_soon(code)
+    return code

@@ -1,0 +1,120 @@
+"""An exact small model in numpy for tests: its log-probabilities tell position, token and the token before it.
+
+The logits at position t for token v after token u are 4 sin(0.9 t + 2.1 v + 0.37 u): a score that lands on another
+position, another token or another sequence is another number. It is a true distribution over its vocabulary, so top-k,
+candidates and temperature can be checked against `logprobs_PV`.
+
+Dimension key: P scored positions of one sequence, V vocabulary, K teacher top-k.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import pathlib
+from collections.abc import AsyncIterator, Sequence
+
+import numpy as np
+import pydantic
+
+import jdistill
+from jdistill.config import Section, TeacherServerConfig, parse
+from jdistill.teacher.engines.base import Engine
+from jdistill.wire.codec import token_crc
+from jdistill.wire.errors import EngineDeadError
+from jdistill.wire.types import ModelInfo, SequenceToScore, TokenScores
+
+
+class FakeOptions(Section):
+    """The engine_args of the fake engine."""
+
+    vocab_size: int = pydantic.Field(64, ge=2)
+    delay_s: float = pydantic.Field(0.0, ge=0)  # before each sequence's scores
+    load_s: float = pydantic.Field(0.0, ge=0)  # how long it pretends to load
+    fingerprint: str | None = None  # default: a hash of the options that change scores
+    tokenizer_fingerprint: str = ""
+    any_temperature: bool = True
+    max_top_k: int | None = None  # default: the vocabulary
+    max_candidate_count: int | None = None  # default: the vocabulary
+    die_on_token: int | None = None  # the engine dies when it sees this token, as vLLM's does
+    fail_on_token: int | None = None  # an unexpected exception when it sees this token
+
+
+def logprobs_PV(  # noqa: N802  (a shape suffix)
+    token_ids: np.ndarray, positions: np.ndarray, *, vocab_size: int, temperature: float = 1.0
+) -> np.ndarray:
+    """float64 [P, V]: the whole distribution at each of `positions` of the sequence, in nats."""
+    previous_P = np.asarray(token_ids, np.float64)[np.asarray(positions) - 1]
+    logits_PV = 4.0 * np.sin(0.9 * positions[:, None] + 2.1 * np.arange(vocab_size) + 0.37 * previous_P[:, None])
+    logits_PV /= temperature
+    return logits_PV - np.logaddexp.reduce(logits_PV, axis=1, keepdims=True)
+
+
+class FakeEngine(Engine):
+    """See the module. `num_cancelled` counts calls that were closed before their end."""
+
+    name = "fake"
+    version = jdistill.__version__
+
+    def __init__(self, config: TeacherServerConfig):
+        self.options = parse(FakeOptions, config.engine_args, source="engine_args of the fake engine")
+        vocab_size = self.options.vocab_size
+        max_top_k, max_candidates = self.options.max_top_k, self.options.max_candidate_count
+        self.info = ModelInfo(
+            model=config.served_name or pathlib.Path(config.model).name,
+            fingerprint=self.options.fingerprint or hashlib.sha256(f"fake {vocab_size}".encode()).hexdigest(),
+            tokenizer_fingerprint=self.options.tokenizer_fingerprint,
+            vocab_size=vocab_size,
+            max_sequence_length=config.max_sequence_length or 4096,
+            max_top_k=vocab_size if max_top_k is None else max_top_k,
+            max_candidate_count=vocab_size if max_candidates is None else max_candidates,
+            any_temperature=self.options.any_temperature,
+            dtype="float32",
+        )
+        self.num_cancelled = 0
+        self._dead = False
+
+    @classmethod
+    async def create(cls, config: TeacherServerConfig) -> FakeEngine:
+        """See Engine.create; reads nothing from `config.model`."""
+        engine = cls(config)
+        await asyncio.sleep(engine.options.load_s)
+        return engine
+
+    async def score(
+        self, sequences: Sequence[SequenceToScore], *, top_k: int = 0, temperature: float = 1.0
+    ) -> AsyncIterator[tuple[int, TokenScores]]:
+        """See Engine.score. Sequences finish in an order of their own, the last one first."""
+        finished = False
+        try:
+            for index in reversed(range(len(sequences))):
+                await asyncio.sleep(self.options.delay_s)
+                yield index, self._score(sequences[index], top_k, temperature)
+            finished = True
+        finally:
+            self.num_cancelled += not finished
+
+    async def close(self) -> None:
+        """See Engine.close."""
+        self._dead = True
+
+    def _score(self, sequence: SequenceToScore, top_k: int, temperature: float) -> TokenScores:
+        if self._dead or self.options.die_on_token in sequence.token_ids:
+            self._dead = True
+            raise EngineDeadError("the fake engine died")
+        if self.options.fail_on_token in sequence.token_ids:
+            raise RuntimeError("the fake engine failed as it was told to")
+        positions_P = sequence.scored_positions()
+        full_PV = logprobs_PV(
+            sequence.token_ids, positions_P, vocab_size=self.options.vocab_size, temperature=temperature
+        ).astype(np.float32)
+        full_PV = np.minimum(full_PV, 0.0)
+        top_ids_PK = np.argsort(-full_PV, axis=1, kind="stable")[:, :top_k].astype(np.int32) if top_k else None
+        candidates = sequence.candidate_ids
+        return TokenScores(
+            logprobs=full_PV[np.arange(len(positions_P)), sequence.token_ids[positions_P]],
+            top_ids=top_ids_PK,
+            top_logprobs=None if top_ids_PK is None else np.take_along_axis(full_PV, top_ids_PK, axis=1),
+            candidate_logprobs=None if candidates is None else np.take_along_axis(full_PV, candidates, axis=1),
+            token_crc=token_crc(sequence.token_ids),
+        )
