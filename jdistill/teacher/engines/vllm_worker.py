@@ -1,0 +1,188 @@
+"""Runs inside vLLM's worker processes: scores just the wanted positions and ids, in packed chunks, at any temperature.
+
+vLLM's own prompt log-probabilities project every prompt token onto the vocabulary, a request at a time, and know only the
+top-k. This extension (vLLM's `worker_extension_cls`) looks at the same hidden states, takes the rows that a request scores,
+of all requests of a step together, and returns per row what was asked. It reads private attributes of vLLM's first ("V1")
+model runner; `install` refuses what it does not know, and the engine checks it against vLLM's own numbers at every start.
+
+Results travel in `prompt_token_id_logprobs`, a float32 matrix a request that vLLM passes on untouched: column 0 the id of the
+scored token, 1 its log-probability, then C candidates, K top ids, K top log-probabilities. Ids are exact below 2**24.
+
+Dimension key: P scored positions of a request, n rows of a chunk, V vocabulary, C candidates, K top-k.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+
+KEY = "jdistill"  # in SamplingParams.extra_args
+CHUNK_LOGITS = 64 << 20  # 256 MiB in float32
+MAX_VOCAB_SIZE = 1 << 24
+# What is read of the model runner.
+RUNNER_ATTRIBUTES = (
+    "requests",
+    "input_batch",
+    "query_start_loc",
+    "model",
+    "_get_prompt_logprobs_dict",
+    "sample_tokens",
+)
+
+
+def request_args(
+    spans: tuple[tuple[int, int], ...], candidate_ids: np.ndarray | None, *, top_k: int, temperature: float
+) -> dict[str, Any]:
+    """What a request carries to the workers in `SamplingParams.extra_args`; candidate ids are int32 [P, C]."""
+    return {
+        KEY: {
+            "spans": [position for span in spans for position in span],
+            "candidate_count": 0 if candidate_ids is None else candidate_ids.shape[1],
+            "candidate_ids": b"" if candidate_ids is None else np.ascontiguousarray(candidate_ids, "<i4").tobytes(),
+            "top_k": top_k,
+            "temperature": temperature,
+        }
+    }
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Job:
+    """One request: what it asks, and the rows that are done."""
+
+    positions: np.ndarray  # [P], ascending token positions
+    targets: np.ndarray  # [P], the ids at those positions
+    candidates: np.ndarray  # [P, C]
+    top_k: int
+    temperature: float
+    result: torch.Tensor  # float32 [P, 2 + C + 2 K], on the CPU
+    done: np.ndarray  # bool [P]
+
+    @classmethod
+    def of(cls, args: dict[str, Any], prompt_token_ids: list[int]) -> _Job:
+        spans = args["spans"]
+        positions = np.concatenate(
+            [np.arange(start, stop) for start, stop in zip(spans[::2], spans[1::2], strict=True)]
+        )
+        C, K = args["candidate_count"], args["top_k"]
+        return cls(
+            positions=positions,
+            targets=np.asarray(prompt_token_ids, np.int64)[positions],
+            candidates=np.frombuffer(args["candidate_ids"], "<i4").reshape(len(positions), C).astype(np.int64),
+            top_k=K,
+            temperature=args["temperature"],
+            result=torch.empty((len(positions), 2 + C + 2 * K), dtype=torch.float32),
+            done=np.zeros(len(positions), bool),
+        )
+
+
+class ScoringWorker:
+    """Mixed into vLLM's worker class; methods are called by `collective_rpc`."""
+
+    def jdistill_install(self) -> str:
+        """Hooks into this worker's model runner. Returns "" or why it cannot."""
+        runner = self.model_runner
+        missing = [name for name in RUNNER_ATTRIBUTES if not hasattr(runner, name)]
+        if missing:
+            return f"{type(runner).__module__}.{type(runner).__name__} has no {', '.join(missing)}"
+        if runner.model_config.get_vocab_size() > MAX_VOCAB_SIZE:
+            return f"the vocabulary has more than {MAX_VOCAB_SIZE} ids"
+        _Scorer(runner)
+        return ""
+
+
+class _Scorer:
+    """The hooks on one model runner."""
+
+    def __init__(self, runner: Any):
+        self._runner = runner
+        self._jobs: dict[str, _Job] = {}
+        self._finished: dict[str, torch.Tensor] = {}
+        self._chunk = min(4096, max(64, CHUNK_LOGITS // runner.model_config.get_vocab_size()))
+        prompt_logprobs, sample_tokens = runner._get_prompt_logprobs_dict, runner.sample_tokens
+
+        def score_then_prompt_logprobs(hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
+            self._step(hidden_states, num_scheduled_tokens)
+            return prompt_logprobs(hidden_states, num_scheduled_tokens)
+
+        def sample_tokens_then_attach(*args: Any, **kwargs: Any) -> Any:
+            output = sample_tokens(*args, **kwargs)
+            finished, self._finished = self._finished, {}
+            if finished:
+                # With asynchronous scheduling the output is wrapped until its copies have arrived; ours already have.
+                inner = getattr(output, "_model_runner_output", output)
+                inner.prompt_token_id_logprobs_dict = {**inner.prompt_token_id_logprobs_dict, **finished}
+            return output
+
+        runner._get_prompt_logprobs_dict = score_then_prompt_logprobs
+        runner.sample_tokens = sample_tokens_then_attach
+
+    def _step(self, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> None:
+        """Scores the rows of one step; a long prompt comes in several."""
+        runner = self._runner
+        groups: dict[tuple[int, int], list[tuple[_Job, slice, int]]] = {}
+        complete: list[tuple[str, _Job]] = []
+        for req_id, num_tokens in num_scheduled_tokens.items():
+            request = runner.requests[req_id]
+            args = ((request.sampling_params and request.sampling_params.extra_args) or {}).get(KEY)
+            first = request.num_computed_tokens
+            if args is None or first >= len(request.prompt_token_ids):
+                continue
+            job = self._jobs.get(req_id)
+            if job is None:
+                job = self._jobs[req_id] = _Job.of(args, request.prompt_token_ids)
+            # The hidden state at token position i speaks of position i + 1.
+            lo, hi = np.searchsorted(job.positions, [first + 1, first + num_tokens + 1])
+            if lo < hi:
+                offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[req_id]]) - first
+                groups.setdefault((job.candidates.shape[1], job.top_k), []).append((job, slice(lo, hi), offset))
+            if first + num_tokens >= len(request.prompt_token_ids):
+                complete.append((req_id, job))
+        for pieces in groups.values():
+            self._score(hidden_states, pieces)
+        for req_id, job in complete:
+            del self._jobs[req_id]
+            if job.done.all():  # else nothing is attached, and the engine fails the request
+                self._finished[req_id] = job.result
+        if len(self._jobs) > len(num_scheduled_tokens):  # requests that were aborted half way
+            self._jobs = {req_id: job for req_id, job in self._jobs.items() if req_id in runner.requests}
+
+    def _score(self, hidden_states: torch.Tensor, pieces: list[tuple[_Job, slice, int]]) -> None:
+        """Fills `pieces`, which all have the same number of candidates and top-k: (job, its rows, row 0's offset)."""
+        device = hidden_states.device
+        top_k = pieces[0][0].top_k
+        rows = np.concatenate([job.positions[part] - 1 + offset for job, part, offset in pieces])
+        rows_N = torch.from_numpy(rows).to(device)
+        targets_N = torch.from_numpy(np.concatenate([job.targets[part] for job, part, _ in pieces])).to(device)
+        candidates_NC = torch.from_numpy(np.concatenate([job.candidates[part] for job, part, _ in pieces])).to(device)
+        temperatures = np.concatenate([np.full(part.stop - part.start, job.temperature) for job, part, _ in pieces])
+        temperatures_N1 = torch.from_numpy(temperatures.astype(np.float32)).to(device)[:, None]
+        results = []
+        for start in range(0, len(rows), self._chunk):
+            chunk = slice(start, start + self._chunk)
+            logits_nV = self._runner.model.compute_logits(hidden_states[rows_N[chunk]])
+            if logits_nV is None:  # tensor parallel: only one rank holds them, and only its output is used
+                continue
+            logits_nV = logits_nV.to(torch.float32) / temperatures_N1[chunk]
+            normalizer_n1 = torch.logsumexp(logits_nV, dim=-1, keepdim=True)
+            targets_n1 = targets_N[chunk, None]
+            columns = [
+                targets_n1.to(torch.float32),
+                logits_nV.gather(1, targets_n1) - normalizer_n1,
+                logits_nV.gather(1, candidates_NC[chunk]) - normalizer_n1,
+            ]
+            if top_k:
+                top_logits_nK, top_ids_nK = logits_nV.topk(top_k, dim=-1, sorted=True)
+                columns += [top_ids_nK.to(torch.float32), top_logits_nK - normalizer_n1]
+            results.append(torch.cat(columns, dim=1))
+        if not results:
+            return
+        result = torch.cat(results).cpu()
+        start = 0
+        for job, part, _ in pieces:
+            stop = start + part.stop - part.start
+            job.result[part] = result[start:stop]
+            job.done[part] = True
+            start = stop
