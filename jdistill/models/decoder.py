@@ -251,9 +251,19 @@ def _rotate(x_BSNH, rotation):
 
 def _write(cache_LBMKH, layer, positions_BS, x_BSKH):
     """Puts x at [layer, row, position]; a position outside the cache writes nothing."""
-
-    # vmap makes the rows batch dims of one scatter, so a cache that is sharded by rows stays where it is.
-    def write_row(cache_LMKH, positions_S, x_SKH):
-        return cache_LMKH.at[layer, positions_S].set(x_SKH.astype(cache_LMKH.dtype), mode="drop")
-
-    return jax.vmap(write_row, in_axes=(1, 0, 0), out_axes=1)(cache_LBMKH, positions_BS, x_BSKH)
+    # One scatter whose batch dim is the row: a cache sharded by rows stays where it is, and unlike with vmap the batch
+    # dim need not come first, which would transpose the whole cache twice.
+    layers_BS = jnp.full_like(positions_BS, layer)
+    return jax.lax.scatter(
+        cache_LBMKH,
+        jnp.stack([layers_BS, positions_BS], axis=-1),
+        x_BSKH.astype(cache_LBMKH.dtype),
+        jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(2, 3),
+            inserted_window_dims=(0, 2),
+            scatter_dims_to_operand_dims=(0, 2),
+            operand_batching_dims=(1,),
+            scatter_indices_batching_dims=(0,),
+        ),
+        mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
+    )

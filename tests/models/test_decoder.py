@@ -1,0 +1,129 @@
+"""Decoder: cache, remat, scan."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jdistill import models
+from jdistill.models import DecoderConfig
+
+CONFIG = DecoderConfig(
+    family="qwen3",
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    qk_norm=True,
+    initializer_range=0.2,
+)
+
+
+def forward(decoder, tokens_BS, positions_BS=None, **kwargs):
+    if positions_BS is None:
+        positions_BS = np.broadcast_to(np.arange(tokens_BS.shape[1]), tokens_BS.shape)
+    hidden, cache = decoder(jnp.asarray(tokens_BS), jnp.asarray(positions_BS), **kwargs)
+    return np.asarray(decoder.logits(hidden)), cache
+
+
+def test_cached_decode_of_right_padded_prompts_equals_the_full_forward():
+    decoder = models.random_init(CONFIG, 0)
+    rng = np.random.default_rng(0)
+    B, S, prompt_S = 4, 24, 10
+    tokens_BS = rng.integers(0, 61, (B, S))
+    lengths_B = np.array([10, 7, 1, 4])
+    full_BSV, _ = forward(decoder, tokens_BS)
+    prompt_BS = np.where(np.arange(prompt_S) < lengths_B[:, None], tokens_BS[:, :prompt_S], 5)
+    cache = models.init_cache(CONFIG, B, S, "float32")
+    logits_BSV, cache = forward(decoder, prompt_BS, cache=cache)
+    for b, length in enumerate(lengths_B):
+        np.testing.assert_allclose(logits_BSV[b, :length], full_BSV[b, :length], rtol=0, atol=5e-5)
+    rows_B = np.arange(B)
+    for step in range(S - prompt_S):
+        at_B = lengths_B + step  # every row at its own position
+        logits_BSV, cache = forward(decoder, tokens_BS[rows_B, at_B][:, None], at_B[:, None], cache=cache)
+        np.testing.assert_allclose(logits_BSV[:, 0], full_BSV[rows_B, at_B], rtol=0, atol=5e-5)
+
+
+def test_a_position_outside_the_cache_writes_nothing():
+    decoder = models.random_init(CONFIG, 0)
+    cache = models.init_cache(CONFIG, 2, 6, "float32")
+    tokens_BS = np.array([[3, 4], [5, 6]])
+    _, cache = forward(decoder, tokens_BS, np.array([[0, 1], [6, 7]]), cache=cache)
+    written_LBM = np.asarray(jnp.abs(cache.k).sum((-1, -2)) > 0)
+    assert written_LBM[:, 0].tolist() == [[True, True, False, False, False, False]] * 3
+    assert not written_LBM[:, 1].any()
+
+
+def test_decoding_copies_no_cache():
+    decoder = models.random_init(CONFIG, 0)
+    graphdef, state = nnx.split(decoder)
+
+    def step(state, tokens_BS, positions_BS, cache):
+        return nnx.merge(graphdef, state)(tokens_BS, positions_BS, cache=cache)
+
+    cache = models.init_cache(CONFIG, 2, 64, "float32")
+    one_BS = jnp.zeros((2, 1), jnp.int32)
+    compiled = jax.jit(step, donate_argnums=3).lower(state, one_BS, one_BS, cache).compile()
+    shape = re.escape(f"f32[{','.join(map(str, cache.k.shape))}]")
+    text = compiled.as_text()
+    assert re.search(rf"= {shape}\S* (scatter|dynamic-update-slice)\(", text), "the update is not where it was"
+    assert not re.findall(rf"= {shape}\S* (?:copy|transpose|concatenate)\(.*", text)
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * cache.k.nbytes
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_remat_and_scan_change_no_gradient(tied):
+    import dataclasses
+
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
+    tokens_BS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 12)))
+    gradients = {}
+    for remat in ("none", "layer"):
+        decoder = models.random_init(config, 1, remat=remat)
+
+        def loss(decoder):
+            hidden, _ = decoder(tokens_BS, jnp.broadcast_to(jnp.arange(12), (2, 12)))
+            return -jnp.take_along_axis(jax.nn.log_softmax(decoder.logits(hidden)), tokens_BS[..., None], -1).mean()
+
+        gradients[remat] = nnx.grad(loss)(decoder)
+    for a, b in zip(*map(jax.tree.leaves, gradients.values()), strict=True):
+        assert np.abs(a).max() > 0
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_compiled_size_does_not_grow_with_depth():
+    import dataclasses
+
+    def size(num_layers):
+        decoder = models.random_init(dataclasses.replace(CONFIG, num_layers=num_layers), 0)
+        graphdef, state = nnx.split(decoder)
+        tokens_BS = jnp.zeros((1, 4), jnp.int32)
+        return len(jax.jit(lambda s: nnx.merge(graphdef, s)(tokens_BS, tokens_BS)[0]).lower(state).as_text())
+
+    assert size(24) < 1.05 * size(2)
+
+
+def test_a_random_start_has_the_statistics_that_the_config_asks_for():
+    decoder = models.random_init(CONFIG, 7)
+    assert np.std(decoder.layers.gate[...]) == pytest.approx(0.2, rel=0.05)
+    assert np.std(decoder.embed[...]) == pytest.approx(0.2, rel=0.05)
+    assert np.all(decoder.layers.mlp_norm[...] == 1)
+    other = models.random_init(CONFIG, 8)
+    assert not np.array_equal(decoder.embed[...], other.embed[...])
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match="remat = 'all'"):
+        models.random_init(CONFIG, 0, remat="all")
+    decoder = models.random_init(CONFIG, 0)
+    tokens_BS = np.zeros((1, 2), np.int32)
+    with pytest.raises(ValueError, match="segment_ids_BS with a cache"):
+        forward(decoder, tokens_BS, segment_ids_BS=tokens_BS, cache=models.init_cache(CONFIG, 1, 4, "float32"))
