@@ -3,12 +3,12 @@
 Three ways, tried in this order at start; one is used only if it gives vLLM's own numbers on a probe:
 
 fields     `prompt_logprob_token_ids` and `prompt_logprob_start`, where vLLM's second model runner runs (GPUs).
-extension  our code in vLLM's workers (`vllm_worker`), with its first model runner (CPUs): response only, any temperature.
-plain      `prompt_logprobs`, everywhere. Candidates and temperatures only where the vocabulary is small enough for vLLM to
-           return all of it; else they are refused.
+extension  our code in vLLM's workers (`vllm_worker`), with its first model runner (CPUs): any temperature.
+plain      `prompt_logprobs`, everywhere. Candidates and temperatures only where the vocabulary is small enough for vLLM
+           to return all of it; else they are refused.
 
-Dimension key: S tokens of a sequence, P scored positions, W entries that vLLM returns for a position, V vocabulary, K top-k,
-C candidates.
+Dimension key: S tokens of a sequence, P scored positions, W entries that vLLM returns for a position, V vocabulary, K
+top-k, C candidates.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ SMALL_VOCAB_SIZE = 1024
 MAX_LOGPROBS = 256  # default limit of top_k and candidates with a larger vocabulary
 # The plain way holds float32 logits of all tokens of a step: 1.2 GB with a vocabulary of 152,000.
 MAX_NUM_BATCHED_TOKENS = 2048
-# Two ways to compute the same log-probability: rounding of float32, or of the logits in 16 bits (0.06 at a logit of 16).
+# Two ways to compute one log-probability: rounding of float32, or of the logits in 16 bits (0.06 at a logit of 16).
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.1}
 PARAMETERS = frozenset(SamplingParams.__struct_fields__)
 HAS_ID_SCORES = hasattr(
@@ -240,7 +240,7 @@ def _id_scores(output: RequestOutput, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _entries(prompt_logprobs: Any, positions_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [P, W] and log-probabilities [P, W] of the positions' entries, in vLLM's order; short rows end in -1, -inf."""
+    """Ids and log-probabilities [P, W] of the positions' entries, in vLLM's order; short rows end in -1, -inf."""
     if prompt_logprobs is None:
         raise TeacherError("vLLM returned no prompt log-probabilities")
     if hasattr(prompt_logprobs, "start_indices"):  # FlatLogprobs
@@ -472,8 +472,8 @@ class VllmEngine(Engine):
             params = way.params(sequence, top_k=top_k, temperature=temperature)
             prompt = {"prompt_token_ids": sequence.token_ids.tolist()}
             output = None
-            async for output in self._llm.generate(prompt, params, request_id=uuid.uuid4().hex):
-                pass
+            async for reply in self._llm.generate(prompt, params, request_id=uuid.uuid4().hex):
+                output = reply
         except vllm_exceptions.EngineDeadError as e:
             raise EngineDeadError(
                 f"vLLM's engine process has died ({e}); its log above says why. The sidecar has to be restarted"
@@ -497,7 +497,8 @@ class VllmEngine(Engine):
         """See Engine.close."""
         if not self._closed:
             self._closed = True
-            await asyncio.to_thread(self._llm.shutdown)
+            # In the event loop's thread: elsewhere vLLM's output handler sees its engine go and logs an error.
+            self._llm.shutdown()
 
 
 def _clamp(logprobs: np.ndarray) -> np.ndarray:
@@ -514,7 +515,8 @@ def _probe_sequence(info: ModelInfo) -> SequenceToScore:
 
 def _set_environment(config: TeacherServerConfig, info: ModelInfo, args: dict[str, Any]) -> None:
     """What vLLM reads from the environment only; what a person has set is left alone."""
-    # A forked copy of a process with gRPC's or PyTorch's threads can hang.
+    # vLLM forks by default. The sidecar already runs gRPC's threads, which a forked copy may hang on, and holds its port,
+    # which an orphaned copy would keep.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     # max_model_len may be one above the checkpoint's limit; no token is ever scored or read at that position.
     os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")

@@ -1,12 +1,14 @@
 """Runs inside vLLM's worker processes: scores just the wanted positions and ids, in packed chunks, at any temperature.
 
-vLLM's own prompt log-probabilities project every prompt token onto the vocabulary, a request at a time, and know only the
-top-k. This extension (vLLM's `worker_extension_cls`) looks at the same hidden states, takes the rows that a request scores,
-of all requests of a step together, and returns per row what was asked. It reads private attributes of vLLM's first ("V1")
-model runner; `install` refuses what it does not know, and the engine checks it against vLLM's own numbers at every start.
+vLLM's own prompt log-probabilities project every prompt token onto the vocabulary, a request at a time, and know only
+the top-k. This extension (vLLM's `worker_extension_cls`) looks at the same hidden states, takes the rows that a request
+scores, of all requests of a step together, and returns per row what was asked. It reads private attributes of vLLM's
+first ("V1") model runner; installing it fails where they are absent, and the engine checks it against vLLM's own
+numbers at every start.
 
-Results travel in `prompt_token_id_logprobs`, a float32 matrix a request that vLLM passes on untouched: column 0 the id of the
-scored token, 1 its log-probability, then C candidates, K top ids, K top log-probabilities. Ids are exact below 2**24.
+Results travel in `prompt_token_id_logprobs`, a float32 matrix a request that vLLM passes on untouched: column 0 the id
+of the scored token, 1 its log-probability, then C candidates, K top ids, K top log-probabilities. Ids are exact below
+2**24.
 
 Dimension key: P scored positions of a request, n rows of a chunk, V vocabulary, C candidates, K top-k.
 """
