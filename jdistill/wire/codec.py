@@ -170,7 +170,7 @@ def encode_request(
 
 
 def decode_request(data: bytes) -> tuple[list[SequenceToScore], RequestOptions]:
-    """The sequences of a ScoreSequencesRequest, and its options; the arrays may be read-only views of `data`.
+    """The sequences of a ScoreSequencesRequest, and its options; the arrays are the caller's own, writable.
 
     Structure is checked here (counts agree, spans are inside their sequence), the rest by `validate`, against a model.
 
@@ -179,7 +179,7 @@ def decode_request(data: bytes) -> tuple[list[SequenceToScore], RequestOptions]:
     """
     mirror = _parse(_MirrorRequest, teacher_pb2.ScoreSequencesRequest, data, _not_a_request)
     lengths_B = _counts(mirror, "sequence_lengths")
-    token_ids = _get(mirror, "token_ids", _not_a_request).view(np.int32)
+    token_ids = _get(mirror, "token_ids", _not_a_request).view("<i4").astype(np.int32)
     if lengths_B.sum() != len(token_ids):
         raise InvalidRequestError(
             f"sequence_lengths add up to {lengths_B.sum()} tokens, token_ids has {len(token_ids)}", field="token_ids"
@@ -187,7 +187,7 @@ def decode_request(data: bytes) -> tuple[list[SequenceToScore], RequestOptions]:
     spans_B = _decode_spans(mirror, lengths_B)
     num_scored_B = np.array([sum(stop - start for start, stop in spans) for spans in spans_B], np.int64)
     count_C = mirror.candidate_count
-    candidate_ids = _get(mirror, "candidate_ids", _not_a_request).view(np.int32)
+    candidate_ids = _get(mirror, "candidate_ids", _not_a_request).view("<i4").astype(np.int32)
     if num_scored_B.sum() * count_C != len(candidate_ids):
         raise InvalidRequestError(
             f"candidate_ids has {len(candidate_ids)} values; {num_scored_B.sum()} scored positions with "

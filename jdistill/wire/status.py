@@ -6,6 +6,7 @@ BadRequest for a wrong request, RetryInfo where a retry makes sense. Any languag
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import grpc
@@ -45,6 +46,8 @@ _BY_REASON = {
         errors.EngineDeadError,
     )
 }
+# A connection that broke in mid-stream may come as INTERNAL or UNKNOWN, depending on who on the way noticed.
+_BROKEN_STREAM = re.compile("RST_STREAM|Stream removed|Socket closed|GOAWAY|Connection reset", re.IGNORECASE)
 # For servers that send no ErrorInfo: a proxy, gRPC itself.
 _BY_CODE = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequestError,
@@ -102,14 +105,14 @@ def to_status(
 
 
 def from_rpc_error(error: Any, endpoint: str) -> errors.TeacherError:
-    """The TeacherError of a failed call (AioRpcError, or an RpcError that is a Call); the text begins with `endpoint`."""
+    """The TeacherError of a failed call (AioRpcError, or an RpcError and Call); the text begins with `endpoint`."""
     code, details = error.code(), error.details() or ""
     reason, metadata = _error_info(error)
     kind = _BY_REASON.get(reason) if reason is not None else None
     if reason == "INTERNAL":
         kind = errors.TeacherError
     elif kind is None:
-        kind = _BY_CODE.get(code, errors.TeacherError)
+        kind = errors.UnavailableError if _BROKEN_STREAM.search(details) else _BY_CODE.get(code, errors.TeacherError)
         details = f"{code.name}: {details}"
     if kind is errors.OverloadedError and reason is None and "larger than max" in details:
         # gRPC's own limit on one message: the next attempt would fail in the same way.

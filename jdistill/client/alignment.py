@@ -1,0 +1,131 @@
+"""Padded batches on the target grid <-> ragged sequences with spans, for any mask.
+
+Dimension key: B rows, S tokens of a row, T = S - 1 targets, P scored positions of a row, C candidates, K teacher top-k.
+
+Target t speaks of token t + 1: `loss_mask_BT[b, t]` asks for log p(tokens[b, t + 1] | tokens[b, : t + 1]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jdistill.wire.errors import InvalidRequestError
+from jdistill.wire.types import SequenceToScore, TokenScores
+
+
+class BatchScores(NamedTuple):
+    """A teacher's scores on the target grid, float32 nats. What is not valid holds NaN (ids: -1): it is not a score.
+
+    Args:
+        valid: bool [B, T], equal to the loss mask that was asked.
+        logprobs: [B, T].
+        candidate_logprobs: [B, T, C], or None if no candidates were given.
+        top_ids, top_logprobs: int32 and float32 [B, T, K], or None if top_k is 0.
+    """
+
+    valid: np.ndarray
+    logprobs: np.ndarray
+    candidate_logprobs: np.ndarray | None
+    top_ids: np.ndarray | None
+    top_logprobs: np.ndarray | None
+
+
+def mask_to_spans(mask_T: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Spans of token positions of a mask on the target grid: [0 1 1 0 1] -> ((2, 4), (5, 6))."""
+    edges = np.diff(np.concatenate([[0], np.asarray(mask_T, np.int8), [0]]))
+    starts, stops = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+    return tuple(zip((starts + 1).tolist(), (stops + 1).tolist(), strict=True))
+
+
+def to_sequences(
+    tokens_BS: np.ndarray,
+    loss_mask_BT: np.ndarray,
+    *,
+    lengths_B: np.ndarray | None = None,
+    candidate_ids_BTC: np.ndarray | None = None,
+) -> tuple[list[int], list[SequenceToScore]]:
+    """The rows with anything to score, and what to send for each.
+
+    A row is sent up to its last scored token: what comes after cannot change a causal model's score, and padding never
+    leaves the student.
+
+    Raises:
+        InvalidRequestError: shapes or dtypes that do not fit together, or a mask on padding; names the row and target.
+    """
+    if tokens_BS.ndim != 2 or tokens_BS.dtype.kind not in "iu":
+        raise InvalidRequestError(
+            f"tokens_BS is {tokens_BS.dtype} of shape {tokens_BS.shape}, expected integers of shape [B, S]",
+            field="token_ids",
+        )
+    num_rows, num_tokens = tokens_BS.shape
+    grid = (num_rows, max(num_tokens - 1, 0))
+    if loss_mask_BT.shape != grid:
+        raise InvalidRequestError(
+            f"loss_mask_BT has shape {loss_mask_BT.shape}; tokens of shape {tokens_BS.shape} have a target grid of "
+            f"{grid}: "
+            "target t speaks of token t + 1, so the grid is one shorter",
+            field="loss_mask",
+        )
+    if loss_mask_BT.dtype != np.bool_:
+        raise InvalidRequestError(
+            f"loss_mask_BT is {loss_mask_BT.dtype}, expected bool: a weight is not a mask", field="loss_mask"
+        )
+    if lengths_B is not None:
+        if lengths_B.shape != (num_rows,) or lengths_B.dtype.kind not in "iu":
+            raise InvalidRequestError(
+                f"lengths_B is {lengths_B.dtype} of shape {lengths_B.shape}, expected integers of shape ({num_rows},)",
+                field="lengths",
+            )
+        if ((lengths_B < 0) | (lengths_B > num_tokens)).any():
+            b = int(np.argmax((lengths_B < 0) | (lengths_B > num_tokens)))
+            raise InvalidRequestError(
+                f"lengths_B[{b}] = {lengths_B[b]}, but a row has {num_tokens} tokens", field="lengths", sequence=b
+            )
+        on_padding_BT = loss_mask_BT & (np.arange(1, num_tokens) >= lengths_B[:, None])
+        if on_padding_BT.any():
+            b, t = (int(i) for i in np.argwhere(on_padding_BT)[0])
+            raise InvalidRequestError(
+                f"loss_mask_BT[{b}, {t}] asks for token {t + 1} of row {b}, which has {lengths_B[b]} tokens: that is "
+                "padding. Is the mask on the token grid rather than on the target grid (one to the left)?",
+                field="loss_mask",
+                sequence=b,
+            )
+    if candidate_ids_BTC is not None and (candidate_ids_BTC.ndim != 3 or candidate_ids_BTC.shape[:2] != grid):
+        raise InvalidRequestError(
+            f"candidate_ids_BTC has shape {candidate_ids_BTC.shape}, expected [{grid[0]}, {grid[1]}, C]",
+            field="candidate_ids",
+        )
+    rows = np.flatnonzero(loss_mask_BT.any(axis=1)).tolist()
+    sequences = []
+    for b in rows:
+        spans = mask_to_spans(loss_mask_BT[b])
+        candidates_PC = None if candidate_ids_BTC is None else candidate_ids_BTC[b, loss_mask_BT[b]]
+        sequences.append(SequenceToScore(tokens_BS[b, : spans[-1][1]], spans, candidates_PC))
+    return rows, sequences
+
+
+def to_batch(
+    scores: Sequence[TokenScores], rows: Sequence[int], loss_mask_BT: np.ndarray, *, top_k: int, candidate_count: int
+) -> BatchScores:
+    """The inverse of `to_sequences`: scores of `rows` back on the grid."""
+    valid_BT = np.array(loss_mask_BT, np.bool_)
+
+    def grid(width: int | None, fill: float, dtype: type) -> np.ndarray:
+        return np.full(valid_BT.shape if width is None else (*valid_BT.shape, width), fill, dtype)
+
+    batch = BatchScores(
+        valid=valid_BT,
+        logprobs=grid(None, np.nan, np.float32),
+        candidate_logprobs=grid(candidate_count, np.nan, np.float32) if candidate_count else None,
+        top_ids=grid(top_k, -1, np.int32) if top_k else None,
+        top_logprobs=grid(top_k, np.nan, np.float32) if top_k else None,
+    )
+    for b, row_scores in zip(rows, scores, strict=True):
+        for name in ("logprobs", "candidate_logprobs", "top_ids", "top_logprobs"):
+            column = getattr(batch, name)
+            if column is not None:
+                column[b, valid_BT[b]] = getattr(row_scores, name)
+    return batch

@@ -1,0 +1,301 @@
+"""TeacherClient: the synchronous, thread-safe face of the dispatcher.
+
+All clients of a process share one background thread with an asyncio loop: gRPC's asyncio poller is at home in one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import itertools
+import math
+import threading
+import time
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+import grpc
+import numpy as np
+
+from jdistill.client import alignment
+from jdistill.client.alignment import BatchScores
+from jdistill.client.dispatch import Dispatcher, Job
+from jdistill.wire import codec
+from jdistill.wire.errors import InvalidRequestError
+from jdistill.wire.types import SequenceToScore, ServerInfo, TokenScores
+
+T = TypeVar("T")
+
+
+class TeacherClient:
+    """Scores sequences under a teacher that is served by one or more equal sidecars.
+
+    Every reply is verified (ids, counts, model, temperature, values) before a number of it is returned, and every
+    sequence is scored exactly once or fails with an error. Replicas that die are left out until they answer again; a
+    replica that comes back with another model stays out. While none is up, calls wait, until `deadline_s`.
+
+    Args:
+        endpoints: "host:port" or "unix:/path" of each replica.
+        deadline_s: over all attempts of one call of `score`, `submit` or `info`.
+        max_in_flight: calls under way at each replica.
+        batch_tokens: tokens of one call; a longer sequence goes alone.
+        expected_tokenizer_fingerprint: of the student's tokenizer (`jdistill.checkpoint_files.tokenizer_fingerprint`);
+            the teacher's must be the same. None or "": not compared.
+        credentials: for TLS, from `grpc.ssl_channel_credentials`; None: plain text.
+        token: sent as "authorization: Bearer ..." with each call. Without TLS everybody on the way can read it.
+        on_wait: called with a message while no replica is up and work waits (every 10 s), and with None once it goes
+            on; from the background thread, so it must be quick. The logger "jdistill.client" tells the same.
+
+    Raises:
+        ValueError: arguments that cannot be.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        *,
+        deadline_s: float = 600.0,
+        max_in_flight: int = 4,
+        batch_tokens: int = 16384,
+        expected_tokenizer_fingerprint: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+        on_wait: Callable[[str | None], None] | None = None,
+    ):
+        _check_endpoints(endpoints)
+        for name, value in (
+            ("deadline_s", deadline_s),
+            ("max_in_flight", max_in_flight),
+            ("batch_tokens", batch_tokens),
+        ):
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} = {value}, expected a number above 0")
+        self._deadline_s = deadline_s
+        self._submitted = itertools.count()
+        self._closed = False
+        self._loop = _background_loop()
+
+        async def create() -> Dispatcher:
+            return Dispatcher(
+                endpoints,
+                deadline_s=deadline_s,
+                max_in_flight=max_in_flight,
+                batch_tokens=batch_tokens,
+                expected_tokenizer_fingerprint=expected_tokenizer_fingerprint,
+                credentials=credentials,
+                token=token,
+                on_wait=on_wait,
+            )
+
+        self._dispatcher = self._run(create())
+        _open_clients.add(self)
+
+    def info(self) -> ServerInfo:
+        """What the teacher is; the preflight: asks all replicas and compares them.
+
+        Waits until one replica at least answers; those that do not are left out until they do. Limits are the tightest
+        of all.
+
+        Raises:
+            FingerprintMismatchError: replicas differ in model, tokenizer or vocabulary, or the tokenizer is not the one
+                expected, or the teacher is another one than at the first call.
+            DeadlineError: none has answered.
+        """
+        return self._run(self._dispatcher.info())
+
+    def score(
+        self, sequences: Sequence[SequenceToScore], *, top_k: int = 0, temperature: float = 1.0
+    ) -> list[TokenScores]:
+        """Scores all sequences, in the order of `sequences`; all or one error.
+
+        Args:
+            sequences: any number, of any lengths.
+            top_k: also return the teacher's k most likely tokens of each scored position.
+            temperature: divides the teacher's logits.
+
+        Raises:
+            InvalidRequestError: names field and sequence.
+            UnsupportedError: the teacher's engine cannot do that.
+            VerificationError: a reply was wrong, and no other replica is there to ask.
+            FingerprintMismatchError: as `info`.
+            DeadlineError: lists the last error of each replica.
+        """
+        return self._score(sequences, range(len(sequences)), top_k, temperature)
+
+    def submit(
+        self, sequence: SequenceToScore, *, top_k: int = 0, temperature: float = 1.0
+    ) -> concurrent.futures.Future[TokenScores]:
+        """Scores one sequence in the background, so that scoring overlaps with the rollout.
+
+        Sequences that are submitted within a few milliseconds share a call. The future raises what `score` raises;
+        cancelling it cancels the work. Its callbacks run in the background thread and must not block.
+        """
+        self._check_open()
+        job = self._job(sequence, next(self._submitted), top_k, temperature)
+        self._loop.call_soon_threadsafe(lambda: self._dispatcher.submit([job], coalesce=True))
+        return job.future
+
+    def score_batch(
+        self,
+        tokens_BS: Any,
+        loss_mask_BT: Any,
+        *,
+        lengths_B: Any = None,
+        candidate_ids_BTC: Any = None,
+        top_k: int = 0,
+        temperature: float = 1.0,
+    ) -> BatchScores:
+        """Scores a padded batch where the mask is true, aligned with the target grid: target t speaks of token t + 1.
+
+        Args:
+            tokens_BS: integers [B, S], padded on the right with anything.
+            loss_mask_BT: bool [B, S - 1], holes included. A row with an empty mask is not sent.
+            lengths_B: number of real tokens of each row; a mask beyond it is an error. Default: as the mask needs.
+            candidate_ids_BTC: integers [B, S - 1, C] to score beside the tokens; ignored where the mask is false.
+            top_k, temperature: as in `score`.
+
+        Returns:
+            Numpy arrays; what is not valid holds NaN (ids: -1), so that no missing score can pass for a number.
+
+        Raises:
+            As `score`; `sequence` of an InvalidRequestError is the row.
+        """
+        loss_mask_BT = np.asarray(loss_mask_BT)
+        candidates = None if candidate_ids_BTC is None else np.asarray(candidate_ids_BTC)
+        rows, sequences = alignment.to_sequences(
+            np.asarray(tokens_BS),
+            loss_mask_BT,
+            lengths_B=None if lengths_B is None else np.asarray(lengths_B),
+            candidate_ids_BTC=candidates,
+        )
+        scores = self._score(sequences, rows, top_k, temperature)
+        count = 0 if candidates is None else candidates.shape[2]
+        return alignment.to_batch(scores, rows, loss_mask_BT, top_k=top_k, candidate_count=count)
+
+    def close(self) -> None:
+        """Fails what is under way with UnavailableError and closes the connections; idempotent."""
+        if not self._closed:
+            self._closed = True
+            _open_clients.discard(self)
+            self._run(self._dispatcher.close())
+
+    def __enter__(self) -> TeacherClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _score(
+        self, sequences: Sequence[SequenceToScore], indexes: Sequence[int], top_k: int, temperature: float
+    ) -> list[TokenScores]:
+        self._check_open()
+        self._check_thread()
+        jobs = [self._job(s, i, top_k, temperature) for s, i in zip(sequences, indexes, strict=True)]
+        if not jobs:
+            return []
+        self._loop.call_soon_threadsafe(lambda: self._dispatcher.submit(jobs, coalesce=False))
+        futures = [job.future for job in jobs]
+        try:
+            concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+            for future in futures:  # in input order, so that the same failure gives the same error
+                if future.done() and (error := future.exception()) is not None:
+                    raise error
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:  # of an error, or of Ctrl-C; does nothing to those that are done
+                future.cancel()
+
+    def _job(self, sequence: SequenceToScore, index: int, top_k: int, temperature: float) -> Job:
+        # Copies: what is scored is what was submitted, whatever the caller's buffers hold by then.
+        token_ids = _int32(sequence.token_ids, "token_ids", index)
+        candidates = sequence.candidate_ids
+        copy = SequenceToScore(
+            token_ids, sequence.spans, None if candidates is None else _int32(candidates, "candidate_ids", index)
+        )
+        return Job(
+            sequence=copy,
+            index=index,
+            top_k=int(top_k),
+            temperature=float(temperature),
+            deadline=time.monotonic() + self._deadline_s,
+            crc=codec.token_crc(token_ids),
+        )
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        try:
+            self._check_thread()
+        except BaseException:
+            coroutine.close()
+            raise
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C while waiting
+            raise
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this TeacherClient is closed")
+
+    def _check_thread(self) -> None:
+        if threading.current_thread() is _thread:
+            raise RuntimeError(
+                "a future's callback must not call TeacherClient's blocking methods: it would wait for itself"
+            )
+
+
+def _check_endpoints(endpoints: Sequence[str]) -> None:
+    if isinstance(endpoints, str) or not endpoints:
+        raise ValueError(f'endpoints = {endpoints!r}, expected a list of addresses such as ["127.0.0.1:50051"]')
+    for endpoint in endpoints:
+        port = endpoint.rpartition(":")[2]
+        if endpoint.startswith(("unix:", "dns:", "ipv4:", "ipv6:")):
+            continue
+        if "/" in endpoint or ":" not in endpoint or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError(
+                f'endpoint {endpoint!r}, expected "host:port" or "unix:/path", without a scheme such as http://'
+            )
+    if len(set(endpoints)) != len(endpoints):
+        raise ValueError(f"endpoints {list(endpoints)}: one is listed twice")
+
+
+def _int32(array: Any, field: str, index: int) -> np.ndarray:
+    array = np.asarray(array)
+    if array.size and array.dtype.kind not in "iu":
+        raise InvalidRequestError(
+            f"{field} of sequence {index} is {array.dtype}, expected integers", field=field, sequence=index
+        )
+    limit = np.iinfo(np.int32)
+    if array.size and (array.min() < limit.min or array.max() > limit.max):
+        raise InvalidRequestError(f"{field} of sequence {index} does not fit int32", field=field, sequence=index)
+    return array.astype(np.int32)  # a copy always
+
+
+_lock = threading.Lock()
+_loop: asyncio.AbstractEventLoop | None = None
+_thread: threading.Thread | None = None
+_open_clients: weakref.WeakSet[TeacherClient] = weakref.WeakSet()
+
+
+def _background_loop() -> asyncio.AbstractEventLoop:
+    global _loop, _thread
+    with _lock:
+        if _loop is None or _thread is None or not _thread.is_alive():  # not alive: after a fork
+            _loop = asyncio.SelectorEventLoop()  # its clock is time.monotonic, which deadlines are in
+            _thread = threading.Thread(target=_loop.run_forever, name="jdistill-client", daemon=True)
+            _thread.start()
+            atexit.register(_close_all, _loop, _thread)
+        return _loop
+
+
+def _close_all(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    """At exit: gRPC must not be torn down under a running loop."""
+    for client in list(_open_clients):
+        client.close()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(timeout=5)
+    if not thread.is_alive():
+        loop.close()

@@ -1,0 +1,166 @@
+"""A scripted teacher on a real gRPC server, whose scores encode (position, token): any misalignment changes a number."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import threading
+import time
+
+import grpc
+import numpy as np
+import pytest
+
+from jdistill.client import TeacherClient
+from jdistill.wire import codec, errors, status
+from jdistill.wire.channel import SERVER_OPTIONS
+from jdistill.wire.types import ModelInfo, SequenceToScore, ServerInfo, TokenScores
+
+VOCAB = 97
+
+
+def expected_logprobs(token_ids, positions):
+    """Exact in float32; another for every (position, token)."""
+    return (-(np.asarray(positions, np.float32) * 128 + np.asarray(token_ids, np.float32)) / 1024).astype(np.float32)
+
+
+def expected_scores(sequence: SequenceToScore, top_k: int) -> TokenScores:
+    positions = sequence.scored_positions()
+    top = top_ids = candidates = None
+    if top_k:
+        top_ids = ((positions[:, None] * 7 + np.arange(top_k)) % VOCAB).astype(np.int32)
+        top = -(positions[:, None] + np.arange(top_k) / 128).astype(np.float32)
+    if sequence.candidate_ids is not None:
+        candidates = expected_logprobs(sequence.candidate_ids, positions[:, None])
+    return TokenScores(
+        logprobs=expected_logprobs(sequence.token_ids[positions], positions),
+        top_ids=top_ids,
+        top_logprobs=top,
+        candidate_logprobs=candidates,
+        token_crc=codec.token_crc(sequence.token_ids),
+    )
+
+
+def assert_scores(got: TokenScores, sequence: SequenceToScore, top_k: int = 0) -> None:
+    expected = expected_scores(sequence, top_k)
+    for name in ("logprobs", "top_ids", "top_logprobs", "candidate_logprobs"):
+        if getattr(expected, name) is None:
+            assert getattr(got, name) is None
+        else:
+            np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+    assert got.token_crc == expected.token_crc
+
+
+def make_info(**changes) -> ServerInfo:
+    model = {
+        "model": "fake",
+        "fingerprint": "f" * 8,
+        "tokenizer_fingerprint": "t" * 8,
+        "vocab_size": VOCAB,
+        "max_sequence_length": 4096,
+        "max_top_k": 16,
+        "max_candidate_count": 16,
+        "any_temperature": True,
+        "dtype": "float32",
+    }
+    rest = {"server_version": "0", "instance_id": "i", "engine": "fake", "engine_version": "0", "max_request_bytes": 0}
+    for name, value in changes.items():
+        (model if name in model else rest)[name] = value
+    return ServerInfo(model=ModelInfo(**model), **rest)
+
+
+class FakeTeacher:
+    """Each call of ScoreSequences takes the next fault from `faults`: a function (teacher, context, chunks) -> chunks."""
+
+    def __init__(self, **info):
+        self.info = make_info(**info)
+        self.faults = collections.deque()
+        self.always = None  # a fault for every call
+        self.requests: list[list[SequenceToScore]] = []
+        self.metadata: list[dict[str, str]] = []
+        self.options: list[codec.RequestOptions] = []
+        self.delay_s = 0.0  # before each sequence
+        self.chunk_bytes = 1 << 20
+        self.port = 0
+        self.server = None
+        self.num_cancelled = 0
+        self.served = threading.Event()
+
+    @property
+    def endpoint(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> FakeTeacher:
+        self.server = grpc.server(concurrent.futures.ThreadPoolExecutor(8), options=SERVER_OPTIONS)
+        handlers = {
+            "ScoreSequences": grpc.unary_stream_rpc_method_handler(self._score),
+            "GetServerInfo": grpc.unary_unary_rpc_method_handler(
+                lambda _, context: codec.encode_server_info(self.info)
+            ),
+        }
+        self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(codec.SERVICE, handlers),))
+        self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
+        self.server.start()
+        return self
+
+    def stop(self) -> None:
+        if self.server is not None:
+            self.server.stop(None).wait()
+            self.server = None
+
+    def _score(self, request, context):
+        sequences, options = codec.decode_request(request)
+        self.requests.append(sequences)
+        self.options.append(options)
+        self.metadata.append(dict(context.invocation_metadata()))
+        self.served.set()
+        context.add_callback(lambda: setattr(self, "num_cancelled", self.num_cancelled + (not finished)))
+        finished = []
+        if options.expected_fingerprint != self.info.model.fingerprint:
+            error = errors.FingerprintMismatchError(f"expected {options.expected_fingerprint}, this is another model")
+            code, text, trailing = status.to_status(error)
+            context.set_trailing_metadata(trailing)
+            context.abort(code, text)
+        chunks = self._chunks(sequences, options)
+        fault = self.faults.popleft() if self.faults else self.always
+        yield from chunks if fault is None else fault(self, context, chunks)
+        finished.append(True)
+
+    def _chunks(self, sequences, options):
+        """(sequence index, first target, scores) one after another, in an order other than that of the request."""
+        for b in reversed(range(len(sequences))):
+            time.sleep(self.delay_s)
+            for first, part in codec.split_scores(expected_scores(sequences[b], options.top_k), self.chunk_bytes):
+                yield self.encode([(b, first, part)], options.temperature)
+
+    def encode(self, runs, temperature=1.0) -> bytes:
+        return codec.encode_response(runs, info=self.info.model, temperature=temperature)
+
+
+@pytest.fixture
+def start_teacher():
+    """start_teacher(**changes of ServerInfo or ModelInfo) -> a running FakeTeacher."""
+    teachers = []
+
+    def start(**info) -> FakeTeacher:
+        teachers.append(FakeTeacher(**info).start())
+        return teachers[-1]
+
+    yield start
+    for teacher in teachers:
+        teacher.stop()
+
+
+@pytest.fixture
+def connect():
+    """connect(*teachers, **arguments) -> a TeacherClient that the test need not close."""
+    clients = []
+
+    def make(*teachers: FakeTeacher, **arguments) -> TeacherClient:
+        arguments.setdefault("deadline_s", 20.0)
+        clients.append(TeacherClient([t.endpoint for t in teachers], **arguments))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.close()
