@@ -33,11 +33,19 @@ DEFAULT_ARMS = ("RL only", "distillation only", "RL + distillation")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("--teacher", default="jax", metavar="ENGINE", help="engine of the sidecar: jax, transformers or vllm")
-    parser.add_argument("--teacher-python", metavar="PATH", help="interpreter of the teacher's environment (default: this one)")
+    parser.add_argument(
+        "--teacher", default="jax", metavar="ENGINE", help="engine of the sidecar: jax, transformers or vllm"
+    )
+    parser.add_argument(
+        "--teacher-python", metavar="PATH", help="interpreter of the teacher's environment (default: this one)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each arm a seed (default: 0)")
-    parser.add_argument("--arms", default="main", choices=["main", "all"], help="all: RL + distillation at RL's learning rate too")
-    parser.add_argument("--to", type=pathlib.Path, default=pathlib.Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+    parser.add_argument(
+        "--arms", default="main", choices=["main", "all"], help="all: RL + distillation at RL's learning rate too"
+    )
+    parser.add_argument(
+        "--to", type=pathlib.Path, default=pathlib.Path("runs/demo"), metavar="DIR", help="default: runs/demo"
+    )
     parser.add_argument("--picture", type=pathlib.Path, metavar="PNG", help="also copy the picture here")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for every arm, e.g. num_steps=30")
 
@@ -62,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
     args.to.mkdir(parents=True, exist_ok=True)
     console.print(f"starting the teacher: {args.teacher}, {spawn.model}")
     with TeacherProcess(spawn, args.to / "teacher.log") as teacher:
-        console.print(f"the teacher serves on {teacher.endpoint} (process {teacher.pid}, log {args.to / 'teacher.log'})")
+        console.print(
+            f"the teacher serves on {teacher.endpoint} (process {teacher.pid}, log {args.to / 'teacher.log'})"
+        )
         for seed in args.seeds:
             for arm in DEFAULT_ARMS if args.arms == "main" else ARMS:
                 run_dir = args.to / f"{_slug(arm)}-seed{seed}"

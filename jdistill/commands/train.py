@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file (see configs/)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides; values are YAML")
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, exactly where the run was")
+    again.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint, exactly where the run was"
+    )
     again.add_argument("--overwrite", action="store_true", help="delete an earlier run in run_dir first")
 
 

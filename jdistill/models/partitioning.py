@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -26,7 +25,7 @@ def param_shardings(decoder: Decoder, mesh: Mesh) -> nnx.State:
     """
     specs = param_specs(decoder.config)
 
-    def sharding(path: tuple, _: jax.Array) -> NamedSharding:
+    def sharding(path: tuple) -> NamedSharding:
         spec = specs[".".join(map(str, path))]
         axes = []
         for size, logical in zip(spec.shape, spec.axes, strict=True):
@@ -35,4 +34,4 @@ def param_shardings(decoder: Decoder, mesh: Mesh) -> nnx.State:
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     state = nnx.state(decoder, nnx.Param)
-    return nnx.map_state(lambda path, variable: variable.replace(sharding(path, variable[...])), state)
+    return nnx.map_state(lambda path, variable: variable.replace(sharding(path)), state)

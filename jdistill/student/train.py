@@ -82,7 +82,8 @@ class _Trainer:
     def __init__(self, config: TrainConfig, run_dir: pathlib.Path, stack: contextlib.ExitStack, label: str):
         self.config = config
         self.on_policy = config.objective.kind == "on_policy"
-        checkpoint_files.check_checkpoint(config.model.path, weights=config.model.init == "checkpoint")
+        if config.model.init == "checkpoint":
+            checkpoint_files.check_checkpoint(config.model.path)
         self.task = tasks.create_task(
             config.task.name,
             config.task.options,
@@ -111,6 +112,7 @@ class _Trainer:
             stop_token_ids=self.task.stop_token_ids,
             num_candidates=self.num_candidates,
             chunk_tokens=config.rollout.chunk_tokens,
+            mesh=self.mesh,
         )
         optimizer = make_optimizer(config.optimizer, config.num_steps)
         self.state = init_state(params, optimizer, self.mesh)
