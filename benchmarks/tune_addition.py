@@ -2,8 +2,8 @@
 
     python benchmarks/tune_addition.py [--seeds 0] [--to runs/tune] [--output benchmarks/results/tune_addition.md]
 
-Writes one table: T=1 and greedy held-out accuracy after the last step. The best rate of each arm by T=1 accuracy is what
-`jdistill demo` uses.
+Writes one table: T=1 and greedy held-out accuracy after the last step. `jdistill demo` uses each arm's best rate by
+T=1 accuracy.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
     header = [
         "# The demo's arms over one grid of learning rates",
         "",
-        f"`{' '.join(['python', *sys.argv])}`, {datetime.date.today()}, Python {sys.version.split()[0]}, {versions}, CPU.",
+        f"`python {' '.join(sys.argv)}`, {datetime.date.today()}, Python {sys.version.split()[0]}, {versions}, CPU.",
         f"Held-out accuracy after {base.num_steps} steps, mean over seeds {args.seeds}.",
         "",
         "| arm | learning rate | T=1 | greedy |",

@@ -7,7 +7,7 @@ import sys
 
 DESCRIPTION = """\
 Train a student as a YAML file says: reinforcement learning plus on-policy distillation from a teacher behind gRPC,
-either of them alone, or supervised. Any key of the file can be overridden on the command line; a key that does not exist is an error.
+either of them alone, or supervised. Any key of the file can be overridden on the command line; an unknown one is an error.
 
 examples:
   jdistill train configs/demo.yaml
@@ -15,8 +15,9 @@ examples:
   jdistill train configs/demo.yaml teacher.endpoints='[gpu7:50051, gpu8:50051]' teacher.spawn=null
   jdistill train configs/demo.yaml --resume
 
-A run directory gets metrics.jsonl (a line a step, the same for the same seed), timings.jsonl, config.json, teacher.log and
-checkpoints/. `jdistill plot RUN...` draws runs, `jdistill export RUN --to DIR` writes the student as a Hugging Face checkpoint.
+A run directory gets metrics.jsonl (a line a step, the same for the same seed), timings.jsonl, config.json, teacher.log
+and checkpoints/. `jdistill plot RUN...` draws runs, `jdistill export RUN --to DIR` writes the student as a Hugging Face
+checkpoint.
 
 exit codes: 0 done, 1 the teacher or the numbers failed (state saved), 2 the configuration was wrong, 130 Ctrl-C and
 143 SIGTERM (state saved)."""

@@ -17,18 +17,17 @@ class Progress:
     Args:
         label: what is being trained, e.g. the run's name.
         num_steps: the last step of the run.
-        first_step: steps that were done before (a resumed run).
     """
 
-    def __init__(self, label: str, num_steps: int, first_step: int = 0, console: Console | None = None):
+    def __init__(self, label: str, num_steps: int, console: Console | None = None):
         self._label = label
         self._num_steps = num_steps
-        self._first_step = first_step
+        self._first_step = 0
         self._console = console or Console(stderr=True, highlight=False)
         self._live = Live(console=self._console, refresh_per_second=4, transient=False)
         self._start = 0.0
         self._values: dict[str, float] = {}
-        self._step = first_step
+        self._step = 0
         self._phase = "compiling"
 
     def __enter__(self) -> Progress:
@@ -41,6 +40,10 @@ class Progress:
         if self._console.is_terminal:
             self._live.update(self._line(), refresh=True)
             self._live.stop()
+
+    def begin_at(self, step: int) -> None:
+        """Counts from the steps that were done before, by the run that is resumed."""
+        self._first_step = self._step = step
 
     def phase(self, text: str) -> None:
         """What is being done now, e.g. "waiting for the teacher"."""

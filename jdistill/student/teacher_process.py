@@ -28,8 +28,8 @@ class TeacherProcess:
     """`jdistill teacher` as a child process on a free loopback port.
 
     Use it as a context manager: leaving the block, by whatever exception, ends the process. A trainer that is killed
-    outright takes its sidecar with it too (`--exit-with-parent`). A sidecar that dies in between is restarted on the same
-    port, so that the client, which keeps retrying until its deadline, goes on where it was.
+    outright takes its sidecar with it too (`--exit-with-parent`). A sidecar that dies in between is restarted on the
+    same port, so that the client, which keeps retrying until its deadline, goes on where it was.
     """
 
     def __init__(self, spawn: SpawnSection, log_path: pathlib.Path):
@@ -86,7 +86,8 @@ class TeacherProcess:
         command = [spawn.python or sys.executable, "-m", "jdistill.cli", "teacher"]
         command += ["--engine", spawn.engine, "--model", spawn.model, "--dtype", spawn.dtype]
         command += ["--host", "127.0.0.1", "--port", str(self._port), "--port-file", str(self._port_file)]
-        command += ["--tensor-parallel-size", str(spawn.tensor_parallel_size), "--exit-with-parent"]
+        command += ["--tensor-parallel-size", str(spawn.tensor_parallel_size)]
+        command += ["--exit-with-parent", str(os.getpid())]
         if spawn.max_sequence_length is not None:
             command += ["--max-sequence-length", str(spawn.max_sequence_length)]
         for name, value in spawn.engine_args.items():
@@ -101,7 +102,7 @@ class TeacherProcess:
             log.write(f"$ {' '.join(command)}\n".encode())
             log.flush()
             try:
-                # A session of its own: Ctrl-C in the terminal reaches the trainer alone, which then ends the sidecar in order.
+                # A session of its own: Ctrl-C in the terminal reaches the trainer alone, which ends the sidecar.
                 self._process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
@@ -131,8 +132,8 @@ class TeacherProcess:
                     return
             time.sleep(0.1)
         raise UnavailableError(
-            f"the teacher did not serve within teacher.spawn.startup_timeout_s = {self._spawn.startup_timeout_s:.0f} s.\n"
-            f"{self._log_tail()}"
+            "the teacher did not serve within teacher.spawn.startup_timeout_s = "
+            f"{self._spawn.startup_timeout_s:.0f} s.\n{self._log_tail()}"
         )
 
     def _log_tail(self, num_lines: int = 15) -> str:
@@ -153,7 +154,9 @@ class TeacherProcess:
                 if self._closing.is_set():
                     return
                 self.restarts += 1
-                logger.warning("the teacher ended with exit code %s: restart %d on %s", code, self.restarts, self.endpoint)
+                logger.warning(
+                    "the teacher ended with exit code %s: restart %d on %s", code, self.restarts, self.endpoint
+                )
                 self._start()
 
 

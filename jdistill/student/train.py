@@ -1,4 +1,4 @@
-"""The loop: prompts -> rollout -> reward + teacher -> update, with checkpoints, metrics and a way back from every stop."""
+"""The loop: prompts -> rollout -> reward + teacher -> update, with a way back from every stop."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from jdistill.wire.types import SequenceToScore, ServerInfo, TokenScores
 
 logger = logging.getLogger(__name__)
 
-# Keys of a run's configuration that may differ when it is resumed: none of them changes a number up to the step reached.
+# Keys of a run's configuration that may differ when it is resumed: none of them changes a number.
 MAY_CHANGE_ON_RESUME = ("teacher", "checkpoint")
 
 
@@ -54,7 +54,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False, label: str | None = None) -> None:
-    """Trains as `config` says; results are in `config.run_dir` (metrics.jsonl, timings.jsonl, config.json, checkpoints/).
+    """Trains as `config` says; what comes of it is in `config.run_dir`.
 
     Args:
         config: what to do.
@@ -82,6 +82,7 @@ class _Trainer:
     def __init__(self, config: TrainConfig, run_dir: pathlib.Path, stack: contextlib.ExitStack, label: str):
         self.config = config
         self.on_policy = config.objective.kind == "on_policy"
+        self.progress = Progress(label, config.num_steps)
         if config.model.init == "checkpoint":
             checkpoint_files.check_checkpoint(config.model.path)
         self.task = tasks.create_task(
@@ -126,7 +127,8 @@ class _Trainer:
             self.sampled_tokens = int(extra["sampled_tokens"])
         self.writer = stack.enter_context(contextlib.closing(MetricsWriter(run_dir)))
         self.writer.truncate_to(self.step if self.step else -1)
-        self.progress = stack.enter_context(Progress(label, config.num_steps, self.step))
+        self.progress.begin_at(self.step)
+        stack.enter_context(self.progress)
 
     def _check_lengths(self) -> None:
         rollout, limit = self.config.rollout, self.model_config.max_position_embeddings
@@ -152,6 +154,7 @@ class _Trainer:
                 max_in_flight=teacher.max_in_flight,
                 batch_tokens=teacher.batch_tokens,
                 expected_tokenizer_fingerprint=checkpoint_files.tokenizer_fingerprint(self.config.model.path),
+                on_wait=lambda message: self.progress.say(message or "the teacher is back"),
             )
         )
         info = self.client.info()
@@ -159,8 +162,8 @@ class _Trainer:
         can = info.model.max_candidate_count >= num_candidates
         if objective.distillation == "topk_reverse_kl" and not can:
             raise ConfigError(
-                f"objective.distillation: topk_reverse_kl needs a teacher that scores {num_candidates} candidates a token; "
-                f"{info.engine} {info.engine_version} at {endpoints[0]} scores {info.model.max_candidate_count}: lower "
+                "objective.distillation: topk_reverse_kl needs a teacher that scores "
+                f"{num_candidates} candidates a token; {info.engine} {info.engine_version} at {endpoints[0]} scores {info.model.max_candidate_count}: lower "
                 "objective.distill_top_k, use another engine, or set objective.distillation: sampled_reverse_kl"
             )
         self.num_candidates = num_candidates if can and objective.distillation != "sampled_reverse_kl" else 0
@@ -194,8 +197,8 @@ class _Trainer:
                     if not results.pop("finite"):
                         raise TrainingError(
                             f"NaN or infinity in the loss or the gradient of step {self.step + 1} "
-                            f"(loss {results['loss']}, gradient norm {results['grad_norm']}); the update was not made. Lower "
-                            "optimizer.learning_rate or optimizer.clip_norm, or set model.compute_dtype: float32"
+                            f"(loss {results['loss']}, gradient norm {results['grad_norm']}); the update was not made. "
+                            "Lower optimizer.learning_rate or optimizer.clip_norm, or set model.compute_dtype: float32"
                         )
                     self.step += 1
                     values |= results
@@ -215,7 +218,9 @@ class _Trainer:
             if self.step:
                 if self.step != self.checkpoints.latest_step():
                     self._save()
-                e.add_note(f"The state of step {self.step} is saved: the same command with --resume goes on from there.")
+                e.add_note(
+                    f"The state of step {self.step} is saved: the same command with --resume goes on from there."
+                )
             raise
 
     def _save(self) -> None:
@@ -315,13 +320,13 @@ def check_teacher(config: TrainConfig, model_config: models.DecoderConfig, info:
     longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
     if model_config.vocab_size > teacher.vocab_size:
         raise ConfigError(
-            f"the student's vocabulary has {model_config.vocab_size} ids, the teacher's {teacher.vocab_size}: it cannot "
-            "score all that the student may sample; use a teacher of the same family"
+            f"the student's vocabulary has {model_config.vocab_size} ids, the teacher's {teacher.vocab_size}: it "
+            "cannot score all that the student may sample; use a teacher of the same family"
         )
     if longest > teacher.max_sequence_length:
         raise ConfigError(
-            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest}, but the teacher takes sequences of at most "
-            f"{teacher.max_sequence_length} tokens: lower them, or raise the teacher's max_sequence_length"
+            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest}, but the teacher takes sequences of at "
+            f"most {teacher.max_sequence_length} tokens: lower them, or raise the teacher's max_sequence_length"
         )
     if config.rollout.temperature != 1 and not teacher.any_temperature:
         raise ConfigError(
@@ -345,7 +350,8 @@ def _prepare_run_dir(config: TrainConfig, *, resume: bool, overwrite: bool) -> p
     if stored_path.exists():
         if not resume:
             raise ConfigError(
-                f"{run_dir} holds a run already: --resume goes on with it, --overwrite begins anew, run_dir=... goes elsewhere"
+                f"{run_dir} holds a run already: --resume goes on with it, --overwrite begins anew, run_dir=... goes "
+                "elsewhere"
             )
         _check_same(json.loads(stored_path.read_text()), config, run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)

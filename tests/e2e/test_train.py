@@ -29,7 +29,17 @@ def start(run_dir: pathlib.Path, *overrides: str) -> subprocess.Popen[str]:
     options = [word for word in overrides if word.startswith("--")]
     values = [word for word in overrides if not word.startswith("--")]
     return subprocess.Popen(
-        [sys.executable, "-m", "jdistill.cli", "train", *options, "configs/demo.yaml", *SMALL, f"run_dir={run_dir}", *values],
+        [
+            sys.executable,
+            "-m",
+            "jdistill.cli",
+            "train",
+            *options,
+            "configs/demo.yaml",
+            *SMALL,
+            f"run_dir={run_dir}",
+            *values,
+        ],
         cwd=REPO,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -106,7 +116,9 @@ def test_a_run_reports_every_step_and_learns_from_the_teacher(uninterrupted: pat
     assert max(line["sampler_gap_max"] for line in lines[1:]) < 1e-3
 
 
-def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(uninterrupted: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(
+    uninterrupted: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     run_dir = tmp_path / "killed"
     process = start(run_dir)
     wait_for_step(process, run_dir, 5)
@@ -118,7 +130,9 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(uninterrupted: pat
     assert (run_dir / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
 
 
-def test_a_teacher_that_dies_is_restarted_and_changes_no_number(uninterrupted: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_teacher_that_dies_is_restarted_and_changes_no_number(
+    uninterrupted: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     run_dir = tmp_path / "teacher_dies"
     process = start(run_dir)
     wait_for_step(process, run_dir, 3)
@@ -196,7 +210,9 @@ def test_a_student_with_another_tokenizer_is_refused(tmp_path: pathlib.Path) -> 
         (["teacher.spawn.engine=vlm"], "did you mean vllm"),
     ],
 )
-def test_a_wrong_configuration_is_answered_with_the_remedy(tmp_path: pathlib.Path, overrides: list[str], says: str) -> None:
+def test_a_wrong_configuration_is_answered_with_the_remedy(
+    tmp_path: pathlib.Path, overrides: list[str], says: str
+) -> None:
     process = start(tmp_path / "run", *overrides)
     output, _ = process.communicate(timeout=120)
     assert process.returncode in (1, 2)
