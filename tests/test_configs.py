@@ -1,4 +1,4 @@
-"""Every file in configs/ is loaded by its schema; the GSM8K run is checked as far as that goes without weights."""
+"""Every file in configs/ and examples/ is loaded by its schema; the GSM8K run is checked as far as that goes without weights."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ from jdistill import cli, config
 from jdistill.tasks import create_task
 
 ROOT = pathlib.Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "examples").glob("*/*.yaml")])
 GSM8K = ROOT / "configs" / "gsm8k_qwen3_0.6b_from_14b.yaml"
 
 # The published config.json of Qwen/Qwen3-0.6B, and what differs in Qwen/Qwen3-14B's.
@@ -78,9 +78,10 @@ def data(tmp_path):
     return [f"task.options.{split}_path={tmp_path / split}.jsonl" for split in ("train", "test")]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_config_is_loaded_by_its_schema(path):
-    schema = config.TeacherServerConfig if path.stem.startswith("teacher") else config.TrainConfig
+    is_sidecar = path.parent.name == "configs" and path.stem.startswith("teacher")
+    schema = config.TeacherServerConfig if is_sidecar else config.TrainConfig
     loaded = config.load(schema, path)
     if schema is config.TrainConfig:
         assert loaded.run_dir.startswith("runs/")
