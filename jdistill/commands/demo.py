@@ -18,7 +18,8 @@ Watch a JAX student learn 3-digit addition on-policy from a teacher behind gRPC.
   distillation only     reverse KL to the teacher over the student's own top-k
   RL + distillation     both in one loss
 
-It ends with a table, a picture (demo.png) and a self-contained page (demo.html): held-out accuracy against sampled tokens.
+It ends with a table, a picture (demo.png) and a self-contained page (demo.html) of held-out accuracy against sampled
+tokens.
 Run it in a clone of the repository: it reads configs/demo.yaml and examples/addition.
 
 examples:

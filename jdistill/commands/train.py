@@ -7,7 +7,8 @@ import sys
 
 DESCRIPTION = """\
 Train a student as a YAML file says: reinforcement learning plus on-policy distillation from a teacher behind gRPC,
-either of them alone, or supervised. Any key of the file can be overridden on the command line; an unknown one is an error.
+either of them alone, or supervised. Any key of the file can be overridden on the command line; an unknown key
+is an error.
 
 examples:
   jdistill train configs/demo.yaml

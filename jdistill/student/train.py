@@ -163,7 +163,8 @@ class _Trainer:
         if objective.distillation == "topk_reverse_kl" and not can:
             raise ConfigError(
                 "objective.distillation: topk_reverse_kl needs a teacher that scores "
-                f"{num_candidates} candidates a token; {info.engine} {info.engine_version} at {endpoints[0]} scores {info.model.max_candidate_count}: lower "
+                f"{num_candidates} candidates a token; {info.engine} {info.engine_version} at "
+                f"{endpoints[0]} scores {info.model.max_candidate_count}: lower "
                 "objective.distill_top_k, use another engine, or set objective.distillation: sampled_reverse_kl"
             )
         self.num_candidates = num_candidates if can and objective.distillation != "sampled_reverse_kl" else 0
