@@ -1,0 +1,163 @@
+"""Ragged completions and scores -> arrays of a few static shapes on the target grid.
+
+Dimension key: N completions = B rows, S tokens of a row, T = S - 1 targets, R tokens of one completion, K candidates.
+
+A worked example, prompt (5 6), completion (7 2), T = 4:
+
+    tokens            5  6  7  2  2      [S = 5]; padding repeats the row's last token, which is a valid id
+    targets              6  7  2  2      [T = 4]; column t speaks of token t + 1
+    loss_mask            F  T  T  F
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jdistill.wire.types import TokenScores
+
+if TYPE_CHECKING:
+    from jdistill.student.rollout import Completion
+
+
+class TrainBatch(NamedTuple):
+    """One step's data. Where loss_mask is false the floats are 0 and mean nothing: a loss reads them under the mask.
+
+    Fields that an objective does not have are None; None is part of the static shape.
+    """
+
+    tokens: Int[np.ndarray, "B S"]
+    loss_mask: Bool[np.ndarray, "B T"]
+    sampler_logprobs: Float[np.ndarray, "B T"] | None = None  # nats, at sampling time
+    advantages: Float[np.ndarray, "B T"] | None = None
+    teacher_logprobs: Float[np.ndarray, "B T"] | None = None  # nats
+    candidate_ids: Int[np.ndarray, "B T K"] | None = None  # the student's own top-k at sampling time
+    teacher_candidate_logprobs: Float[np.ndarray, "B T K"] | None = None  # nats
+
+
+def length_buckets(max_length: int) -> tuple[int, ...]:
+    """The row lengths S that batches are padded to, so that a run compiles a handful of shapes.
+
+    T = S - 1 is a power of two or 1.5 times one (at most a third of a row is padding), at least 16, and at most what
+    `max_length` tokens need, rounded up to 8.
+    """
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2, a token and its target, got {max_length}")
+    largest = -(-(max_length - 1) // 8) * 8
+    targets = sorted(t for k in range(3, 31) for t in (2 << k, 3 << k) if t < largest)
+    return (*(t + 1 for t in targets), largest + 1)
+
+
+def make_batch(
+    completions: Sequence[Completion],
+    advantages: Float[np.ndarray, "N"],
+    scores: Sequence[TokenScores] | None,
+    *,
+    max_length: int,
+) -> TrainBatch:
+    """Puts completions, their advantages and the teacher's scores on the target grid.
+
+    Args:
+        completions: one for each row, in the order of the rows.
+        advantages: one for each completion; every one of its tokens gets it.
+        scores: the teacher's, of exactly the completion's tokens; None without a teacher.
+        max_length: S at most, prompt and completion; rows are padded to the smallest of its `length_buckets`.
+
+    Raises:
+        ValueError: a completion without tokens or over max_length; scores of another number of tokens, or a number that
+            is missing or not finite.
+    """
+    num_rows = len(completions)
+    if len(advantages) != num_rows or (scores is not None and len(scores) != num_rows):
+        raise ValueError(
+            f"{num_rows} completions, {len(advantages)} advantages, {None if scores is None else len(scores)} scores: "
+            "give one of each for every row"
+        )
+    tokens_BS, mask_BT = _pad(
+        [c.token_ids for c in completions], [c.prompt_length for c in completions], max_length=max_length
+    )
+    sampler_BT = np.zeros(mask_BT.shape, np.float32)
+    advantages_BT = np.where(mask_BT, np.asarray(advantages, np.float32)[:, None], np.float32(0))
+    for b, completion in enumerate(completions):
+        _put(sampler_BT[b], mask_BT[b], completion.sampler_logprobs, f"sampler_logprobs of completion {b}")
+    batch = TrainBatch(tokens_BS, mask_BT, sampler_BT, advantages_BT)
+    if scores is None:
+        return batch
+
+    teacher_BT = np.zeros(mask_BT.shape, np.float32)
+    for b, score in enumerate(scores):
+        _put(teacher_BT[b], mask_BT[b], score.logprobs, f"the teacher's log-probs of completion {b}")
+    batch = batch._replace(teacher_logprobs=teacher_BT)
+    num_candidates = {None if c.candidate_ids is None else c.candidate_ids.shape[1] for c in completions}
+    if len(num_candidates) > 1:
+        raise ValueError(f"every completion must have the same number of candidates, got {num_candidates}")
+    (K,) = num_candidates
+    if K is None:
+        return batch
+    ids_BTK = np.zeros((*mask_BT.shape, K), np.int32)
+    candidates_BTK = np.zeros((*mask_BT.shape, K), np.float32)
+    for b, (completion, score) in enumerate(zip(completions, scores, strict=True)):
+        if score.candidate_logprobs is None:
+            raise ValueError(
+                f"completion {b} has {K} candidates a token and the teacher scored none of them: send candidate_ids "
+                "with the sequence, or sample without candidates"
+            )
+        _put(ids_BTK[b], mask_BT[b], completion.candidate_ids, f"candidate_ids of completion {b}")
+        _put(candidates_BTK[b], mask_BT[b], score.candidate_logprobs, f"the teacher's candidates of completion {b}")
+    return batch._replace(candidate_ids=ids_BTK, teacher_candidate_logprobs=candidates_BTK)
+
+
+def make_supervised_batch(
+    prompts: Sequence[Int[np.ndarray, "_"]], solutions: Sequence[Int[np.ndarray, "_"]], *, max_length: int
+) -> TrainBatch:
+    """Prompts and right completions -> a batch whose loss is on the completions' tokens.
+
+    Raises:
+        ValueError: an empty prompt or solution, or more than max_length tokens.
+    """
+    rows = [np.concatenate(pair) for pair in zip(prompts, solutions, strict=True)]
+    return TrainBatch(*_pad(rows, [len(prompt) for prompt in prompts], max_length=max_length))
+
+
+def _pad(
+    rows: Sequence[np.ndarray], prompt_lengths: Sequence[int], *, max_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """int32 tokens [B, S] and the mask [B, T] of the targets after each prompt."""
+    if not rows:
+        raise ValueError("a batch needs at least one row")
+    longest = max(len(row) for row in rows)
+    if longest > max_length:
+        raise ValueError(f"a row has {longest} tokens, more than max_length = {max_length}: raise it, or drop the row")
+    num_tokens = next(size for size in length_buckets(max_length) if size >= longest)
+    tokens_BS = np.empty((len(rows), num_tokens), np.int32)
+    mask_BT = np.zeros((len(rows), num_tokens - 1), bool)
+    for b, (row, prompt_length) in enumerate(zip(rows, prompt_lengths, strict=True)):
+        if not 1 <= prompt_length < len(row):
+            raise ValueError(
+                f"row {b} has {len(row)} tokens and a prompt of {prompt_length}: it needs at least one token of each, "
+                "since the first token of a sequence has no score"
+            )
+        tokens_BS[b, : len(row)] = row
+        tokens_BS[b, len(row) :] = row[-1]
+        mask_BT[b, prompt_length - 1 : len(row) - 1] = True
+    return tokens_BS, mask_BT
+
+
+def _put(row: np.ndarray, mask_T: np.ndarray, values: np.ndarray, what: str) -> None:
+    """Writes the values of the scored targets into a row."""
+    expected = (int(mask_T.sum()), *row.shape[1:])
+    if values.shape != expected:
+        raise ValueError(
+            f"{what} have shape {values.shape}, expected {expected}, one entry for each token after the prompt: "
+            "truncated, or another tokenizer?"
+        )
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        where = np.argwhere(~np.isfinite(values))[0].tolist()
+        raise ValueError(
+            f"{what} hold {values[tuple(where)]} at {where}: a missing score is never trained on, and a teacher that "
+            "gives probability 0 to what the student sampled has another vocabulary; compare the two checkpoints"
+        )
+    row[mask_T] = values

@@ -1,0 +1,152 @@
+"""Checkpoints of a run with Orbax: written in the background, whole or not at all, restored onto any mesh."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from jdistill.student.step import TrainState
+
+DIRECTORY = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one run, in run_dir/checkpoints/<step>/.
+
+    A checkpoint has three items: `params`, `optimizer` (its state and the step), `extra` (JSON). Orbax writes to a
+    temporary name and renames, so one that a crash cut short is never found.
+
+    Args:
+        run_dir: the run's directory; made if it is not there.
+        keep: how many of the newest stay; None: all.
+    """
+
+    def __init__(self, run_dir: str | pathlib.Path, *, keep: int | None = None):
+        self._directory = pathlib.Path(run_dir).resolve() / DIRECTORY
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            item_names=("params", "optimizer", "extra"),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest step that is saved or being saved; None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, extra: Mapping[str, Any]) -> None:
+        """Copies the state to the host and returns; it is written in the background. `close` waits for it.
+
+        Args:
+            step: steps done.
+            state: may be sharded; may be donated to a step as soon as this returns.
+            extra: what else a resume needs, e.g. the position in the data; JSON.
+        """
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(nnx.to_pure_dict(state.params)),
+                optimizer=ocp.args.StandardSave(_optimizer_item(state)),
+                extra=ocp.args.JsonSave(dict(extra)),
+            ),
+        )
+
+    def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+        """The saved state, in the shapes and on the devices of `state`, and what was saved with it.
+
+        Args:
+            state: of the same run's model and optimizer; its values are not read.
+            step: which; None: the newest.
+
+        Raises:
+            FileNotFoundError: there is none, or not that one.
+            ValueError: it is of another model or optimizer.
+        """
+        step = self._find(step)
+        params = nnx.to_pure_dict(state.params)
+        optimizer = _optimizer_item(state)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(_abstract(params)),
+                    optimizer=ocp.args.StandardRestore(_abstract(optimizer)),
+                    extra=ocp.args.JsonRestore(),
+                ),
+            )
+        except (ValueError, KeyError) as e:
+            raise ValueError(f"{self._directory / str(step)} does not fit this model and optimizer: {e}") from e
+        leaves = jax.tree.leaves(restored.params)
+        new_params = jax.tree.unflatten(jax.tree.structure(state.params), leaves)
+        opt_state = jax.tree.unflatten(
+            jax.tree.structure(state.opt_state), [restored.optimizer["leaves"][k] for k in sorted(optimizer["leaves"])]
+        )
+        return TrainState(new_params, opt_state, restored.optimizer["step"]), restored.extra
+
+    def restore_params(self, params: nnx.State, step: int | None = None) -> nnx.State:
+        """The saved parameters alone, in the shapes and on the devices of `params`. Raises as `restore` does."""
+        step = self._find(step)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(params)))),
+            )
+        except (ValueError, KeyError) as e:
+            raise ValueError(f"{self._directory / str(step)} does not fit this model: {e}") from e
+        return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(restored.params))
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._manager.close()
+
+    def _find(self, step: int | None) -> int:
+        self._manager.wait_until_finished()
+        steps = sorted(self._manager.all_steps())
+        if not steps or (step is not None and step not in steps):
+            wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+            raise FileNotFoundError(
+                f"{wanted} in {self._directory} (there: {steps or 'none'}): was the run saved yet? See checkpoint.every"
+            )
+        return steps[-1] if step is None else step
+
+
+def restore_params(run_dir: str | pathlib.Path, decoder: nnx.Module, step: int | None = None) -> int:
+    """Puts a run's saved parameters into a decoder; returns their step.
+
+    Args:
+        run_dir: of `jdistill train`.
+        decoder: of the run's architecture; its parameters' shapes and devices are kept, their values replaced.
+        step: which; None: the newest.
+
+    Raises:
+        FileNotFoundError: no such run or checkpoint.
+        ValueError: of another model.
+    """
+    if not (pathlib.Path(run_dir) / DIRECTORY).is_dir():
+        raise FileNotFoundError(f"{run_dir} holds no {DIRECTORY}/: it is not the directory of a run that saved one")
+    checkpoints = Checkpoints(run_dir)
+    try:
+        step = checkpoints._find(step)
+        nnx.update(decoder, checkpoints.restore_params(nnx.state(decoder, nnx.Param), step))
+    finally:
+        checkpoints.close()
+    return step
+
+
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
+    # As a list of leaves: optax's state nests named tuples, and their names are no part of what a run depends on.
+    leaves = jax.tree.leaves(state.opt_state)
+    return {"leaves": {f"{i:04d}": leaf for i, leaf in enumerate(leaves)}, "step": state.step}
+
+
+def _abstract(tree: Any) -> Any:
+    def one(x: jax.Array) -> jax.ShapeDtypeStruct:
+        sharding = x.sharding if isinstance(x, jax.Array) else None
+        return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=sharding)
+
+    return jax.tree.map(one, tree)

@@ -1,0 +1,132 @@
+"""What each metric means, and the two files they are written to.
+
+`metrics.jsonl` holds what the same seed reproduces, `timings.jsonl` what the clock says; a line is one step. They are
+apart so that two runs can be compared byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import IO, Any, NamedTuple
+
+
+class Metric(NamedTuple):
+    """What a number means, and its unit."""
+
+    meaning: str
+    unit: str
+
+
+# One line of metrics.jsonl: {"step": steps done, name: value, ...}.
+METRICS = {
+    "loss": Metric("what the optimizer lowers: the weighted sum of the terms", "nats"),
+    "policy_loss": Metric("clipped policy loss, weights included; with the sampled reverse KL its advantage too", "1"),
+    "distill_loss": Metric("top-k reverse KL reduced as the loss is, before its weight", "nats"),
+    "reverse_kl": Metric(
+        "KL(student || teacher) per sampled token: over the student's top-k and a tail where the teacher scored "
+        "candidates, else the mean of logprobs - teacher_logprobs",
+        "nats",
+    ),
+    "entropy": Metric("entropy of the student per scored token, at the loss's temperature", "nats"),
+    "grad_norm": Metric("global norm of the gradient before clipping", "1"),
+    "learning_rate": Metric("of this step's updates", "1"),
+    "ratio_mean": Metric("mean probability ratio, trainer over sampler; 1 where they agree on-policy", "1"),
+    "ratio_max": Metric("largest probability ratio", "1"),
+    "clip_fraction": Metric("share of scored tokens whose policy gradient the clip stopped", "1"),
+    "sampler_gap_mean": Metric("mean |trainer's - sampler's log-prob| of the sampled tokens", "nats"),
+    "sampler_gap_max": Metric("largest |trainer's - sampler's log-prob| of a sampled token", "nats"),
+    "reward": Metric("mean reward of the completions sampled in this step", "1"),
+    "response_length": Metric("mean length of the completions, the stop token included", "tokens"),
+    "stopped_share": Metric("share of completions that ended by themselves", "1"),
+    "sampled_tokens": Metric("tokens sampled for training since the start of the run", "tokens"),
+    "eval/accuracy": Metric("share of held-out problems solved, sampled at rollout.temperature", "1"),
+    "eval/accuracy_greedy": Metric("share of held-out problems solved, decoded greedily", "1"),
+}
+
+# One line of timings.jsonl, with the same steps.
+TIMINGS = {
+    "rollout_s": Metric("sampling, rewards included", "s"),
+    "teacher_wait_s": Metric("waiting for the teacher after the last completion was sampled", "s"),
+    "data_s": Metric("making a supervised batch", "s"),
+    "train_s": Metric("the update, compilation included where a shape is new", "s"),
+    "eval_s": Metric("held-out evaluation", "s"),
+    "step_s": Metric("the whole step without evaluation and checkpoint", "s"),
+    "tokens_per_s": Metric("scored tokens of the step over step_s", "tokens/s"),
+}
+
+
+class MetricsWriter:
+    """Appends a line a step to run_dir/metrics.jsonl and run_dir/timings.jsonl, each flushed at once.
+
+    Args:
+        run_dir: a directory that exists.
+    """
+
+    def __init__(self, run_dir: str | pathlib.Path):
+        run_dir = pathlib.Path(run_dir)
+        self._paths = {"metrics": run_dir / "metrics.jsonl", "timings": run_dir / "timings.jsonl"}
+        self._files: dict[str, IO[str]] = {}
+        self._open()
+
+    def _open(self) -> None:
+        self._files = {name: path.open("a", encoding="utf-8") for name, path in self._paths.items()}
+
+    def write(self, step: int, values: Mapping[str, Any], timings: Mapping[str, Any]) -> None:
+        """Writes the lines of one step.
+
+        Args:
+            step: steps done; 0 is before the first.
+            values: names of METRICS -> numbers.
+            timings: names of TIMINGS -> numbers.
+
+        Raises:
+            ValueError: a name that is not documented, or a number that is not finite. Nothing is written then.
+        """
+        lines = {
+            "metrics": _line(step, values, METRICS, "METRICS"),
+            "timings": _line(step, timings, TIMINGS, "TIMINGS"),
+        }
+        # Timings first: whoever is killed in between has a timing too many, and no step without one.
+        for name in ("timings", "metrics"):
+            self._files[name].write(lines[name])
+            self._files[name].flush()
+
+    def truncate_to(self, step: int) -> None:
+        """Drops the lines after `step` (all lines for -1) and a last line that was cut short, as before a resume."""
+        self.close()
+        for path in self._paths.values():
+            kept = "".join(
+                line
+                for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+                if line.endswith("\n") and json.loads(line)["step"] <= step
+            )
+            beside = path.with_name(path.name + ".new")
+            beside.write_text(kept, encoding="utf-8")
+            os.replace(beside, path)  # whole or not at all, should this be killed too
+        self._open()
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in self._files.values():
+            file.close()
+
+
+def read(path: str | pathlib.Path) -> list[dict[str, float]]:
+    """The lines of a metrics or timings file in order; a last line that is cut short is left out."""
+    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _line(step: int, values: Mapping[str, Any], table: Mapping[str, Metric], table_name: str) -> str:
+    unknown = sorted(set(values) - set(table))
+    if unknown:
+        raise ValueError(f"metric {', '.join(unknown)} is not documented: add it to student/metrics.py's {table_name}")
+    numbers = {name: float(value) for name, value in values.items()}
+    broken = {name: value for name, value in numbers.items() if not math.isfinite(value)}
+    if broken:
+        raise ValueError(f"step {step}: {broken}: a metric that has no value is left out, never NaN")
+    return json.dumps({"step": int(step), **numbers}) + "\n"
