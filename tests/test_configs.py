@@ -1,4 +1,4 @@
-"""Every file in configs/ and examples/ is loaded by its schema; GSM8K is checked as far as that goes without weights."""
+"""Every file in configs/ and examples/ is loaded by its schema, GSM8K checked as far as that goes without weights."""
 
 import importlib.util
 import json
