@@ -1,4 +1,4 @@
-"""A scripted teacher on a real gRPC server, whose scores encode (position, token): any misalignment changes a number."""
+"""A scripted teacher on a real gRPC server; its scores encode (position, token): any misalignment changes a number."""
 
 from __future__ import annotations
 
@@ -70,7 +70,12 @@ def make_info(**changes) -> ServerInfo:
 
 
 class FakeTeacher:
-    """Each call of ScoreSequences takes the next fault from `faults`: a function (teacher, context, chunks) -> chunks."""
+    """Each call of ScoreSequences takes the next of `faults`: a function (teacher, context, chunks) -> chunks."""
+
+    vocab_size = VOCAB
+    expected_logprobs = staticmethod(expected_logprobs)
+    expected_scores = staticmethod(expected_scores)
+    assert_scores = staticmethod(assert_scores)
 
     def __init__(self, **info):
         self.info = make_info(**info)
