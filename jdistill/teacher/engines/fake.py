@@ -61,7 +61,7 @@ class FakeEngine(Engine):
         vocab_size = self.options.vocab_size
         max_top_k, max_candidates = self.options.max_top_k, self.options.max_candidate_count
         self.info = ModelInfo(
-            model=config.served_name or pathlib.Path(config.model).name,
+            model=config.served_name or pathlib.Path(config.model).resolve().name,
             fingerprint=self.options.fingerprint or hashlib.sha256(f"fake {vocab_size}".encode()).hexdigest(),
             tokenizer_fingerprint=self.options.tokenizer_fingerprint,
             vocab_size=vocab_size,
