@@ -23,7 +23,7 @@ from jdistill.wire.types import SequenceToScore, TokenScores
 # What `engine_args` may name, with the default.
 ENGINE_ARGS: dict[str, Any] = {
     "device": "auto",  # auto: cuda where there is one, else cpu; or any name that PyTorch knows
-    "attn_implementation": "sdpa",  # passed to transformers: sdpa, eager, flash_attention_2, ...
+    "attn_implementation": None,  # None: the model's own choice; or sdpa, eager, flash_attention_2, ...
     "trust_remote_code": False,  # run the Python code that lies in the checkpoint
     "chunk_tokens": None,  # positions whose logits exist at once; None: as many as make CHUNK_LOGITS
 }

@@ -350,14 +350,14 @@ class VllmEngine(Engine):
             "skip_tokenizer_init": True,
             "logprobs_mode": "raw_logprobs",
         }
-        if HAS_ID_SCORES and scoring in ("auto", "extension"):
-            args["worker_extension_cls"] = f"{vllm_worker.__name__}.{vllm_worker.ScoringWorker.__name__}"
+        args["worker_extension_cls"] = f"{vllm_worker.__name__}.{vllm_worker.ScoringWorker.__name__}"
         args = {name: value for name, value in args.items() if name in names}
         _set_environment(config, info, args)
         llm = await asyncio.to_thread(_start, args)
         plain = PlainWay(info.vocab_size, args["max_logprobs"])
         engine = cls(llm, info, plain)
         try:
+            await llm.collective_rpc("jdistill_end_with", args=(os.getpid(),))
             await engine._choose(scoring, info, args)
         except BaseException:
             await engine.close()
@@ -372,7 +372,7 @@ class VllmEngine(Engine):
         ways: list[_Way] = []
         if HAS_ID_SCORES and "prompt_logprob_token_ids" in PARAMETERS and scoring in ("auto", "fields"):
             ways.append(FieldsWay(info.vocab_size, args["max_logprobs"]))
-        if "worker_extension_cls" in args and scoring in ("auto", "extension"):
+        if HAS_ID_SCORES and scoring in ("auto", "extension"):
             ways.append(ExtensionWay(info.vocab_size))
         reasons = []
         for way in ways:
@@ -515,8 +515,8 @@ def _probe_sequence(info: ModelInfo) -> SequenceToScore:
 
 def _set_environment(config: TeacherServerConfig, info: ModelInfo, args: dict[str, Any]) -> None:
     """What vLLM reads from the environment only; what a person has set is left alone."""
-    # vLLM forks by default. The sidecar already runs gRPC's threads, which a forked copy may hang on, and holds its port,
-    # which an orphaned copy would keep.
+    # vLLM forks by default. The sidecar already runs gRPC's threads, which a forked copy may hang on, and holds its
+    # port, which a copy that outlives it would keep.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     # max_model_len may be one above the checkpoint's limit; no token is ever scored or read at that position.
     os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")

@@ -15,7 +15,13 @@ Dimension key: P scored positions of a request, n rows of a chunk, V vocabulary,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import select
+import signal
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -24,6 +30,7 @@ import torch
 KEY = "jdistill"  # in SamplingParams.extra_args
 CHUNK_LOGITS = 64 << 20  # 256 MiB in float32
 MAX_VOCAB_SIZE = 1 << 24
+WATCH_S = 1.0  # how often a worker looks whether its sidecar lives
 # What is read of the model runner.
 RUNNER_ATTRIBUTES = (
     "requests",
@@ -93,6 +100,34 @@ class ScoringWorker:
             return f"the vocabulary has more than {MAX_VOCAB_SIZE} ids"
         _Scorer(runner)
         return ""
+
+    def jdistill_end_with(self, sidecar_pid: int) -> None:
+        """Ends this worker, and the engine process above it, when the sidecar's process is gone.
+
+        A sidecar that is killed takes nothing down, and vLLM's processes would stay for ever, with the GPU.
+        """
+        pids = [pid for pid in (os.getppid(),) if pid not in (sidecar_pid, 1)] + [os.getpid()]
+        thread = threading.Thread(target=_end_with, args=(sidecar_pid, pids), name="sidecar-watch", daemon=True)
+        thread.start()
+
+
+def _end_with(watched_pid: int, pids: list[int]) -> None:
+    _wait_for_end(watched_pid)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _wait_for_end(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        try:
+            descriptor = os.pidfd_open(pid)
+        except (AttributeError, PermissionError):  # another system than Linux, or a container that forbids it
+            while True:
+                os.kill(pid, 0)  # raises once the process is gone
+                time.sleep(WATCH_S)
+        select.select([descriptor], [], [])  # readable from its death on, even while nobody has waited for it
+        os.close(descriptor)
 
 
 class _Scorer:
