@@ -87,6 +87,7 @@ class FakeTeacher:
         self.delay_s = 0.0  # before each sequence
         self.chunk_bytes = 1 << 20
         self.port = 0
+        self.unix_path = None
         self.server = None
         self.num_cancelled = 0
         self.served = threading.Event()
@@ -105,6 +106,8 @@ class FakeTeacher:
         }
         self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(codec.SERVICE, handlers),))
         self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
+        if self.unix_path is not None:
+            self.server.add_insecure_port(f"unix:{self.unix_path}")
         self.server.start()
         return self
 
