@@ -57,12 +57,12 @@ def _ask(args: argparse.Namespace, facts: dict[str, Any]) -> None:
     import grpc
 
     from jdistill.client import TeacherClient
-    from jdistill.wire.channel import client_options
     from jdistill.wire.errors import UnavailableError
 
     with (
         TeacherClient([args.endpoint], deadline_s=args.timeout_s) as client,  # also checks the address
-        grpc.insecure_channel(args.endpoint, options=client_options()) as channel,
+        # Without the client's service config: its health check would keep this channel off a server that loads.
+        grpc.insecure_channel(args.endpoint) as channel,
     ):
         status = _health(channel, args.endpoint, args.timeout_s)
         facts["health"] = status

@@ -1,0 +1,207 @@
+"""`jdistill score`: the numbers, their order, and what happens to bad input."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jdistill import cli
+from jdistill.commands import score
+from jdistill.teacher.engines import fake
+from jdistill.wire.types import TokenScores
+
+VOCAB = 64
+
+
+def write(path, lines):
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def random_lines(num, seed=0):
+    rng = np.random.default_rng(seed)
+    lines = []
+    for n in range(num):
+        length = int(rng.integers(2, 40))
+        line = {"token_ids": rng.integers(0, VOCAB, length).tolist()}
+        positions = list(range(1, length))
+        if n % 3 == 1 and length > 5:
+            line["spans"] = [[1, 2], [4, length]]
+            positions = [1, *range(4, length)]
+        if n % 4 == 1:
+            line["id"] = f"näme {n}"
+        if n % 5 == 2:
+            line["top_k"] = 3
+        if n % 7 == 3:
+            line["candidate_ids"] = rng.integers(0, VOCAB, (len(positions), 2)).tolist()
+        lines.append((line, positions))
+    return lines
+
+
+def expected(line, positions, temperature):
+    tokens = np.array(line["token_ids"])
+    full_PV = fake.logprobs_PV(tokens, np.array(positions), vocab_size=VOCAB, temperature=temperature)
+    full_PV = full_PV.astype(np.float32)
+    result = {"logprobs": full_PV[np.arange(len(positions)), tokens[positions]]}
+    if "top_k" in line:
+        result["top_ids"] = np.argsort(-full_PV, axis=1)[:, : line["top_k"]]
+        result["top_logprobs"] = np.take_along_axis(full_PV, result["top_ids"], axis=1)
+    if "candidate_ids" in line:
+        result["candidate_logprobs"] = np.take_along_axis(full_PV, np.array(line["candidate_ids"]), axis=1)
+    return result
+
+
+@pytest.mark.parametrize("way", ["teacher", "engine"])
+def test_output_is_the_models_numbers_to_the_last_bit_in_input_order(way, tmp_path, start_sidecar, monkeypatch):
+    monkeypatch.setattr(score, "GROUP_TOKENS", 200)  # many groups, more than may be under way
+    monkeypatch.setattr(score, "MAX_TOKENS_UNDER_WAY", 1000)
+    lines = random_lines(200)
+    source = write(tmp_path / "in.jsonl", [line for line, _ in lines])
+    target = tmp_path / "out.jsonl"
+    if way == "teacher":
+        scorer = ["--teacher", start_sidecar("--engine-arg", "delay_s=0.001").address]
+    else:
+        scorer = ["--engine", "fake", "--model", str(tmp_path), "--engine-arg", "delay_s=0.001"]
+    argv = ["score", *scorer, "--input", str(source), "--output", str(target), "--temperature", "0.5"]
+    assert cli.main(argv) == 0
+    records = [json.loads(text) for text in target.read_text().splitlines()]
+    assert len(records) == 200
+    for number, (record, (line, positions)) in enumerate(zip(records, lines, strict=True), start=1):
+        assert record.pop("id") == line.get("id", number)
+        want = expected(line, positions, 0.5)
+        assert record.keys() == want.keys()
+        for name, values in want.items():
+            got = np.array(record[name], np.int64 if name == "top_ids" else np.float32)
+            np.testing.assert_array_equal(got, values)
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl*")) == ["in.jsonl", "out.jsonl"]
+
+
+@given(st.lists(st.floats(max_value=-0.0, width=32, allow_nan=False, allow_infinity=False), min_size=1))
+def test_every_float32_reads_back_as_itself(values):
+    logprobs = np.array(values, np.float32)
+    text = score.format_line("x", TokenScores(logprobs, None, None, None, 0))
+    np.testing.assert_array_equal(np.array(json.loads(text)["logprobs"], np.float32), logprobs)
+
+
+GOOD = {"token_ids": [1, 2, 3]}
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "not JSON"),
+        ("[1, 2]", "expected a JSON object"),
+        ({"token_id": [1, 2]}, "unknown key token_id; did you mean token_ids?"),
+        ({"id": 3}, "missing key token_ids"),
+        ({"token_ids": [1, 2.5]}, "token_ids.1"),
+        ({"token_ids": [1, True]}, "token_ids.1"),
+        ({"token_ids": [1, "2"]}, "token_ids.1"),
+        ({"token_ids": [1, 64]}, "outside the vocabulary"),
+        ({"token_ids": [1, -1]}, "outside the vocabulary"),
+        ({"token_ids": [1, 2**40]}, "no token id"),
+        ({"token_ids": [1]}, "at least 2"),
+        ({"token_ids": []}, "at least 2"),
+        ({"token_ids": [1] * 4097}, "--max-sequence-length"),
+        ({"token_ids": [1, 2, 3], "spans": []}, "spans"),
+        ({"token_ids": [1, 2, 3], "spans": [[1, 2, 3]]}, "spans"),
+        ({"token_ids": [1, 2, 3], "spans": [[0, 2]]}, "inside \\[1, 3\\)"),
+        ({"token_ids": [1, 2, 3], "spans": [[2, 3], [1, 2]]}, "ascending"),
+        ({"token_ids": [1, 2, 3], "top_k": 65}, "top_k = 65"),
+        ({"token_ids": [1, 2, 3], "top_k": -1}, "top_k = -1"),
+        ({"token_ids": [1, 2, 3], "candidate_ids": [[1], [2, 3]]}, "different lengths"),
+        ({"token_ids": [1, 2, 3], "candidate_ids": [[1]]}, "1 rows, its spans score 2"),
+        ({"token_ids": [1, 2, 3], "candidate_ids": [[1], [99]]}, "candidate_ids.*outside the vocabulary"),
+    ],
+)
+def test_a_bad_line_is_named_before_anything_is_scored_and_nothing_is_written(line, message, tmp_path, capsys):
+    source = write(tmp_path / "in.jsonl", [GOOD, "", GOOD, line])
+    target = tmp_path / "out.jsonl"
+    target.write_text("what was there before\n")
+    argv = ["score", "--engine", "fake", "--model", str(tmp_path), "--input", str(source), "--output", str(target)]
+    # The engine would fail, with another exit code, if it saw a token of the good lines.
+    assert cli.main([*argv, "--engine-arg", "die_on_token=2"]) == 2
+    error = capsys.readouterr().err
+    assert f"{source}:4: " in error and "Traceback" not in error
+    assert re.search(message, error), error
+    assert target.read_text() == "what was there before\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+@pytest.mark.parametrize("way", ["teacher", "engine"])
+def test_a_failure_in_the_middle_names_the_line_and_leaves_no_half_file(way, tmp_path, start_sidecar, capsys):
+    lines = [{"token_ids": [1, 2, n % 50]} for n in range(100)] + [{"token_ids": [1, 60]}]
+    source, target = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    if way == "teacher":
+        scorer = ["--teacher", start_sidecar("--engine-arg", "fail_on_token=60").address, "--deadline-s", "5"]
+        message = "RuntimeError"
+    else:
+        scorer = ["--engine", "fake", "--model", str(tmp_path), "--engine-arg", "die_on_token=60"]
+        message = "the fake engine died"
+    assert cli.main(["score", *scorer, "--input", str(source), "--output", str(target)]) == 1
+    error = capsys.readouterr().err
+    assert f"{source}:" in error and message in error
+    assert not target.exists() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("content", [None, "", "\n\n"])
+def test_a_missing_or_empty_input_is_an_error(content, tmp_path, capsys):
+    source = tmp_path / "in.jsonl"
+    if content is not None:
+        source.write_text(content)
+    argv = ["score", "--engine", "fake", "--model", "m", "--input", str(source), "--output", str(tmp_path / "out")]
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert str(source) in error and ("empty" if content is not None else "no such file") in error
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "give --teacher HOST:PORT"),
+        (["--teacher", "localhost:1", "--engine", "fake"], "--teacher and --engine"),
+        (["--teacher", "localhost:1", "--model", "m"], "--teacher and --model"),
+        (["--engine", "fake"], "--model is missing"),
+        (["--engine", "fkae", "--model", "m"], "did you mean fake?"),
+        (["--engine", "fake", "--model", "m", "--temperature", "0"], "temperature = 0"),
+        (["--engine", "fake", "--model", "m", "--output", "/no/such/directory/out"], "no directory /no/such"),
+    ],
+)
+def test_a_request_that_cannot_be_meant_is_2(argv, message, tmp_path, capsys):
+    source = write(tmp_path / "in.jsonl", [GOOD])
+    assert cli.main(["score", "--input", str(source), "--output", str(tmp_path / "out"), *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("state", ["scoring", "waiting for a teacher"])
+def test_ctrl_c_ends_it_with_130_and_leaves_nothing(state, tmp_path):
+    source, target = write(tmp_path / "in.jsonl", [GOOD] * 1000), tmp_path / "out.jsonl"
+    if state == "scoring":
+        scorer = ["--engine", "fake", "--model", str(tmp_path), "--engine-arg", "delay_s=0.1"]
+    else:
+        scorer = ["--teacher", "127.0.0.1:1"]
+    argv = [sys.executable, "-m", "jdistill.cli", "score", *scorer, "--input", str(source), "--output", str(target)]
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    try:
+        if state == "scoring":
+            give_up = time.monotonic() + 20
+            while not list(tmp_path.glob(".out*")):
+                assert process.poll() is None and time.monotonic() < give_up
+                time.sleep(0.02)
+        else:
+            time.sleep(3)
+        os.kill(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=10)
+    finally:
+        process.kill()
+    assert process.returncode == 130, error
+    assert "interrupted" in error and "Traceback" not in error
+    assert not target.exists() and not list(tmp_path.glob(".out*"))
