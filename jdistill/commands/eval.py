@@ -1,0 +1,134 @@
+"""`jdistill eval`: accuracy of a checkpoint on a task's held-out problems."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Any
+
+from jdistill.commands.sample import add_model_arguments, add_sampling_arguments, check_sampling_arguments, load_sampler
+
+DESCRIPTION = """\
+Accuracy, mean response length and share of ended responses of a Hugging Face checkpoint on a task's held-out problems:
+the same numbers, by the same code, as `jdistill train` logs on its way.
+
+examples:
+  jdistill eval --model DIR --task addition --num-prompts 512 --greedy
+  jdistill eval --model DIR --task gsm8k --task-option train_path=train.jsonl --task-option test_path=test.jsonl \\
+      --temperature 0.7 --output answers.jsonl
+  jdistill eval --model DIR --task addition --json
+
+--output gets every answer, a JSON object a line in the order in which they end: problem, text, reward, token ids."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    from jdistill.tasks import TASKS
+
+    add_model_arguments(parser)
+    parser.add_argument("--task", required=True, metavar="NAME", help=f"one of: {', '.join(TASKS)}")
+    parser.add_argument(
+        "--task-option", action="append", default=[], metavar="K=V", help="an option of the task; may be repeated"
+    )
+    parser.add_argument("--num-prompts", type=int, default=256, metavar="P", help="held-out problems (default 256)")
+    add_sampling_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.add_argument("--output", metavar="FILE", help="write every answer to this JSONL file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluates and prints the result."""
+    from jdistill import checkpoint_files
+    from jdistill.tasks import create_task
+
+    checkpoint_files.check_checkpoint(args.model)
+    check_sampling_arguments(args)
+    if args.num_prompts < 1:
+        raise ValueError(f"--num-prompts must be at least 1, got {args.num_prompts}")
+    task = create_task(args.task, _options(args.task_option), args.model)
+    if args.num_prompts > task.num_eval:
+        raise ValueError(f"--num-prompts {args.num_prompts}: task {args.task} has {task.num_eval} held-out problems")
+    problems = task.eval_problems(args.num_prompts)
+    if args.output is not None and not pathlib.Path(args.output).absolute().parent.is_dir():
+        raise ValueError(f"--output: no directory {pathlib.Path(args.output).absolute().parent}")
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from jdistill.student.evaluate import evaluate
+
+    sampler, params = load_sampler(args, max(len(p.prompt_ids) for p in problems), task.stop_token_ids)
+    console = Console(stderr=True)
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(open(args.output, "w")) if args.output is not None else None
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        bar = stack.enter_context(Progress(*columns, console=console, transient=True, disable=not console.is_terminal))
+        line = bar.add_task("compiling", total=len(problems))
+        answered, rewards = 0, 0.0
+
+        def on_answer(problem: Any, completion: Any, reward: float) -> None:
+            nonlocal answered, rewards
+            answered += 1
+            rewards += reward
+            bar.update(line, advance=1, description=f"mean reward {rewards / answered:.3f}")
+            if output is not None:
+                answer = {
+                    "index": problem.index,
+                    "prompt": task.decode(problem.prompt_ids),
+                    "response": task.decode(completion.completion_ids),
+                    "reward": reward,
+                    "finish_reason": completion.finish_reason,
+                    "mean_logprob": float(completion.sampler_logprobs.mean()),
+                    "token_ids": completion.completion_ids.tolist(),
+                }
+                output.write(json.dumps(answer, ensure_ascii=False) + "\n")
+
+        result = evaluate(
+            sampler,
+            params,
+            task,
+            problems,
+            temperature=args.temperature,
+            greedy=args.greedy,
+            seed=args.seed,
+            max_rows=args.max_rows,
+            on_answer=on_answer,
+        )
+    if args.json:
+        settings = {"model": args.model, "task": args.task, "greedy": args.greedy, "seed": args.seed}
+        if not args.greedy:
+            settings["temperature"] = args.temperature
+        print(json.dumps(settings | dataclasses.asdict(result)))
+        return 0
+    how = "greedy" if args.greedy else f"T = {args.temperature:g}"
+    print(
+        f"{args.task}, {result.num_problems} held-out problems, {how}: accuracy {result.accuracy:.3f}, "
+        f"mean reward {result.mean_reward:.3f}, {result.mean_response_tokens:.1f} tokens a response, "
+        f"{result.stop_share:.1%} ended by themselves"
+    )
+    if result.stop_share < 0.5:
+        print("most responses ran into the length limit: is --max-new-tokens too small for this task?", file=sys.stderr)
+    return 0
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    """{"k": v} of "k=v"; values are YAML, as in a training config's task.options."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    options = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--task-option: expected name=value, got {pair!r}")
+        if key in options:
+            raise ValueError(f"--task-option: {key} is given twice")
+        try:
+            options[key] = YAML(typ="safe").load(text) if text.strip() else None
+        except YAMLError as e:
+            raise ValueError(f"--task-option {key}: the value is not YAML: {e}") from None
+    return options

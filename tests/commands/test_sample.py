@@ -1,0 +1,117 @@
+"""`jdistill sample` on a random checkpoint, against the sampler's promises and a full forward pass."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdistill import cli, models
+from jdistill.tasks.addition import VOCABULARY, write_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sample")
+    write_model(root / "source", num_layers=1)
+    models.save(models.random_init(root / "source", seed=0), root / "model", source=root / "source")
+    return root / "model"
+
+
+def run(capsys, *argv):
+    code = cli.main(["sample", *map(str, argv)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_jsonl_lines_hold_every_completion_with_log_probs_of_the_model(checkpoint, capsys, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "12+34="}\n\n{"token_ids": [1, 2, 3]}\n')
+    argv = ["--model", checkpoint, "--prompts-file", file, "--num-completions", 3, "--max-new-tokens", 9, "--jsonl"]
+    code, out, err = run(capsys, *argv, "--temperature", 0.8, "--max-rows", 4)
+    assert code == 0 and "6 completions" in err
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert {(line["prompt_index"], line["completion_index"]) for line in lines} == {
+        (p, c) for p in range(2) for c in range(3)
+    }
+    decoder = models.load(checkpoint)
+
+    @jax.jit
+    def full_logits(tokens):
+        return decoder.logits(decoder(tokens, jnp.arange(20)[None])[0])[0]
+
+    for line in lines:
+        prompt = [[1, 2, 10, 3, 4, 11], [1, 2, 3]][line["prompt_index"]]
+        assert line["prompt_token_ids"] == prompt
+        assert line["prompt"] == ["12+34=", "123"][line["prompt_index"]]
+        tokens = prompt + line["token_ids"]
+        padded = jnp.array([tokens + [0] * (20 - len(tokens))])
+        full = jax.nn.log_softmax(full_logits(padded)[len(prompt) - 1 : len(tokens) - 1] / 0.8)
+        np.testing.assert_allclose(line["logprobs"], full[np.arange(len(full)), line["token_ids"]], atol=1e-4)
+        np.testing.assert_allclose(line["mean_logprob"], np.mean(line["logprobs"]), rtol=1e-5)
+        ended = line["token_ids"][-1] == VOCABULARY["<end>"]
+        assert line["finish_reason"] == ("stop" if ended else "length")
+        names = {i: token for token, i in VOCABULARY.items()}
+        assert line["text"] == "".join(names[i] for i in line["token_ids"] if not names[i].startswith("<"))
+    again = run(capsys, *argv, "--temperature", 0.8, "--max-rows", 4)[1]
+    assert sorted(again.splitlines()) == sorted(out.splitlines())
+
+
+def test_text_shows_prompt_and_completion(checkpoint, capsys):
+    argv = ["--model", checkpoint, "--prompt", "1+1=", "--greedy", "--max-new-tokens", 4]
+    code, out, _ = run(capsys, *argv)
+    header, text = out.splitlines()
+    assert code == 0
+    assert header.startswith("-- prompt 0, completion 0: ") and "mean log-prob -" in header
+    _, out, _ = run(capsys, *argv, "--jsonl")
+    assert text == "1+1=" + json.loads(out)["text"]
+
+
+def test_stop_tokens_can_be_chosen(checkpoint, capsys):
+    argv = ["--model", checkpoint, "--token-ids", "1,2", "--max-new-tokens", 30, "--jsonl"]
+    everything = ",".join(map(str, range(len(VOCABULARY))))
+    _, out, _ = run(capsys, *argv, "--stop-token-ids", everything)
+    line = json.loads(out)
+    assert len(line["token_ids"]) == 1 and line["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--prompt", "1+1=", "--chat"], "has no chat template: leave out --chat"),
+        (["--token-ids", "1,2", "--chat"], "a prompt of token ids is taken as it is: leave out --chat"),
+        (["--token-ids", "1;2"], "--token-ids: expected token ids like 5,6,7, got '1;2'"),
+        (["--token-ids", "1,99"], "prompt 0, token 1: id 99 is outside the model's vocabulary of 16"),
+        (["--prompts-file", "nowhere.txt"], "--prompts-file: no file nowhere.txt"),
+        (["--prompt", "1", "--max-new-tokens", "128"], "--max-new-tokens can be at most 127, got 128"),
+        (["--prompt", "1" * 128], "the longest prompt has 128 tokens: nothing can follow it"),
+        (["--prompt", "1", "--temperature", "0"], "--temperature must be above 0, got 0.0"),
+        (["--prompt", "1", "--num-completions", "0"], "--num-completions must be at least 1, got 0"),
+        (["--prompt", "1", "--max-rows", "0"], "--max-rows must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_request_is_answered_with_a_remedy_and_exit_code_2(checkpoint, capsys, argv, message):
+    code, out, err = run(capsys, "--model", checkpoint, *argv)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "line 1: not JSON"),
+        ('{"text": "a"}', 'line 1: expected {"prompt": TEXT} or {"token_ids": [..]}, got {"text": "a"}'),
+        ('{"token_ids": [1, 2.5]}', "line 1: expected"),
+        ("\n", "has no prompts; expected one a line"),
+    ],
+)
+def test_a_bad_prompts_file_is_named_with_its_line(checkpoint, capsys, tmp_path, text, message):
+    (tmp_path / "bad.jsonl").write_text(text)
+    code, _, err = run(capsys, "--model", checkpoint, "--prompts-file", tmp_path / "bad.jsonl")
+    assert code == 2 and message in err
+
+
+def test_a_missing_checkpoint_is_named(capsys, tmp_path):
+    code, _, err = run(capsys, "--model", tmp_path / "nowhere", "--prompt", "1")
+    assert code == 2 and "no checkpoint directory" in err
