@@ -24,7 +24,7 @@ BATCH_AXES = ("data", "fsdp")
 def make_mesh(section: MeshSection, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a config section over all devices (of all hosts), with Auto axes.
 
-    Auto: the compiler places what is in between. (With Explicit axes, which jax.make_mesh has as default, every gather and
+    Auto: the compiler places what is in between. (With Explicit axes, the default of jax.make_mesh, every gather and
     einsum would have to name its output's sharding.)
 
     Raises:
@@ -36,7 +36,9 @@ def make_mesh(section: MeshSection, *, devices: Sequence[jax.Device] | None = No
     wrong = [axis for axis, size in sizes.items() if size < 1 and size != -1]
     rest = [axis for axis, size in sizes.items() if size == -1]
     if wrong or len(rest) > 1:
-        raise ValueError(f"mesh: {asked}: sizes are at least 1, and at most one of them is -1 (all devices that are left)")
+        raise ValueError(
+            f"mesh: {asked}: sizes are at least 1, and at most one of them is -1 (all devices that are left)"
+        )
     known = math.prod(size for size in sizes.values() if size != -1)
     if rest:
         sizes[rest[0]] = len(devices) // known

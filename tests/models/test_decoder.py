@@ -1,5 +1,7 @@
 """Decoder: cache, remat, scan."""
 
+import dataclasses
+import functools
 import re
 
 import jax
@@ -9,7 +11,7 @@ import pytest
 from flax import nnx
 
 from jdistill import models
-from jdistill.models import DecoderConfig
+from jdistill.models import Decoder, DecoderConfig
 
 CONFIG = DecoderConfig(
     family="qwen3",
@@ -26,15 +28,26 @@ CONFIG = DecoderConfig(
 )
 
 
+@functools.cache  # compiling the random numbers is most of the time of these tests
+def random_decoder():
+    return models.random_init(CONFIG, 7)
+
+
+@nnx.jit
+def jitted(decoder, tokens_BS, positions_BS, segment_ids_BS=None, cache=None):
+    hidden_BSD, cache = decoder(tokens_BS, positions_BS, segment_ids_BS=segment_ids_BS, cache=cache)
+    return decoder.logits(hidden_BSD), cache
+
+
 def forward(decoder, tokens_BS, positions_BS=None, **kwargs):
     if positions_BS is None:
         positions_BS = np.broadcast_to(np.arange(tokens_BS.shape[1]), tokens_BS.shape)
-    hidden, cache = decoder(jnp.asarray(tokens_BS), jnp.asarray(positions_BS), **kwargs)
-    return np.asarray(decoder.logits(hidden)), cache
+    logits_BSV, cache = jitted(decoder, jnp.asarray(tokens_BS), jnp.asarray(positions_BS), **kwargs)
+    return np.asarray(logits_BSV), cache
 
 
 def test_cached_decode_of_right_padded_prompts_equals_the_full_forward():
-    decoder = models.random_init(CONFIG, 0)
+    decoder = random_decoder()
     rng = np.random.default_rng(0)
     B, S, prompt_S = 4, 24, 10
     tokens_BS = rng.integers(0, 61, (B, S))
@@ -53,7 +66,7 @@ def test_cached_decode_of_right_padded_prompts_equals_the_full_forward():
 
 
 def test_a_position_outside_the_cache_writes_nothing():
-    decoder = models.random_init(CONFIG, 0)
+    decoder = random_decoder()
     cache = models.init_cache(CONFIG, 2, 6, "float32")
     tokens_BS = np.array([[3, 4], [5, 6]])
     _, cache = forward(decoder, tokens_BS, np.array([[0, 1], [6, 7]]), cache=cache)
@@ -63,7 +76,7 @@ def test_a_position_outside_the_cache_writes_nothing():
 
 
 def test_decoding_copies_no_cache():
-    decoder = models.random_init(CONFIG, 0)
+    decoder = random_decoder()
     graphdef, state = nnx.split(decoder)
 
     def step(state, tokens_BS, positions_BS, cache):
@@ -79,32 +92,38 @@ def test_decoding_copies_no_cache():
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * cache.k.nbytes
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_remat_and_scan_change_no_gradient(tied):
-    import dataclasses
-
-    config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
+def test_remat_changes_no_gradient_and_a_tied_embedding_gets_both_gradients():
     tokens_BS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 12)))
-    gradients = {}
-    for remat in ("none", "layer"):
-        decoder = models.random_init(config, 1, remat=remat)
+    positions_BS = jnp.broadcast_to(jnp.arange(12), (2, 12))
 
-        def loss(decoder):
-            hidden, _ = decoder(tokens_BS, jnp.broadcast_to(jnp.arange(12), (2, 12)))
-            return -jnp.take_along_axis(jax.nn.log_softmax(decoder.logits(hidden)), tokens_BS[..., None], -1).mean()
+    @nnx.jit
+    @nnx.grad
+    def gradient(decoder):
+        hidden, _ = decoder(tokens_BS, positions_BS)
+        return -jnp.take_along_axis(jax.nn.log_softmax(decoder.logits(hidden)), tokens_BS[..., None], -1).mean()
 
-        gradients[remat] = nnx.grad(loss)(decoder)
-    for a, b in zip(*map(jax.tree.leaves, gradients.values()), strict=True):
-        assert np.abs(a).max() > 0
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+    untied = nnx.clone(random_decoder())
+    untied.head[...] = untied.embed[...].T  # so that the tied model is the same function
+    expected = gradient(untied)
+    for tied in (False, True):
+        config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
+        decoder = nnx.eval_shape(lambda config=config: Decoder(config, rngs=nnx.Rngs(0), remat="layer"))
+        state = nnx.state(untied)
+        if tied:
+            del state["head"]
+        nnx.update(decoder, state)
+        ours = gradient(decoder)
+        embed = expected["embed"][...] + (expected["head"][...].T if tied else 0)
+        np.testing.assert_allclose(ours["embed"][...], embed, rtol=0, atol=1e-6)
+        for a, b in zip(jax.tree.leaves(ours["layers"]), jax.tree.leaves(expected["layers"]), strict=True):
+            assert np.abs(b).max() > 0
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
 def test_compiled_size_does_not_grow_with_depth():
-    import dataclasses
-
     def size(num_layers):
-        decoder = models.random_init(dataclasses.replace(CONFIG, num_layers=num_layers), 0)
-        graphdef, state = nnx.split(decoder)
+        config = dataclasses.replace(CONFIG, num_layers=num_layers)
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
         tokens_BS = jnp.zeros((1, 4), jnp.int32)
         return len(jax.jit(lambda s: nnx.merge(graphdef, s)(tokens_BS, tokens_BS)[0]).lower(state).as_text())
 
@@ -112,18 +131,18 @@ def test_compiled_size_does_not_grow_with_depth():
 
 
 def test_a_random_start_has_the_statistics_that_the_config_asks_for():
-    decoder = models.random_init(CONFIG, 7)
+    decoder = random_decoder()
     assert np.std(decoder.layers.gate[...]) == pytest.approx(0.2, rel=0.05)
     assert np.std(decoder.embed[...]) == pytest.approx(0.2, rel=0.05)
     assert np.all(decoder.layers.mlp_norm[...] == 1)
-    other = models.random_init(CONFIG, 8)
-    assert not np.array_equal(decoder.embed[...], other.embed[...])
+    weights = [np.ravel(leaf) for leaf in jax.tree.leaves(nnx.state(decoder)) if leaf.ndim > 2]
+    assert len({float(w[0]) for w in weights}) == len(weights), "every parameter has its own numbers"
 
 
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="remat = 'all'"):
-        models.random_init(CONFIG, 0, remat="all")
-    decoder = models.random_init(CONFIG, 0)
+        Decoder(CONFIG, rngs=nnx.Rngs(0), remat="all")
+    decoder = random_decoder()
     tokens_BS = np.zeros((1, 2), np.int32)
     with pytest.raises(ValueError, match="segment_ids_BS with a cache"):
         forward(decoder, tokens_BS, segment_ids_BS=tokens_BS, cache=models.init_cache(CONFIG, 1, 4, "float32"))
