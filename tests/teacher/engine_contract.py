@@ -236,7 +236,7 @@ class EngineContract:
             SequenceToScore(ids, (), np.full((8, 1), 512, np.int32)),
         ]
         for sequence in bad:
-            with pytest.raises(InvalidRequestError):
+            with pytest.raises((InvalidRequestError, UnsupportedError)):
                 validate_request([sequence], info=info)
         with pytest.raises(TeacherError):
             validate_request([SequenceToScore(ids)], info=info, top_k=info.max_top_k + 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 
 import numpy as np
 import pytest
@@ -14,8 +13,6 @@ from tests.teacher.checkpoints import write_checkpoint
 from tests.teacher.engine_contract import EngineContract, expected_logprobs, reference_logits, score_all, serve
 
 pytest.importorskip("torch", reason="the transformers engine needs PyTorch: pip install 'jdistill[transformers]'")
-if "vllm" in sys.modules:
-    pytest.skip("vLLM is loaded", allow_module_level=True)
 
 from jdistill.teacher.engines.transformers import TransformersEngine
 

@@ -42,7 +42,7 @@ from jdistill.teacher.engines import vllm_worker
 from jdistill.teacher.engines.base import Engine
 from jdistill.teacher.engines.options import check_engine_args, model_info
 from jdistill.wire.codec import token_crc
-from jdistill.wire.errors import EngineDeadError, InvalidRequestError, TeacherError, UnsupportedError
+from jdistill.wire.errors import EngineDeadError, InvalidRequestError, TeacherError, UnavailableError, UnsupportedError
 from jdistill.wire.types import ModelInfo, SequenceToScore, TokenScores
 
 logger = logging.getLogger(__name__)
@@ -292,8 +292,7 @@ class VllmEngine(Engine):
 
     def __init__(self, llm: AsyncLLM, info: ModelInfo, way: _Way):
         self.version = vllm.__version__
-        self._llm = llm
-        self._closed = False
+        self._llm: AsyncLLM | None = llm
         self._use(way, info)
 
     def _use(self, way: _Way, info: ModelInfo) -> None:
@@ -432,6 +431,8 @@ class VllmEngine(Engine):
         self, sequences: Sequence[SequenceToScore], *, top_k: int = 0, temperature: float = 1.0
     ) -> AsyncIterator[tuple[int, TokenScores]]:
         """See Engine.score."""
+        if self._llm is None:
+            raise UnavailableError("the vllm engine is closed")
         self._refuse(sequences, top_k, temperature)
         tasks = {
             asyncio.create_task(self._score_one(sequence, top_k=top_k, temperature=temperature)): index
@@ -495,10 +496,10 @@ class VllmEngine(Engine):
 
     async def close(self) -> None:
         """See Engine.close."""
-        if not self._closed:
-            self._closed = True
+        if self._llm is not None:
             # In the event loop's thread: elsewhere vLLM's output handler sees its engine go and logs an error.
             self._llm.shutdown()
+            self._llm = None  # its destructor fails if it runs at the interpreter's end
 
 
 def _clamp(logprobs: np.ndarray) -> np.ndarray:
