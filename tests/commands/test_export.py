@@ -1,0 +1,77 @@
+"""`jdistill export`: what a run has trained is what the exported directory holds."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from jdistill import checkpoint_files, cli, models
+from jdistill.config import TrainConfig
+from jdistill.student.checkpoint import Checkpoints
+from jdistill.student.step import TrainState
+from tests.teacher.checkpoints import write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run directory with checkpoints of steps 3 and 7, in which every weight is 3 and 7 more than at the start."""
+    path = tmp_path_factory.mktemp("export")
+    write_checkpoint(path / "start")
+    config = TrainConfig(
+        run_dir=str(path / "run"),
+        num_steps=7,
+        model={"path": str(path / "start")},
+        task={"name": "addition"},
+        objective={"kind": "supervised"},
+    )
+    (path / "run").mkdir()
+    (path / "run" / "config.json").write_text(config.model_dump_json())
+    params = nnx.state(models.load(path / "start"), nnx.Param)
+    checkpoints = Checkpoints(path / "run")
+    for step in (3, 7):
+        moved = jax.tree.map(lambda x, step=step: x + step, params)
+        checkpoints.save(step, TrainState(moved, optax.EmptyState(), jax.numpy.asarray(step)), {})
+    checkpoints.close()
+    return path / "run"
+
+
+def norms(path):
+    return np.asarray(models.load(path).final_norm[...])
+
+
+def test_the_newest_checkpoint_is_exported_bit_for_bit_with_the_tokenizer(run, tmp_path, capsys):
+    assert cli.main(["export", str(run), "--to", str(tmp_path / "out")]) == 0
+    assert "step 7 of" in capsys.readouterr().out
+    start = run.parent / "start"
+    expected, exported = models.load(start), models.load(tmp_path / "out")
+    for a, b in zip(*(jax.tree.leaves(nnx.state(d, nnx.Param)) for d in (expected, exported)), strict=True):
+        np.testing.assert_array_equal(a + 7, b)
+    assert (
+        checkpoint_files.tokenizer_fingerprint(tmp_path / "out") == checkpoint_files.tokenizer_fingerprint(start) != ""
+    )
+    assert checkpoint_files.checkpoint_dtype(tmp_path / "out") == "float32"
+
+
+def test_an_earlier_step_and_another_dtype_can_be_asked_for(run, tmp_path):
+    assert cli.main(["export", str(run), "--to", str(tmp_path / "out"), "--step", "3", "--dtype", "bfloat16"]) == 0
+    assert checkpoint_files.checkpoint_dtype(tmp_path / "out") == "bfloat16"
+    expected = (norms(run.parent / "start") + 3).astype(jax.numpy.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(norms(tmp_path / "out"), expected)
+
+
+def test_what_cannot_be_exported_is_refused_and_nothing_is_written(run, tmp_path, capsys):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    to = ["--to", str(tmp_path / "out")]
+    for argv, message in [
+        ([str(tmp_path / "taken"), *to], "not the directory of a `jdistill train` run"),
+        ([str(run), "--to", str(tmp_path / "taken")], "exists: remove it"),
+        ([str(run), *to, "--step", "5"], "no checkpoint of step 5"),
+        ([str(run), *to, "--source", str(tmp_path / "gone")], "say where it is now with --source"),
+    ]:
+        assert cli.main(["export", *argv]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

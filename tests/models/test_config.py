@@ -1,0 +1,114 @@
+"""config.json is read strictly: what would change the numbers is honoured or refused, never ignored."""
+
+import json
+
+import pytest
+
+from jdistill import models
+
+BASE = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
+
+
+def read(tmp_path, remove=(), **fields):
+    merged = {key: value for key, value in {**BASE, **fields}.items() if key not in remove}
+    (tmp_path / "config.json").write_text(json.dumps(merged))
+    return models.config_from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"model_type": "mixtral"},
+            r"config.json: model_type = 'mixtral' is not supported \(only llama, qwen2, qwen3\)",
+        ),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "only causal language models"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
+        ({"attention_dropout": 0.1}, "attention_dropout = 0.1 is not supported"),
+        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding_attention .window 64"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_scaling.rope_type = 'dynamic' is not supported",
+        ),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "'longrope' is not supported"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "shift": 3}}, "rope_scaling: unknown field shift = 3"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            "rope_theta = 1000000.0 but rope_parameters",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+        ({"logit_softcap": 30.0}, "unknown field logit_softcap = 30.0"),
+        ({"quantization_config": {"bits": 4}}, "unknown field quantization_config"),
+        ({"hidden_sizes": 3}, "unknown field hidden_sizes = 3 .did you mean hidden_size"),
+        ({"hidden_size": "32"}, "hidden_size = '32': expected int"),
+        ({"num_hidden_layers": 0}, "num_layers = 0: expected at least 1"),
+        ({"num_key_value_heads": 3}, "config.json: num_kv_heads = 3 does not divide num_heads = 4"),
+        ({"head_dim": 7}, "head_dim = 7: .* even"),
+    ],
+)
+def test_an_unsupported_field_is_refused_by_name_value_and_file(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, **fields)
+
+
+def test_a_missing_field_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json: missing field 'vocab_size'"):
+        read(tmp_path, remove=("vocab_size",))
+
+
+def test_noise_that_changes_nothing_is_let_through(tmp_path):
+    plain = read(tmp_path)
+    noisy = read(
+        tmp_path,
+        _name_or_path="x",
+        torch_dtype="bfloat16",
+        transformers_version="4.1",
+        use_cache=True,
+        eos_token_id=[1, 2],
+        sliding_window=4096,
+        use_sliding_window=False,
+        max_window_layers=1,
+        some_new_switch=False,
+        another=None,
+        rope_scaling=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000},
+    )
+    assert noisy == plain
+    assert plain.rope.theta == 1e6
+    assert (plain.qk_norm, plain.qkv_bias, plain.tie_word_embeddings) == (True, False, True)
+
+
+def test_absent_fields_take_the_defaults_of_transformers(tmp_path):
+    config = read(tmp_path, remove=("tie_word_embeddings", "rope_theta", "head_dim", "max_position_embeddings"))
+    assert not config.tie_word_embeddings
+    assert config.rope.theta == 10_000.0
+    assert config.head_dim == 128
+    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    config = read(tmp_path, remove=("head_dim", "num_key_value_heads"), **llama)
+    assert (config.head_dim, config.num_kv_heads, config.qk_norm) == (8, 4, False)
+
+
+def test_a_directory_that_is_no_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing is there"):
+        models.config_from_hf(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        models.config_from_hf(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qw')
+    with pytest.raises(ValueError, match="half written"):
+        models.config_from_hf(tmp_path)
