@@ -65,8 +65,7 @@ def to_sequences(
     if loss_mask_BT.shape != grid:
         raise InvalidRequestError(
             f"loss_mask_BT has shape {loss_mask_BT.shape}; tokens of shape {tokens_BS.shape} have a target grid of "
-            f"{grid}: "
-            "target t speaks of token t + 1, so the grid is one shorter",
+            f"{grid}: target t speaks of token t + 1, so the grid is one shorter",
             field="loss_mask",
         )
     if loss_mask_BT.dtype != np.bool_:

@@ -49,7 +49,9 @@ REQUEST_OVERHEAD_BYTES = 4096  # names, fingerprint, field tags
 MAX_SERVER_FAULTS = 3  # attempts of a sequence that end in an error which nobody has foreseen (INTERNAL, UNKNOWN)
 
 # gRPC says UNAVAILABLE to every TLS mistake, which looks like a server that is not up yet.
-_TLS_MISTAKE = re.compile(r"(?i)handshake failed|certificate|ssl_error|wrong.version.number|peer name")
+_TLS_MISTAKE = re.compile(
+    r"(?i)handshake failed|certificate|ssl_error|wrong.version.number|peer name|verification check"
+)
 _HOPELESS_CODES = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
 
@@ -67,6 +69,7 @@ class Job:
     deadline: float
     crc: int
     future: concurrent.futures.Future[TokenScores] = dataclasses.field(default_factory=concurrent.futures.Future)
+    group: Sequence[Job] = ()  # of one call of `score`: all of them or one error
     attempts: int = 0
     server_faults: int = 0
     bad_replies: dict[str, VerificationError] = dataclasses.field(default_factory=dict)  # by endpoint
@@ -249,8 +252,7 @@ class Dispatcher:
                 self._stop_waiting()
                 raise DeadlineError(
                     f"no teacher has answered within {self._deadline_s:g} s: {self._errors_by_endpoint()}. Is it "
-                    "running, and "
-                    "is the address right?"
+                    "running, and is the address right?"
                 )
             self._report_waiting(deadline)
             failures += 1
@@ -281,8 +283,7 @@ class Dispatcher:
                 parts = "; ".join(f"{', '.join(who)}: {value!r}" for value, who in endpoints.items())
                 raise FingerprintMismatchError(
                     f"the teacher replicas differ in {name}: {parts}. All replicas of one teacher serve the same "
-                    "checkpoint in "
-                    "the same dtype: restart those that differ"
+                    "checkpoint in the same dtype: restart those that differ"
                 )
         model = infos[0][1].model
         expected = self._expected_tokenizer_fingerprint
@@ -290,10 +291,9 @@ class Dispatcher:
             has = f"{model.tokenizer_fingerprint!r}" if model.tokenizer_fingerprint else "none (no tokenizer files)"
             raise FingerprintMismatchError(
                 f"the tokenizer of teacher {model.model!r} has the fingerprint {has}, the student's {expected!r}: the "
-                "same id "
-                "means another text on each side, and every score would be wrong. Use a teacher of the same model "
-                "family, or "
-                "save the student's tokenizer files beside the teacher's checkpoint if only they differ"
+                "same id means another text on each side, and every score would be wrong. Use a teacher of the same "
+                "model family, or save the student's tokenizer files beside the teacher's checkpoint if only they "
+                "differ"
             )
         limits = {
             name: min(getattr(info.model, name) for _, info in infos)
@@ -332,8 +332,7 @@ class Dispatcher:
                     replica,
                     FingerprintMismatchError(
                         f"{replica.endpoint}: {problem}; another model than this run began with. Restart that teacher "
-                        "with the "
-                        "first one's checkpoint and dtype, or start a new run"
+                        "with the first one's checkpoint and dtype, or start a new run"
                     ),
                 )
                 continue
@@ -411,6 +410,8 @@ class Dispatcher:
                     )
             except TeacherError as e:
                 job.fail(e)
+                for other in job.group:
+                    other.future.cancel()  # all or one error: what nobody will get is not sent
             else:
                 self._queue.append(job)
         self._pump()
@@ -599,8 +600,7 @@ class Dispatcher:
         job.fail(
             DeadlineError(
                 f"no scores of sequence {job.index} ({job.num_tokens} tokens) within {self._deadline_s:g} s, after "
-                f"{attempts}: "
-                f"{self._errors_by_endpoint()}"
+                f"{attempts}: {self._errors_by_endpoint()}"
             )
         )
 

@@ -195,12 +195,14 @@ class TeacherClient:
         jobs = [self._job(s, i, top_k, temperature) for s, i in zip(sequences, indexes, strict=True)]
         if not jobs:
             return []
+        for job in jobs:
+            job.group = jobs
         self._loop.call_soon_threadsafe(lambda: self._dispatcher.submit(jobs, coalesce=False))
         futures = [job.future for job in jobs]
         try:
             concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
             for future in futures:  # in input order, so that the same failure gives the same error
-                if future.done() and (error := future.exception()) is not None:
+                if future.done() and not future.cancelled() and (error := future.exception()) is not None:
                     raise error
             return [future.result() for future in futures]
         finally:

@@ -76,8 +76,7 @@ class Reply:
             if got != expected:
                 raise FingerprintMismatchError(
                     f"{self._endpoint}: {name} of the reply is {got!r}, of the run's teacher {expected!r}: the teacher "
-                    "was "
-                    "exchanged in the middle of the run"
+                    "was exchanged in the middle of the run"
                 )
         if chunk.temperature != self._temperature:
             raise VerificationError(
@@ -115,8 +114,7 @@ class Reply:
             raise self._blame(
                 b,
                 f"scores [{first}, {first + count}) came after {received} of {self._num_scored_B[b]}; every position "
-                "is "
-                "scored once, and pieces of one sequence come in order",
+                "is scored once, and pieces of one sequence come in order",
             )
         whole, place = self._scores_B[b], slice(first, first + count)
         for name in ("logprobs", "top_ids", "top_logprobs", "candidate_logprobs"):

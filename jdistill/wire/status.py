@@ -139,11 +139,6 @@ def retry_delay_s(error: Any) -> float | None:
     return None
 
 
-def has_error_info(error: Any) -> bool:
-    """Whether our own service ended this call on purpose (rather than gRPC, a proxy or an uncaught exception)."""
-    return _error_info(error)[0] is not None
-
-
 def _error_info(error: Any) -> tuple[str | None, dict[str, str]]:
     for detail in _details(error):
         info = error_details_pb2.ErrorInfo()

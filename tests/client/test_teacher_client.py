@@ -260,7 +260,7 @@ def test_bad_requests_name_sequence_and_field_and_reach_no_teacher(start_teacher
         client.submit(SequenceToScore(np.array([0.5, 1])))
     with pytest.raises(errors.InvalidRequestError, match="does not fit int32"):
         client.score([SequenceToScore(np.array([1, 2**32 + 1]))])
-    assert all(len(s.token_ids) == 5 for call in teacher.requests for s in call)
+    assert not teacher.requests
 
 
 # ---- faults: the connection and the process ----

@@ -102,7 +102,6 @@ def test_a_status_without_our_details_is_judged_by_its_code(fail_with, code, tex
     got = status.from_rpc_error(rpc_error, "host:1")
     assert type(got) is kind
     assert f"{code.name}: {text}" in str(got)
-    assert not status.has_error_info(rpc_error)
 
 
 def test_details_that_cannot_be_read_leave_the_code(fail_with):
