@@ -283,7 +283,8 @@ async def _run(args: argparse.Namespace, config: Any, source: pathlib.Path, targ
     took_s = time.monotonic() - begin
     console.print(
         f"scored {num_sequences:,} sequences, {num_tokens:,} tokens in {took_s:.1f} s "
-        f"({num_tokens / took_s:,.0f} tokens/s) with {scorer.model.model} -> {target}"
+        f"({num_tokens / took_s:,.0f} tokens/s) with {scorer.model.model} -> {target}",
+        soft_wrap=True,
     )
 
 

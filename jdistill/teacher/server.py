@@ -14,6 +14,7 @@ import ctypes
 import errno
 import ipaddress
 import logging
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -107,6 +108,9 @@ def exit_within(timeout_s: float, code: int) -> Iterator[None]:
 
 def _exit_now(timeout_s: float, code: int) -> None:
     logger.error("not ended after %.0f s: leaving at once", timeout_s)
+    # Nobody else will: vLLM's engine process, while it loads, does not notice that we are gone, and keeps the GPU.
+    for child in multiprocessing.active_children():
+        child.kill()
     os._exit(code)
 
 
@@ -149,9 +153,9 @@ class _Sidecar:
                 self._guards.enter_context(exit_within(drain_s, code))
                 await self._drain()
             else:
-                code = 0  # a signal came first
+                code = 0  # a signal came first; what still loads in a thread cannot be stopped
+                self._guards.enter_context(exit_within(CLOSE_TIMEOUT_S, code))
         finally:
-            # Also when loading failed or was interrupted: what still loads in a thread cannot be stopped.
             self._guards.enter_context(exit_within(3 * CLOSE_TIMEOUT_S, code))
             self._remove_port_file(port)
             await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)

@@ -177,6 +177,42 @@ def test_a_signal_during_loading_ends_it_at_once(start_sidecar):
     assert not sidecar.port_file.exists()
 
 
+HANGING = """
+import asyncio, multiprocessing, pathlib, sys, time
+from jdistill.config import TeacherServerConfig
+from jdistill.teacher import server
+from jdistill.teacher.engines import fake
+
+class Hanging(fake.FakeEngine):
+    @classmethod
+    async def create(cls, config):
+        child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(100,))
+        child.start()
+        pathlib.Path(sys.argv[1]).write_text(str(child.pid))
+        await asyncio.to_thread(time.sleep, 100)
+
+if __name__ == "__main__":
+    fake.FakeEngine = Hanging
+    sys.exit(server.serve(TeacherServerConfig(engine="fake", model="m", port=0)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_engine_that_hangs_while_it_loads_is_left_behind_and_its_processes_are_killed(tmp_path):
+    script, pid_file = tmp_path / "hanging.py", tmp_path / "pid"
+    script.write_text(HANGING)
+    process = subprocess.Popen([sys.executable, script, pid_file], stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: pid_file.exists() and pid_file.read_text())
+        child_pid = int(pid_file.read_text())
+        assert alive(child_pid)
+        process.terminate()
+        assert process.wait(10) == 0
+        wait_until(lambda: not alive(child_pid))
+    finally:
+        process.kill()
+
+
 def test_a_dead_engine_ends_the_sidecar_with_1_and_fails_running_calls(start_sidecar):
     sidecar = start_sidecar("--engine-arg", "die_on_token=63", "--engine-arg", "delay_s=0.02")
     running = BackgroundCall(sidecar.address, request(500, length=4))
