@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import gc
 import importlib.util
 import os
 import signal
@@ -50,10 +49,6 @@ def extension(tmp_path_factory, vllm_module):
         tmp_path,
         engine_args={"max_num_batched_tokens": 80, "max_num_seqs": 8, "enable_prefix_caching": True},
     )
-    # vLLM leaves a ZeroMQ context open, above all when its engine was killed; that warning is its own.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        gc.collect()
 
 
 def by_way(served, way):
