@@ -127,9 +127,10 @@ class Sampler:
         if mesh is not None and mesh.size > 1:
             self._num_shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
             self._row_sharding = batch_sharding(mesh)
-        # One program a bucket of (rows, prompt length); nothing else that changes from call to call is static.
+        # One program a bucket of (rows, prompt length or cache slots); nothing else that changes is static.
         self._cast = jax.jit(self._cast_impl)
-        self._prefill = jax.jit(self._prefill_impl)
+        self._prefill = jax.jit(self._prefill_impl, static_argnames="num_slots")
+        self._grow = jax.jit(self._grow_impl, static_argnames="num_slots")
         self._decode = jax.jit(self._decode_impl, donate_argnames="rows")
 
     def sample(
@@ -218,8 +219,15 @@ class Sampler:
             greedy=np.bool_(greedy),
         )
         params = self._cast(params)
+        most_slots = prompt_slots + self.max_new_tokens
+        num_slots = _bucket(prompt_slots + self.chunk_tokens, _LEAST_SLOTS, most_slots)
         rows, sampled = self._prefill(
-            params, self._put(token_BS), self._put(length_B), self._put(np.arange(num_rows) >= num), fixed
+            params,
+            self._put(token_BS),
+            self._put(length_B),
+            self._put(np.arange(num_rows) >= num),
+            fixed,
+            num_slots=num_slots,
         )
 
         chunks: list[_Sampled] = []
@@ -229,6 +237,10 @@ class Sampler:
         while running:
             behind = sampled
             if columns_ahead > 0:
+                slots_needed = int(length_N.max()) + self.max_new_tokens - columns_ahead + self.chunk_tokens
+                if slots_needed > num_slots < most_slots:
+                    num_slots = _bucket(slots_needed, _LEAST_SLOTS, most_slots)
+                    rows = self._grow(rows, num_slots=num_slots)
                 rows, sampled = self._decode(params, rows, fixed)
                 columns_ahead -= self.chunk_tokens
             chunk = _Sampled(*(np.asarray(array) for array in behind))
@@ -283,12 +295,11 @@ class Sampler:
         return jax.tree_util.tree_map_with_path(cast, params)
 
     def _prefill_impl(
-        self, params: Any, token_BS: jax.Array, length_B: jax.Array, padding_B: jax.Array, fixed: _Fixed
+        self, params: Any, token_BS: jax.Array, length_B: jax.Array, padding_B: jax.Array, fixed: _Fixed, num_slots: int
     ) -> tuple[_Rows, _Sampled]:
         decoder = nnx.merge(self._graphdef, params)
         num_rows, prompt_slots = token_BS.shape
-        # The last sampled token is never fed back, but a row that has ended goes on writing at its last position.
-        cache = models.init_cache(decoder.config, num_rows, prompt_slots + self.max_new_tokens, self._dtype(decoder))
+        cache = models.init_cache(decoder.config, num_rows, num_slots, self._dtype(decoder))
         position_BS = jnp.broadcast_to(jnp.arange(prompt_slots, dtype=jnp.int32), token_BS.shape)
         hidden_BSD, cache = decoder(token_BS, position_BS, cache=self._constrain(cache))
         hidden_BD = jnp.take_along_axis(hidden_BSD, (length_B - 1)[:, None, None], axis=1)[:, 0]
@@ -300,6 +311,11 @@ class Sampler:
             done=padding_B | self._ends(token_B, length_B, fixed),
         )
         return rows, _Sampled(token_B[:, None], logprob_B[:, None], candidate_BK[:, None])
+
+    def _grow_impl(self, rows: _Rows, num_slots: int) -> _Rows:
+        more = num_slots - rows.cache.k.shape[2]
+        cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))), rows.cache)
+        return rows._replace(cache=self._constrain(cache))
 
     def _decode_impl(self, params: Any, rows: _Rows, fixed: _Fixed) -> tuple[_Rows, _Sampled]:
         decoder = nnx.merge(self._graphdef, params)
@@ -400,6 +416,8 @@ def draw_tokens(
     return token_B, chosen_B - max_B1[:, 0] - jnp.log(weight_BJ.sum(axis=-1))
 
 
+# Attention reads every slot of the cache, empty ones too, so the cache starts small and grows by buckets of this.
+_LEAST_SLOTS = 128
 _BLOCK = 128  # about sqrt(V) for the vocabularies of today, so that both stages are short
 
 

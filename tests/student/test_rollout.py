@@ -67,9 +67,8 @@ def full_logits(decoder, tokens_BS):
 
 def rescored(decoder, token_ids, temperature):
     """Log-probs [S - 1, V] by one full forward pass without a cache."""
-    padded = np.zeros(
-        (1, 40), np.int32
-    )  # one length, one compilation; what is behind does not matter to what is before
+    # Two lengths, so two compilations at most; what is behind a token does not matter to it.
+    padded = np.zeros((1, 40 if len(token_ids) <= 40 else 320), np.int32)
     padded[0, : len(token_ids)] = token_ids
     logits_SV = full_logits(decoder, padded)[0, : len(token_ids) - 1]
     return np.asarray(jax.nn.log_softmax(logits_SV / temperature, axis=-1))
@@ -121,6 +120,15 @@ def test_chunks_change_neither_tokens_nor_lengths(decoder, params, max_new_token
         assert c.finish_reason == reference.finish_reason
         assert c.candidate_ids is None
         assert len(c.completion_ids) == max_new_tokens or c.finish_reason == "stop"
+
+
+def test_log_probs_are_right_while_the_cache_grows(decoder, params):
+    sampler = Sampler(decoder, max_prompt_tokens=20, max_new_tokens=290, stop_token_ids=(), chunk_tokens=48)
+    for c in run(sampler, params, make_prompts(20, 3)):  # the cache has 128, 256, then 310 slots
+        full_TV = rescored(decoder, c.token_ids, 1.0)[c.prompt_length - 1 :]
+        assert len(full_TV) == 290
+        expected = full_TV[np.arange(290), c.completion_ids]
+        np.testing.assert_allclose(c.sampler_logprobs, expected, atol=1e-4, rtol=0)
 
 
 def test_a_request_does_not_depend_on_batch_mates_row_or_bucket(sampler, params):
