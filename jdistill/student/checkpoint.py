@@ -19,8 +19,9 @@ DIRECTORY = "checkpoints"
 class Checkpoints:
     """The checkpoints of one run, in run_dir/checkpoints/<step>/.
 
-    A checkpoint has three items: `params`, `optimizer` (its state and the step), `extra` (JSON). Orbax writes to a
-    temporary name and renames, so one that a crash cut short is never found.
+    A checkpoint has three items: `params`, `optimizer` (its state and the step), `about` (JSON: what was given as
+    extra, and the shapes of the other two, so that another model's checkpoint is found out before it is read). Orbax
+    writes to a temporary name and renames, so one that a crash cut short is never found.
 
     Args:
         run_dir: the run's directory; made if it is not there.
@@ -31,7 +32,7 @@ class Checkpoints:
         self._directory = pathlib.Path(run_dir).resolve() / DIRECTORY
         self._manager = ocp.CheckpointManager(
             self._directory,
-            item_names=("params", "optimizer", "extra"),
+            item_names=("params", "optimizer", "about"),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
         )
 
@@ -47,12 +48,14 @@ class Checkpoints:
             state: may be sharded; may be donated to a step as soon as this returns.
             extra: what else a resume needs, e.g. the position in the data; JSON.
         """
+        params, optimizer = nnx.to_pure_dict(state.params), _optimizer_item(state)
+        about = {"extra": dict(extra), "shapes": {"params": _shapes(params), "optimizer": _shapes(optimizer)}}
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(nnx.to_pure_dict(state.params)),
-                optimizer=ocp.args.StandardSave(_optimizer_item(state)),
-                extra=ocp.args.JsonSave(dict(extra)),
+                params=ocp.args.StandardSave(params),
+                optimizer=ocp.args.StandardSave(optimizer),
+                about=ocp.args.JsonSave(about),
             ),
         )
 
@@ -68,36 +71,28 @@ class Checkpoints:
             ValueError: it is of another model or optimizer.
         """
         step = self._find(step)
-        params = nnx.to_pure_dict(state.params)
-        optimizer = _optimizer_item(state)
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(_abstract(params)),
-                    optimizer=ocp.args.StandardRestore(_abstract(optimizer)),
-                    extra=ocp.args.JsonRestore(),
-                ),
-            )
-        except (ValueError, KeyError) as e:
-            raise ValueError(f"{self._directory / str(step)} does not fit this model and optimizer: {e}") from e
-        leaves = jax.tree.leaves(restored.params)
-        new_params = jax.tree.unflatten(jax.tree.structure(state.params), leaves)
-        opt_state = jax.tree.unflatten(
-            jax.tree.structure(state.opt_state), [restored.optimizer["leaves"][k] for k in sorted(optimizer["leaves"])]
+        params, optimizer = nnx.to_pure_dict(state.params), _optimizer_item(state)
+        about = self._about(step, params=params, optimizer=optimizer)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(_abstract(params)),
+                optimizer=ocp.args.StandardRestore(_abstract(optimizer)),
+            ),
         )
-        return TrainState(new_params, opt_state, restored.optimizer["step"]), restored.extra
+        new_params = jax.tree.unflatten(jax.tree.structure(state.params), jax.tree.leaves(restored.params))
+        leaves = [restored.optimizer["leaves"][name] for name in sorted(optimizer["leaves"])]
+        opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), leaves)
+        return TrainState(new_params, opt_state, restored.optimizer["step"]), about["extra"]
 
     def restore_params(self, params: nnx.State, step: int | None = None) -> nnx.State:
         """The saved parameters alone, in the shapes and on the devices of `params`. Raises as `restore` does."""
         step = self._find(step)
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(params)))),
-            )
-        except (ValueError, KeyError) as e:
-            raise ValueError(f"{self._directory / str(step)} does not fit this model: {e}") from e
+        saved = nnx.to_pure_dict(params)
+        self._about(step, params=saved)
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(saved)))
+        )
         return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(restored.params))
 
     def close(self) -> None:
@@ -113,6 +108,23 @@ class Checkpoints:
                 f"{wanted} in {self._directory} (there: {steps or 'none'}): was the run saved yet? See checkpoint.every"
             )
         return steps[-1] if step is None else step
+
+    def _about(self, step: int, **items: Any) -> dict[str, Any]:
+        """The JSON of a checkpoint, after comparing its shapes with those of the items to be restored."""
+        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+        for name, tree in items.items():
+            saved, wanted = about["shapes"][name], _shapes(tree)
+            different = [
+                f"{key}: saved {saved.get(key, 'nothing')}, wanted {wanted.get(key, 'nothing')}"
+                for key in sorted(set(saved) | set(wanted))
+                if saved.get(key) != wanted.get(key)
+            ]
+            if different:
+                raise ValueError(
+                    f"{self._directory / str(step)} is of another model or optimizer ({len(different)} of its arrays "
+                    f"differ, e.g. {'; '.join(different[:3])}): give the model.path that the run was started with"
+                )
+        return about
 
 
 def restore_params(run_dir: str | pathlib.Path, decoder: nnx.Module, step: int | None = None) -> int:
@@ -150,3 +162,10 @@ def _abstract(tree: Any) -> Any:
         return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=sharding)
 
     return jax.tree.map(one, tree)
+
+
+def _shapes(tree: Any) -> dict[str, list[int]]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): list(jnp.shape(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

@@ -148,7 +148,10 @@ def _forward(temperature: float, chunk: int, mesh: Mesh | None, hidden_NMD, head
         exp_NCV = jnp.exp(logits_NCV - max_NC1)
         sum_NC = jnp.sum(exp_NCV, axis=-1)
         norm_NC = max_NC1[..., 0] + jnp.log(sum_NC)
-        entropy_NC = norm_NC - jnp.sum(exp_NCV * logits_NCV, axis=-1) / sum_NC
+        # einsum, not sum(exp * logits): XLA's CPU reduction of that product takes 10 times as long, longer than the
+        # projection itself.
+        weighted_NC = jnp.einsum("NCV,NCV->NC", exp_NCV, logits_NCV, precision=jax.lax.Precision.HIGHEST)
+        entropy_NC = norm_NC - weighted_NC / sum_NC
         logprobs_NCK = jnp.take_along_axis(logits_NCV, _take(ids_NMK, index_NC), axis=-1) - norm_NC[..., None]
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(all_NM, part_NC, i * chunk, axis=1)

@@ -91,7 +91,7 @@ def copy(tree):
 
 @functools.cache
 def default_step():
-    """The compiled step of train_config(), and what makes its first state; shared, since compiling is what takes time."""
+    """The compiled step of train_config(), and what makes its first state; shared, since compiling takes the time."""
     config = train_config()
     graphdef, params = make_params()
     optimizer = make_optimizer(config.optimizer, config.num_steps)
