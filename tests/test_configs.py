@@ -1,6 +1,5 @@
 """Every file in configs/ and examples/ is loaded by its schema, GSM8K checked as far as that goes without weights."""
 
-import importlib.util
 import json
 import pathlib
 import shutil
@@ -9,6 +8,7 @@ import pytest
 
 from jdistill import cli, config
 from jdistill.tasks import create_task
+from tests.tasks import chat_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "examples").glob("*/*.yaml")])
@@ -51,10 +51,6 @@ QWEN3_14B = QWEN3_0_6B | {
     "num_hidden_layers": 40,
     "tie_word_embeddings": False,
 }
-
-spec = importlib.util.spec_from_file_location("chat_tokenizer", ROOT / "tests" / "tasks" / "chat_tokenizer.py")
-chat_tokenizer = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(chat_tokenizer)
 
 
 @pytest.fixture

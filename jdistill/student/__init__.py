@@ -1,0 +1,1 @@
+"""The JAX side: rollout, batch, train step, checkpoints, metrics and the loop."""

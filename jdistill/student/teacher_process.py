@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
@@ -71,15 +73,15 @@ class TeacherProcess:
         with self._lock:  # a restart in progress ends first, so that its process is the one that we stop
             self._closing.set()
         process = self._process
-        if process is None or process.poll() is not None:
+        if process is None:
             return
-        process.terminate()
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            logger.warning("teacher did not end within %.0f s of SIGTERM: killed", STOP_TIMEOUT_S)
-            process.kill()
-            process.wait()
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                logger.warning("teacher did not end within %.0f s of SIGTERM: killed", STOP_TIMEOUT_S)
+        self._kill_group()
 
     def _command(self) -> list[str]:
         spawn = self._spawn
@@ -140,6 +142,13 @@ class TeacherProcess:
         lines = self._log_path.read_text(errors="replace").splitlines()
         return "\n".join([f"The end of {self._log_path}:", *lines[-num_lines:]])
 
+    def _kill_group(self) -> None:
+        """Ends what is left: vLLM's engine is a process of its own, which a sidecar that is killed leaves behind."""
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
     def _watch(self) -> None:
         while not self._closing.is_set():
             assert self._process is not None
@@ -157,6 +166,7 @@ class TeacherProcess:
                 logger.warning(
                     "the teacher ended with exit code %s: restart %d on %s", code, self.restarts, self.endpoint
                 )
+                self._kill_group()
                 self._start()
 
 

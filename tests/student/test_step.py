@@ -169,8 +169,8 @@ def test_one_step_equals_the_formula_written_out(kind):
     config = train_config(objective=objective)
     rl, kd = config.objective.rl_loss_weight, config.objective.distill_loss_weight
     graphdef, params = make_params()
-    batch = random_batch()
-    mask = jnp.asarray(batch.loss_mask)
+    batch = TrainBatch(*map(jnp.asarray, random_batch()))
+    mask = batch.loss_mask
     sampled = config.objective.distillation == "sampled_reverse_kl"
     reduce = masked.masked_sequence_mean if kind == "sequence_mean" else masked.masked_mean
 
@@ -182,7 +182,7 @@ def test_one_step_equals_the_formula_written_out(kind):
             advantages += kd * distillation.sampled_reverse_kl_advantage(
                 logprobs, batch.teacher_logprobs, mask, discount=0.5
             )
-        total = reduce(policy_gradient.ppo_clip(logprobs, jnp.asarray(batch.sampler_logprobs), advantages), mask)
+        total = reduce(policy_gradient.ppo_clip(logprobs, batch.sampler_logprobs, advantages), mask)
         kl = None
         if kd and not sampled:
             candidates = jnp.take_along_axis(all_BTV, jnp.asarray(batch.candidate_ids), -1)
@@ -202,7 +202,7 @@ def test_one_step_equals_the_formula_written_out(kind):
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], expected_norm, rtol=1e-4)
     np.testing.assert_allclose(metrics["entropy"], masked.masked_mean(entropy, mask), rtol=1e-5)
-    gap = np.abs(np.asarray(logprobs) - batch.sampler_logprobs)[batch.loss_mask]
+    gap = np.abs(np.asarray(logprobs - batch.sampler_logprobs))[np.asarray(mask)]
     np.testing.assert_allclose(metrics["sampler_gap_mean"], gap.mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["sampler_gap_max"], gap.max(), rtol=1e-4)
     assert ("reverse_kl" in metrics) == (kl is not None)

@@ -9,19 +9,7 @@ import pytest
 
 from jdistill.tasks import TASKS, create_task
 from jdistill.tasks.addition import write_tokenizer
-
-
-def write_chat_tokenizer(path):
-    # --import-mode=importlib has no package for the helper beside this file: load it by its path.
-    import importlib.util
-    import pathlib
-
-    spec = importlib.util.spec_from_file_location(
-        "chat_tokenizer", pathlib.Path(__file__).with_name("chat_tokenizer.py")
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.write_chat_tokenizer(path)
+from tests.tasks.chat_tokenizer import write_chat_tokenizer
 
 
 def write_gsm8k(path, num, offset=0):

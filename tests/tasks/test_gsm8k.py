@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import pathlib
 import re
@@ -9,12 +8,9 @@ import pytest
 
 from jdistill.tasks import create_task
 from jdistill.tasks.gsm8k import final_number
+from tests.tasks import chat_tokenizer
 
 DATA = pathlib.Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
-
-spec = importlib.util.spec_from_file_location("chat_tokenizer", pathlib.Path(__file__).with_name("chat_tokenizer.py"))
-chat_tokenizer = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(chat_tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,8 @@
-"""Sidecars of the fake engine as real processes."""
-
-import importlib.util
-import pathlib
+"""Fixtures for all tests: sidecars of the fake engine as real processes."""
 
 import pytest
 
-spec = importlib.util.spec_from_file_location("sidecar", pathlib.Path(__file__).parents[1] / "teacher" / "sidecar.py")
-sidecar = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sidecar)
+from tests.teacher import sidecar
 
 
 @pytest.fixture
