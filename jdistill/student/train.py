@@ -276,7 +276,10 @@ class _Trainer:
             "response_length": float(np.mean(response_lengths_B)),
             "stopped_share": float(np.mean([c.finish_reason == "stop" for c in finished])),
         }
-        return batch, values, {"rollout_s": sampled - began, "teacher_wait_s": scored - sampled}
+        timings = {"rollout_s": sampled - began}
+        if self.client is not None:
+            timings["teacher_wait_s"] = scored - sampled
+        return batch, values, timings
 
     def _supervised_batch(self) -> tuple[TrainBatch, dict[str, float], dict[str, float]]:
         began = time.monotonic()
