@@ -11,16 +11,16 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
-import json
 import pathlib
 import sys
 
 from jdistill import config
 from jdistill.commands.demo import ARMS, DEFAULT_ARMS
+from jdistill.student import metrics
 from jdistill.student.teacher_process import TeacherProcess
 from jdistill.student.train import train
 
-GRID = (5e-5, 1e-4, 2e-4, 3e-4, 6e-4, 1e-3)
+GRID = (5e-5, 1e-4, 2e-4, 3e-4, 6e-4, 1e-3, 2e-3)
 
 
 def main() -> None:
@@ -60,8 +60,11 @@ def final_accuracy(args: argparse.Namespace, endpoint: str, arm: str, rate: floa
     run_dir = args.to / f"{arm.replace(' ', '_')}-{rate:g}-{seed}"
     overrides = [*args.overrides, *ARMS[arm], f"optimizer.learning_rate={rate!r}", f"seed={seed}", f"run_dir={run_dir}"]
     overrides += ["teacher.spawn=null", f"teacher.endpoints=['{endpoint}']"]
-    train(config.load(config.TrainConfig, "configs/demo.yaml", overrides), resume=True, label=f"{arm} {rate:g}")
-    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    run = config.load(config.TrainConfig, "configs/demo.yaml", overrides)
+    metrics_path = run_dir / "metrics.jsonl"
+    if not metrics_path.exists() or metrics.read(metrics_path)[-1]["step"] < run.num_steps:
+        train(run, overwrite=True, label=f"{arm} {rate:g}")
+    last = metrics.read(metrics_path)[-1]
     return last["eval/accuracy"], last["eval/accuracy_greedy"]
 
 

@@ -1,1 +1,1 @@
-"""One file a command: `DESCRIPTION`, `add_arguments(parser)`, `run(args) -> exit code`. Listed in jdistill.cli.COMMANDS."""
+"""One file a command: `DESCRIPTION`, `add_arguments(parser)`, `run(args) -> exit code`; the table is in jdistill.cli."""

@@ -388,6 +388,8 @@ class _StopSignals:
     def __enter__(self) -> _StopSignals:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
             for signum in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(signum) is signal.SIG_IGN:
+                    continue  # a job in the background of a shell: Ctrl-C is for somebody else
                 self._previous[signum] = signal.signal(signum, self._handle)
         return self
 

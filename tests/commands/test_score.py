@@ -189,7 +189,13 @@ def test_ctrl_c_ends_it_with_130_and_leaves_nothing(state, tmp_path):
     else:
         scorer = ["--teacher", "127.0.0.1:1"]
     argv = [sys.executable, "-m", "jdistill.cli", "score", *scorer, "--input", str(source), "--output", str(target)]
-    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    # A shell that started the tests in the background had SIGINT ignored, which children inherit.
+    process = subprocess.Popen(
+        argv,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     try:
         if state == "scoring":
             give_up = time.monotonic() + 20
