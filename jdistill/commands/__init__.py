@@ -1,1 +1,1 @@
-"""One file a command: `DESCRIPTION`, `add_arguments(parser)`, `run(args) -> exit code`; the table is in jdistill.cli."""
+"""One file a command: `DESCRIPTION`, `add_arguments(parser)`, `run(args) -> exit code`; the table is `cli.COMMANDS`."""

@@ -29,10 +29,10 @@ examples:
 
 # Arm -> what it changes in configs/demo.yaml. Each learning rate is the arm's best of one grid (tune_addition.py).
 ARMS = {
-    "RL only": ["objective.distill_loss_weight=0", "objective.rl_loss_weight=1", "optimizer.learning_rate=1e-4"],
+    "RL only": ["objective.distill_loss_weight=0", "objective.rl_loss_weight=1", "optimizer.learning_rate=2e-4"],
     "distillation only": ["objective.rl_loss_weight=0"],
     "RL + distillation": [],
-    "RL + distillation, RL's learning rate": ["optimizer.learning_rate=1e-4"],
+    "RL + distillation, RL's learning rate": ["optimizer.learning_rate=2e-4"],
 }
 NOTES = (
     "Every arm starts from the same student, samples the same number of tokens and was tuned over the same grid of "
