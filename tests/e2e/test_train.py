@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 import subprocess
@@ -149,9 +150,12 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(
     uninterrupted: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     run_dir = tmp_path / "killed"
+    step, delay_s = random.randint(0, NUM_STEPS - 1), random.random() / 2  # in the update, the rollout, a save ...
+    print(f"killed {delay_s:.3f} s after step {step}")  # shown if the test fails
     process = start(run_dir)
-    wait_for_step(process, run_dir, 5)
+    wait_for_step(process, run_dir, step)
     pid = sidecar_pid(run_dir)
+    time.sleep(delay_s)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     wait_until_gone(pid)  # the sidecar of a trainer that was killed outright
