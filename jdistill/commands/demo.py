@@ -27,8 +27,8 @@ examples:
   jdistill demo --teacher vllm --teacher-python .venv-vllm/bin/python
   jdistill demo --seeds 0 1 2 --arms all --to runs/figure      # the README's picture"""
 
-# Arm -> what it changes in configs/demo.yaml. RL has its best rate of the grid (benchmarks/results/tune_addition.md); the
-# distillation arms run at 6e-4, where greedy accuracy is higher than at 1e-3, which is their best by T=1 accuracy.
+# Arm -> what it changes in configs/demo.yaml. RL has its best rate of the grid (benchmarks/results/tune_addition.md).
+# The arms with distillation run at 6e-4: by T=1 accuracy 1e-3 is their best, but not by greedy accuracy.
 ARMS = {
     "RL only": ["objective.distill_loss_weight=0", "objective.rl_loss_weight=1", "optimizer.learning_rate=2e-4"],
     "distillation only": ["objective.rl_loss_weight=0"],
@@ -36,8 +36,8 @@ ARMS = {
     "RL + distillation, RL's learning rate": ["optimizer.learning_rate=2e-4"],
 }
 NOTES = (
-    "Every arm starts from the same student, takes the same number of steps and was tuned over the same grid of learning "
-    "rates (benchmarks/results/tune_addition.md). RL runs at its best one; it collapses at 6e-4, where the arms with "
+    "Every arm starts from the same student, takes the same number of steps and was tuned over the same grid of "
+    "learning rates (benchmarks/results/tune_addition.md). RL runs at its best one; it collapses at 6e-4, where the arms with "
     "distillation run. The fourth arm of `make figure` has RL's rate, to show how much of the gap is the rate.",
     "What this does not show: the teacher is nearly perfect here, so RL + distillation has nothing to gain over "
     "distillation alone. A reward adds something where the teacher is wrong, and this task does not test that.",
