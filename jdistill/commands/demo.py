@@ -38,7 +38,7 @@ ARMS = {
 NOTES = (
     "Every arm starts from the same student, takes the same number of steps and was tuned over the same grid of "
     "learning rates (benchmarks/results/tune_addition.md). RL runs at its best one; it collapses at 6e-4, where the "
-    "arms with distillation run. The fourth arm of `make figure` has RL's rate, to show how much of the gap is the rate.",
+    "arms with distillation run. The fourth arm of `make figure` has RL's rate: how much of the gap is the rate.",
     "What this does not show: the teacher is nearly perfect here, so RL + distillation has nothing to gain over "
     "distillation alone. A reward adds something where the teacher is wrong, and this task does not test that.",
 )
