@@ -72,7 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(e, (ValueError, FileNotFoundError)) else 1
 
 
-EXTRA_OF_MODULE = {"jax": "student", "flax": "student", "optax": "student", "torch": "transformers", "vllm": "vllm"}
+EXTRA_OF_MODULE = {
+    "pydantic": "cli",
+    "ruamel": "cli",
+    "rich": "cli",
+    "jax": "student",
+    "flax": "student",
+    "optax": "student",
+    "torch": "transformers",
+    "vllm": "vllm",
+}
 
 
 def _missing(command: str, error: ModuleNotFoundError) -> int:
