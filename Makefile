@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # What serves the teacher in `make demo`: jax (default), transformers or vllm.
 TEACHER ?= jax
+# Overrides of the demo's configuration, e.g. ARGS='num_steps=20'.
+ARGS ?=
 # Extra options of pip install, e.g. --extra-index-url with PyTorch's index of CPU builds (README, "Installation").
 PIP_ARGS ?=
 
@@ -54,7 +56,7 @@ $(VLLM)/.vllm: pyproject.toml
 # --- what people run ---
 
 demo: $(STUDENT)/.student $(TEACHER_ENV_$(TEACHER))  ## three ways to train a student, side by side, in a few minutes; TEACHER=jax|transformers|vllm
-	@$(STUDENT)/bin/jdistill demo --teacher $(TEACHER) --teacher-python $(TEACHER_PYTHON_$(TEACHER))
+	@$(STUDENT)/bin/jdistill demo --teacher $(TEACHER) --teacher-python $(TEACHER_PYTHON_$(TEACHER)) $(ARGS)
 
 figure: $(STUDENT)/.student  ## the README's picture: every arm over 3 seeds (about 15 minutes)
 	@$(STUDENT)/bin/jdistill demo --seeds 0 1 2 --arms all --to runs/figure --picture docs/images/demo.png
