@@ -188,14 +188,13 @@ def test_ctrl_c_ends_it_with_130_and_leaves_nothing(state, tmp_path):
         scorer = ["--engine", "fake", "--model", str(tmp_path), "--engine-arg", "delay_s=0.1"]
     else:
         scorer = ["--teacher", "127.0.0.1:1"]
-    argv = [sys.executable, "-m", "jdistill.cli", "score", *scorer, "--input", str(source), "--output", str(target)]
     # A shell that started the tests in the background had SIGINT ignored, which children inherit.
-    process = subprocess.Popen(
-        argv,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    code = (
+        "import signal, sys; from jdistill.cli import main; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main())"
     )
+    argv = [sys.executable, "-c", code, "score", *scorer, "--input", str(source), "--output", str(target)]
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
     try:
         if state == "scoring":
             give_up = time.monotonic() + 20
