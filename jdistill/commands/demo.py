@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     from jdistill.student.train import train
 
     console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        console = Console(stderr=True, highlight=False, width=120)  # a file has no width: the table needs this much
     began = time.monotonic()
     base = config.load(config.TrainConfig, config_path, args.overrides)
     assert base.teacher is not None and base.teacher.spawn is not None
