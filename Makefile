@@ -58,8 +58,8 @@ $(VLLM)/.vllm: pyproject.toml
 demo: $(STUDENT)/.student $(TEACHER_ENV_$(TEACHER))  ## three ways to train a student, side by side, in a few minutes; TEACHER=jax|transformers|vllm
 	@$(STUDENT)/bin/jdistill demo --teacher $(TEACHER) --teacher-python $(TEACHER_PYTHON_$(TEACHER)) $(ARGS)
 
-figure: $(STUDENT)/.student  ## the README's picture: every arm over 3 seeds (about 15 minutes)
-	@$(STUDENT)/bin/jdistill demo --seeds 0 1 2 --arms all --to runs/figure --picture docs/images/demo.png
+figure: $(STUDENT)/.student  ## the README's picture: every arm over 3 seeds and 200 steps (20 to 30 minutes)
+	@$(STUDENT)/bin/jdistill demo num_steps=200 eval.every=20 --seeds 0 1 2 --arms all --to runs/figure --picture docs/images/demo.png
 
 tune: $(STUDENT)/.student  ## every arm over the same grid of learning rates
 	@$(STUDENT)/bin/python benchmarks/tune_addition.py

@@ -25,7 +25,7 @@ Run it in a clone of the repository: it reads configs/demo.yaml and examples/add
 examples:
   jdistill demo
   jdistill demo --teacher vllm --teacher-python .venv-vllm/bin/python
-  jdistill demo --seeds 0 1 2 --arms all --to runs/figure      # the README's picture"""
+  jdistill demo num_steps=200 eval.every=20 --seeds 0 1 2 --arms all --to runs/figure      # the README's picture"""
 
 # Arm -> what it changes in configs/demo.yaml. RL has its best rate of the grid (benchmarks/results/tune_addition.md).
 # The arms with distillation run at 6e-4: by T=1 accuracy 1e-3 is their best, but not by greedy accuracy.
