@@ -38,16 +38,30 @@ class TaskSection(Section):
     options: dict[str, Any] = {}  # fields of that task's own config, checked there
 
 
-class SpawnSection(Section):
+class EngineSection(Section):
+    """Which model, in which engine, of which size; what the engine cannot do it refuses at start."""
+
+    engine: str  # a key of jdistill.teacher.engines.ENGINES
+    model: str  # checkpoint directory; in front of a running server (urls): at least its config.json and tokenizer
+    urls: list[str] | None = None  # vllm-http, sglang-http: servers that run
+    served_name: str | None = None  # default: the directory's name
+    adapters: dict[str, str] = {}  # LoRA adapters: name that clients use -> PEFT directory
+    dtype: str = "auto"  # auto: the checkpoint's
+    quantization: str | None = None  # the engine's own name of it, e.g. fp8; None: as the checkpoint says
+    max_sequence_length: int | None = None  # default: the checkpoint's
+    tensor_parallel_size: int = pydantic.Field(1, ge=1)
+    pipeline_parallel_size: int = pydantic.Field(1, ge=1)
+    data_parallel_size: int = pydantic.Field(1, ge=1)
+    memory_fraction: float | None = pydantic.Field(None, gt=0, le=1)  # share of each GPU's memory; None: the engine's
+    max_batch_tokens: int = pydantic.Field(16384, ge=1)  # transformers, jax: tokens of one forward pass
+    offload: bool = False  # allow Sleep and Wake, which free the GPU's memory between scoring phases
+    engine_args: dict[str, Any] = {}  # passed to the engine by name, checked there
+
+
+class SpawnSection(EngineSection):
     """A sidecar that the trainer starts and takes down."""
 
-    engine: str
-    model: str  # checkpoint directory of the teacher
     python: str | None = None  # interpreter of the teacher's own environment; default: the trainer's
-    dtype: str = "auto"
-    max_sequence_length: int | None = None
-    tensor_parallel_size: int = 1
-    engine_args: dict[str, Any] = {}  # passed to the engine by name, checked there
     env: dict[str, str] = {}  # added to the process's environment, e.g. CUDA_VISIBLE_DEVICES
     startup_timeout_s: float = 600.0  # loading a 14B model from a network disk takes minutes
 
@@ -169,22 +183,26 @@ class TrainConfig(Section):
         return self
 
 
-class TeacherServerConfig(Section):
+class TeacherServerConfig(EngineSection):
     """`jdistill teacher`: one sidecar. The command's flags have the same names."""
 
-    engine: str  # a key of jdistill.teacher.engines.ENGINES
-    model: str  # checkpoint directory
-    served_name: str | None = None  # default: the directory's name
     host: str = "127.0.0.1"
     insecure: bool = False  # allow a host beyond loopback without encryption or authentication
     port: int = pydantic.Field(50051, ge=0, le=65535)  # 0: any free one; see port_file
     port_file: str | None = None  # where the bound port is written once the server listens
-    dtype: str = "auto"  # auto: the checkpoint's
-    max_sequence_length: int | None = None  # default: the checkpoint's
-    tensor_parallel_size: int = pydantic.Field(1, ge=1)
-    max_batch_tokens: int = pydantic.Field(16384, ge=1)  # transformers, jax: padded tokens of one forward pass
-    drain_timeout_s: float = 30.0  # how long running calls may finish after SIGTERM
-    engine_args: dict[str, Any] = {}  # passed to the engine by name, e.g. gpu_memory_utilization for vllm
+    tls_cert: str | None = None  # PEM file: certificate (chain) of this server
+    tls_key: str | None = None  # PEM file: its private key
+    tls_client_ca: str | None = None  # PEM file: clients must show a certificate that this authority has signed
+    token_file: str | None = None  # clients must send one of its tokens; a line each: TOKEN [expiry in ISO 8601]
+    max_running_tokens: int = pydantic.Field(131_072, ge=1)  # tokens that are in the engine at once
+    # Tokens that may wait for the engine, over all clients: 4 MiB of ids, and seconds to minutes of work.
+    max_queued_tokens: int = pydantic.Field(1 << 20, ge=1)
+    on_sleep: Literal["wake", "refuse"] = "wake"  # what a score that arrives in sleep does
+    metrics_port: int | None = pydantic.Field(
+        None, ge=0, le=65535
+    )  # Prometheus, over HTTP; None: none, 0: any free one
+    log_format: Literal["text", "json"] = "text"
+    drain_timeout_s: float = pydantic.Field(30.0, ge=0)  # how long running calls may finish after SIGTERM
 
 
 C = TypeVar("C", bound=Section)

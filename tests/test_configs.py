@@ -153,7 +153,7 @@ def test_gsm8k_runs_models_are_read_and_fit_each_other(student):
         instance_id="one",
         engine="vllm",
         engine_version="0.32.0",
-        model=model,
+        models=(model,),
         max_request_bytes=2**26,
     )
     check_teacher(run, decoder_config, info)

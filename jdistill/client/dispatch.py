@@ -262,7 +262,7 @@ class Dispatcher:
         if self._model is not None:
             if problem := self._compare(model):
                 raise FingerprintMismatchError(f"the teacher was exchanged since this client's first call: {problem}")
-            return dataclasses.replace(infos[0][1], model=self._model)
+            return dataclasses.replace(infos[0][1], models=(self._model,))
         self._model = model
         answered = {r for r, _ in infos}
         for replica in self._replicas:
@@ -271,7 +271,7 @@ class Dispatcher:
                 logger.warning("teacher %s is left out until it answers: %s", replica.endpoint, replica.error)
                 replica.lost.set()
             self._spawn(self._watch(replica))
-        return dataclasses.replace(infos[0][1], model=model)
+        return dataclasses.replace(infos[0][1], models=(model,))
 
     def _check_agreement(self, infos: Sequence[tuple[Replica, ServerInfo]]) -> ModelInfo:
         """The model that all of them serve."""

@@ -75,7 +75,7 @@ def _ask(args: argparse.Namespace, facts: dict[str, Any]) -> None:
             _timed(lambda: _health(channel, args.endpoint, args.timeout_s)) for _ in range(NUM_PINGS)
         ) * 1000  # fmt: skip
         info = client.info()
-        facts |= dataclasses.asdict(info)
+        facts |= dataclasses.asdict(info) | {"state": info.state.name, "model": dataclasses.asdict(info.model)}
         if args.tokens:
             facts["tokens_per_s"] = _tokens_per_s(client, info.model, args.tokens)
 

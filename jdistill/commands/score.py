@@ -46,9 +46,14 @@ MAX_TOKENS_UNDER_WAY = 8 * GROUP_TOKENS
 ENGINE_FLAGS = (
     "engine",
     "model",
+    "urls",
     "dtype",
+    "quantization",
     "max_sequence_length",
     "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "memory_fraction",
     "max_batch_tokens",
     "engine_args",
 )
@@ -94,9 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """See jdistill.commands."""
-    local = [name for name in ENGINE_FLAGS if name != "engine_args" and getattr(args, name) is not None]
-    if args.engine_arg:
-        local.append("engine_arg")
+    local = [name for name in ENGINE_FLAGS if getattr(args, name)]  # repeated flags are [] when absent
     if args.teacher and local:
         raise ConfigError(
             f"--teacher and --{local[0].replace('_', '-')}: a teacher that runs has its engine; give one of them"

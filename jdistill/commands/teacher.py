@@ -25,19 +25,43 @@ says what runs there. Exit codes: 0 stopped, 1 the engine died, 2 it could not s
 
 # One line for each field of TeacherServerConfig.
 HELP = {
-    "engine": "what computes the scores: vllm, transformers or jax",
+    "engine": "what computes the scores: vllm, sglang, transformers, jax; vllm-http, sglang-http: a server that runs",
     "model": "checkpoint directory: config.json, *.safetensors, tokenizer files",
+    "urls": "vllm-http, sglang-http: address of the server, e.g. http://127.0.0.1:8000; may be repeated",
     "served_name": "name that clients see (default: the directory's name)",
+    "adapters": "LoRA adapter: name that clients use, and its PEFT directory; may be repeated",
     "host": "address to listen on",
     "insecure": "allow a host beyond loopback, without encryption or authentication",
     "port": "port to listen on; 0: any free one, see --port-file",
     "port_file": "file to which the port is written once the server answers",
     "dtype": "float32, bfloat16, float16 or auto (the checkpoint's)",
+    "quantization": "by the engine's own name, e.g. fp8 (default: as the checkpoint says)",
     "max_sequence_length": "longest sequence in tokens (default: the checkpoint's limit)",
-    "tensor_parallel_size": "GPUs over which each layer is spread (vllm)",
-    "max_batch_tokens": "padded tokens of one forward pass (transformers, jax)",
+    "tensor_parallel_size": "GPUs over which each layer is spread (vllm, sglang)",
+    "pipeline_parallel_size": "groups of GPUs over which the layers are spread (vllm, sglang)",
+    "data_parallel_size": "copies of the model in this sidecar (vllm, sglang)",
+    "memory_fraction": "share of each GPU's memory that the engine may take (default: the engine's)",
+    "max_batch_tokens": "tokens of one forward pass (transformers, jax)",
+    "max_running_tokens": "tokens that are in the engine at once",
+    "max_queued_tokens": "tokens that may wait; above that calls are refused with RESOURCE_EXHAUSTED",
+    "offload": "allow Sleep and Wake, which free the GPU's memory between scoring phases",
+    "on_sleep": "what a score that arrives in sleep does: wake or refuse",
+    "tls_cert": "PEM file: this server's certificate; with --tls-key, clients must use TLS",
+    "tls_key": "PEM file: this server's private key",
+    "tls_client_ca": "PEM file: clients must show a certificate signed by this authority (mTLS)",
+    "token_file": "file of bearer tokens, one a line, each with an expiry date (ISO 8601) if wanted",
+    "metrics_port": "port for Prometheus metrics over HTTP; 0: any free one (default: none)",
+    "log_format": "text or json",
     "drain_timeout_s": "seconds in which running calls may finish after SIGTERM",
     "engine_args": "argument of the engine by its own name, e.g. gpu_memory_utilization=0.9; may be repeated",
+}
+
+
+# Fields that are given once for each entry: flag and metavar.
+REPEATED = {
+    "engine_args": ("--engine-arg", "NAME=VALUE"),
+    "adapters": ("--adapter", "NAME=DIR"),
+    "urls": ("--url", "URL"),
 }
 
 
@@ -62,8 +86,9 @@ def add_config_arguments(parser: argparse.ArgumentParser, help_of: dict[str, str
     for name, text in help_of.items():
         field = TeacherServerConfig.model_fields[name]
         flag = "--" + name.replace("_", "-")
-        if name == "engine_args":
-            parser.add_argument("--engine-arg", action="append", default=[], metavar="NAME=VALUE", help=text)
+        if name in REPEATED:
+            flag, metavar = REPEATED[name]
+            parser.add_argument(flag, action="append", default=[], metavar=metavar, dest=name, help=text)
             continue
         if field.annotation is bool:
             parser.add_argument(flag, action="store_const", const=True, help=text)
@@ -82,12 +107,20 @@ def config_of(args: argparse.Namespace, names: typing.Iterable[str], path: str |
     given = [override.partition("=")[0] for override in overrides]
     assignments = list(overrides)
     for name in names:
-        if name == "engine_args":
-            for assignment in args.engine_arg:
+        if name in REPEATED:
+            flag, metavar = REPEATED[name]
+            if "=" not in metavar:
+                if getattr(args, name):
+                    assignments.append(f"{name}={json.dumps(getattr(args, name))}")
+                    given.append(name)
+                continue
+            for assignment in getattr(args, name):
                 if "=" not in assignment:
-                    raise ConfigError(f"--engine-arg {assignment}: expected NAME=VALUE, e.g. max_num_seqs=64")
-                assignments.append(f"engine_args.{assignment}")
-                given.append(f"engine_args.{assignment.partition('=')[0]}")
+                    raise ConfigError(f"{flag} {assignment}: expected {metavar}")
+                if name == "adapters" and "." in assignment.partition("=")[0]:
+                    raise ConfigError(f"{flag} {assignment}: the name of an adapter has no dots")
+                assignments.append(f"{name}.{assignment}")
+                given.append(f"{name}.{assignment.partition('=')[0]}")
         elif getattr(args, name) is not None:
             assignments.append(f"{name}={json.dumps(getattr(args, name))}")  # JSON is YAML, and says string or number
             given.append(name)
@@ -103,6 +136,8 @@ def config_of(args: argparse.Namespace, names: typing.Iterable[str], path: str |
 
 def _plain_type(annotation: Any) -> type:
     """`int` of `int | None`, and so on."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return str
     if isinstance(annotation, types.UnionType):
         (annotation,) = (kind for kind in typing.get_args(annotation) if kind is not type(None))
     return annotation

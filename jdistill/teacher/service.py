@@ -112,7 +112,7 @@ class TeacherService:
                     instance_id=self._instance_id,
                     engine=engine.name,
                     engine_version=engine.version,
-                    model=engine.info,
+                    models=(engine.info, *engine.adapters.values()),
                     max_request_bytes=channel.MAX_MESSAGE_BYTES,
                 )
             )
@@ -156,6 +156,7 @@ class TeacherService:
                 f"has {info.fingerprint[:16]}...: it serves other weights, or another dtype, than when the run began"
             )
         validate_request(sequences, info=info, top_k=options.top_k, temperature=options.temperature)
+        sequences = [sequence.as_scored() for sequence in sequences]
         remaining_s = context.time_remaining()
         if remaining_s is not None and remaining_s <= 0:
             raise DeadlineError("the deadline passed before the request reached the engine")

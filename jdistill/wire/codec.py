@@ -23,10 +23,11 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory, unknown_fields
 
 from jdistill.wire.errors import InvalidRequestError, VerificationError
-from jdistill.wire.types import ModelInfo, SequenceToScore, ServerInfo, TokenScores
+from jdistill.wire.types import ModelInfo, SequenceToScore, ServerInfo, ServerState, TokenScores
 from jdistill.wire.v1 import teacher_pb2
 
 SERVICE = "jdistill.wire.v1.TeacherService"
+CONTROL_SERVICE = "jdistill.wire.v1.TeacherControlService"
 SCORE_METHOD = f"/{SERVICE}/ScoreSequences"
 INFO_METHOD = f"/{SERVICE}/GetServerInfo"
 DEFAULT_CHUNK_BYTES = 1 << 20  # larger messages only delay the first result (measured: 1 MB is as fast as 16 MB)
@@ -122,7 +123,8 @@ def token_crc(token_ids: np.ndarray) -> int:
 def request_bytes(sequence: SequenceToScore) -> int:
     """About how many bytes this sequence adds to a request (exact for what grows with its length)."""
     candidates = 0 if sequence.candidate_ids is None else sequence.candidate_ids.size
-    return 4 * (2 + len(sequence.token_ids) + 2 * len(sequence.spans) + candidates)
+    prefix = 0 if sequence.teacher_prefix is None else len(sequence.teacher_prefix)
+    return 4 * (4 + len(sequence.token_ids) + prefix + 2 * len(sequence.spans) + candidates)
 
 
 def encode_request(
@@ -166,6 +168,11 @@ def encode_request(
         _put(mirror.span_ends, spans[:, 1])
     if mirror.candidate_count:
         _put(mirror.candidate_ids, _concatenate([s.candidate_ids.ravel() for s in sequences]))  # type: ignore[union-attr]
+    if any(s.teacher_prefix is not None for s in sequences):
+        prefixes = [np.empty(0, "<i4") if s.teacher_prefix is None else s.teacher_prefix for s in sequences]
+        _put(mirror.prefix_lengths, [len(prefix) for prefix in prefixes])
+        _put(mirror.prefix_replaced, [s.num_replaced for s in sequences])
+        _put(mirror.prefix_token_ids, _concatenate(prefixes))
     return mirror.SerializeToString()
 
 
@@ -184,7 +191,8 @@ def decode_request(data: bytes) -> tuple[list[SequenceToScore], RequestOptions]:
         raise InvalidRequestError(
             f"sequence_lengths add up to {lengths_B.sum()} tokens, token_ids has {len(token_ids)}", field="token_ids"
         )
-    spans_B = _decode_spans(mirror, lengths_B)
+    prefixes_B, replaced_B = _decode_prefixes(mirror, lengths_B)
+    spans_B = _decode_spans(mirror, lengths_B, replaced_B)
     num_scored_B = np.array([sum(stop - start for start, stop in spans) for spans in spans_B], np.int64)
     count_C = mirror.candidate_count
     candidate_ids = _get(mirror, "candidate_ids", _not_a_request).view("<i4").astype(np.int32)
@@ -202,11 +210,15 @@ def decode_request(data: bytes) -> tuple[list[SequenceToScore], RequestOptions]:
             token_ids=token_ids[stop - length : stop],
             spans=spans,
             candidate_ids=None if candidates_PC is None else candidates_PC[scored_stop - num_scored : scored_stop],
+            teacher_prefix=prefix,
+            num_replaced=num_replaced,
         )
-        for stop, length, spans, scored_stop, num_scored in zip(
+        for stop, length, spans, prefix, num_replaced, scored_stop, num_scored in zip(
             token_stops_B.tolist(),
             lengths_B.tolist(),
             spans_B,
+            prefixes_B,
+            replaced_B.tolist(),
             scored_stops_B.tolist(),
             num_scored_B.tolist(),
             strict=True,
@@ -330,9 +342,9 @@ def decode_response(data: bytes, *, top_k: int, candidate_count: int) -> ScoreCh
 
 def encode_server_info(info: ServerInfo) -> bytes:
     """The bytes of a GetServerInfoResponse."""
-    fields = {f.name: getattr(info, f.name) for f in dataclasses.fields(info) if f.name != "model"}
-    reply = teacher_pb2.GetServerInfoResponse(**fields, model=teacher_pb2.ModelInfo(**dataclasses.asdict(info.model)))
-    return reply.SerializeToString()
+    fields = {f.name: getattr(info, f.name) for f in dataclasses.fields(info)}
+    fields["models"] = [teacher_pb2.ModelInfo(**dataclasses.asdict(model)) for model in info.models]
+    return teacher_pb2.GetServerInfoResponse(**fields).SerializeToString()
 
 
 def decode_server_info(data: bytes) -> ServerInfo:
@@ -343,12 +355,48 @@ def decode_server_info(data: bytes) -> ServerInfo:
         raise VerificationError(
             f"the server's GetServerInfo reply is not of the schema jdistill.wire.v1: {e}"
         ) from None
-    model = ModelInfo(**{f.name: getattr(reply.model, f.name) for f in dataclasses.fields(ModelInfo)})
-    rest = {f.name: getattr(reply, f.name) for f in dataclasses.fields(ServerInfo) if f.name != "model"}
-    return ServerInfo(model=model, **rest)
+    fields = {f.name: getattr(reply, f.name) for f in dataclasses.fields(ServerInfo)}
+    fields["models"] = tuple(
+        ModelInfo(**{f.name: getattr(model, f.name) for f in dataclasses.fields(ModelInfo)}) for model in reply.models
+    )
+    try:
+        fields["state"] = ServerState(reply.state)
+    except ValueError:  # a later version's
+        raise VerificationError(
+            f"the server says that its state is {reply.state}, which this client does not know"
+        ) from None
+    if not fields["models"] and fields["state"] is not ServerState.LOADING:
+        raise VerificationError(f"the server is {fields['state'].name} but names no model")
+    return ServerInfo(**fields)
 
 
-def _decode_spans(mirror: Any, lengths_B: np.ndarray) -> list[tuple[tuple[int, int], ...]]:
+def _decode_prefixes(mirror: Any, lengths_B: np.ndarray) -> tuple[list[np.ndarray | None], np.ndarray]:
+    """Teacher prefix of each sequence (None: nothing is replaced) and how many tokens it replaces, int64 [B]."""
+    counts_B, replaced_B = _counts(mirror, "prefix_lengths"), _counts(mirror, "prefix_replaced")
+    ids = _get(mirror, "prefix_token_ids", _not_a_request).view("<i4").astype(np.int32)
+    if not len(counts_B) and not len(replaced_B) and not len(ids):
+        return [None] * len(lengths_B), np.zeros(len(lengths_B), np.int64)
+    for name, column in (("prefix_lengths", counts_B), ("prefix_replaced", replaced_B)):
+        if len(column) != len(lengths_B):
+            raise InvalidRequestError(f"{name} has {len(column)} values for {len(lengths_B)} sequences", field=name)
+    if counts_B.sum() != len(ids):
+        raise InvalidRequestError(
+            f"prefix_lengths add up to {counts_B.sum()} tokens, prefix_token_ids has {len(ids)}",
+            field="prefix_token_ids",
+        )
+    if (long := np.flatnonzero(replaced_B >= lengths_B)).size:
+        b = int(long[0])
+        raise InvalidRequestError(
+            f"prefix_replaced of sequence {b} is {replaced_B[b]} of its {lengths_B[b]} tokens: nothing is left",
+            field="prefix_replaced",
+            sequence=b,
+        )
+    parts = np.split(ids, np.cumsum(counts_B)[:-1])
+    used_B = (counts_B > 0) | (replaced_B > 0)
+    return [part if used else None for part, used in zip(parts, used_B.tolist(), strict=True)], replaced_B
+
+
+def _decode_spans(mirror: Any, lengths_B: np.ndarray, replaced_B: np.ndarray) -> list[tuple[tuple[int, int], ...]]:
     """Spans of each sequence, checked: ascending, disjoint, inside the sequence."""
     counts_B = _counts(mirror, "span_counts")
     starts, ends = _counts(mirror, "span_starts"), _counts(mirror, "span_ends")
@@ -362,7 +410,8 @@ def _decode_spans(mirror: Any, lengths_B: np.ndarray) -> list[tuple[tuple[int, i
                 field="sequence_lengths",
                 sequence=b,
             )
-        return [((1, length),) for length in lengths_B.tolist()]
+        starts_B = np.maximum(1, replaced_B)
+        return [((start, length),) for start, length in zip(starts_B.tolist(), lengths_B.tolist(), strict=True)]
     if len(counts_B) != len(lengths_B):
         raise InvalidRequestError(
             f"span_counts has {len(counts_B)} values for {len(lengths_B)} sequences", field="span_counts"

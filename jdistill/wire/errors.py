@@ -32,6 +32,12 @@ class UnsupportedError(TeacherError):
     reason = "UNSUPPORTED"
 
 
+class UnauthenticatedError(TeacherError):
+    """No token, a wrong or an expired one; retrying cannot help."""
+
+    reason = "UNAUTHENTICATED"
+
+
 class FingerprintMismatchError(TeacherError):
     """Another model, checkpoint or tokenizer than expected."""
 

@@ -9,6 +9,7 @@ logprobs[0] = log p(9 | 7 3) and logprobs[1] = log p(2 | 7 3 9 4).
 from __future__ import annotations
 
 import dataclasses
+import enum
 
 import numpy as np
 
@@ -22,15 +23,22 @@ class SequenceToScore:
         spans: half-open spans (start, stop) of token positions, ascending and disjoint, 1 <= start < stop <= S.
             Empty means the whole sequence, ((1, S),).
         candidate_ids: int32 [P, C], tokens to score at every scored position beside the token itself; or None.
+        teacher: which of the client's teachers scores it; "" is the only one. Not sent.
+        teacher_prefix: int32 [R], what the teacher sees in place of the first `num_replaced` tokens (privileged
+            context, another chat template); None: nothing is replaced. Spans stay positions of `token_ids`.
+        num_replaced: how many of the first tokens give way; no scored position may be among them.
     """
 
     token_ids: np.ndarray
     spans: tuple[tuple[int, int], ...] = ()
     candidate_ids: np.ndarray | None = None
+    teacher: str = ""
+    teacher_prefix: np.ndarray | None = None
+    num_replaced: int = 0
 
     def __post_init__(self) -> None:
         if not self.spans:
-            object.__setattr__(self, "spans", ((1, len(self.token_ids)),))
+            object.__setattr__(self, "spans", ((max(1, self.num_replaced), len(self.token_ids)),))
 
     @property
     def num_scored(self) -> int:
@@ -40,6 +48,18 @@ class SequenceToScore:
     def scored_positions(self) -> np.ndarray:
         """int32 [P]: the token positions that are scored, ascending."""
         return np.concatenate([np.arange(start, stop, dtype=np.int32) for start, stop in self.spans])
+
+    def as_scored(self) -> SequenceToScore:
+        """The sequence that an engine sees: prefix in place, spans moved along; the same scored tokens."""
+        if self.teacher_prefix is None:
+            return self
+        moved_by = len(self.teacher_prefix) - self.num_replaced
+        return SequenceToScore(
+            np.concatenate([self.teacher_prefix, self.token_ids[self.num_replaced :]]).astype(np.int32, copy=False),
+            tuple((start + moved_by, stop + moved_by) for start, stop in self.spans),
+            self.candidate_ids,
+            self.teacher,
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -74,6 +94,16 @@ class ModelInfo:
     max_candidate_count: int
     any_temperature: bool
     dtype: str
+    base_model: str = ""
+
+
+class ServerState(enum.IntEnum):
+    """Where a sidecar is in its life; the values of the proto's ServerState."""
+
+    LOADING = 1
+    SERVING = 2
+    SLEEPING = 3
+    DRAINING = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,5 +114,14 @@ class ServerInfo:
     instance_id: str
     engine: str
     engine_version: str
-    model: ModelInfo
+    models: tuple[ModelInfo, ...]
     max_request_bytes: int
+    state: ServerState = ServerState.SERVING
+    can_sleep: bool = False
+    wake_on_score: bool = False
+    max_queued_tokens: int = 0
+
+    @property
+    def model(self) -> ModelInfo:
+        """The base model, which an empty name means."""
+        return self.models[0]

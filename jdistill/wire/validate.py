@@ -65,20 +65,24 @@ def validate_sequence(sequence: SequenceToScore, index: int, *, info: ModelInfo)
             field="token_ids",
             sequence=index,
         )
-    if length > info.max_sequence_length:
+    prefix = np.empty(0, np.int32) if sequence.teacher_prefix is None else np.asarray(sequence.teacher_prefix)
+    num_scored_tokens = length - sequence.num_replaced + len(prefix)  # as the teacher sees it
+    if num_scored_tokens > info.max_sequence_length:
+        with_prefix = "" if sequence.teacher_prefix is None else " with its teacher_prefix"
         raise InvalidRequestError(
-            f"sequence {index} has {length} tokens, teacher {info.model!r} takes at most {info.max_sequence_length}; "
-            "shorten it or start the teacher with a larger --max-sequence-length",
+            f"sequence {index}{with_prefix} has {num_scored_tokens} tokens, teacher {info.model!r} takes at most "
+            f"{info.max_sequence_length}; shorten it or start the teacher with a larger --max-sequence-length",
             field="token_ids",
             sequence=index,
         )
     _check_vocabulary(token_ids, "token_ids", index, info)
-    before = 1
+    _check_prefix(sequence, prefix, index, info)
+    before = max(1, sequence.num_replaced)
     for start, stop in sequence.spans:
         if not before <= start < stop <= length:
             raise InvalidRequestError(
                 f"span [{start}, {stop}) of sequence {index} ({length} tokens): spans are ascending, disjoint, "
-                f"not empty and inside [1, {length})",
+                f"not empty and inside [{max(1, sequence.num_replaced)}, {length})",
                 field="spans",
                 sequence=index,
             )
@@ -113,6 +117,34 @@ def validate_sequence(sequence: SequenceToScore, index: int, *, info: ModelInfo)
             sequence=index,
         )
     _check_vocabulary(candidate_ids, "candidate_ids", index, info)
+
+
+def _check_prefix(sequence: SequenceToScore, prefix: np.ndarray, index: int, info: ModelInfo) -> None:
+    num_replaced, length = sequence.num_replaced, len(sequence.token_ids)
+    if sequence.teacher_prefix is None:
+        if num_replaced:
+            raise InvalidRequestError(
+                f"num_replaced of sequence {index} is {num_replaced}, but it has no teacher_prefix to put there",
+                field="prefix_replaced",
+                sequence=index,
+            )
+        return
+    _check_integers(prefix, 1, "teacher_prefix", index)
+    _check_vocabulary(prefix, "teacher_prefix", index, info)
+    if not 0 <= num_replaced < length:
+        raise InvalidRequestError(
+            f"num_replaced of sequence {index} is {num_replaced}, expected 0 to {length - 1}: what is replaced is the "
+            "prompt, and something must be left to score",
+            field="prefix_replaced",
+            sequence=index,
+        )
+    if not len(prefix) and sequence.spans[0][0] <= num_replaced:
+        raise InvalidRequestError(
+            f"teacher_prefix of sequence {index} is empty, so token {num_replaced} is the first that the teacher sees: "
+            "it has no score. Give at least one token (begin of sequence), or score from the next token on",
+            field="prefix_lengths",
+            sequence=index,
+        )
 
 
 def _check_integers(array: np.ndarray, ndim: int, field: str, index: int) -> None:

@@ -66,7 +66,7 @@ def make_info(**changes) -> ServerInfo:
     rest = {"server_version": "0", "instance_id": "i", "engine": "fake", "engine_version": "0", "max_request_bytes": 0}
     for name, value in changes.items():
         (model if name in model else rest)[name] = value
-    return ServerInfo(model=ModelInfo(**model), **rest)
+    return ServerInfo(models=(ModelInfo(**model),), **rest)
 
 
 class FakeTeacher:

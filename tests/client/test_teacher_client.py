@@ -618,7 +618,7 @@ def test_a_replica_that_changed_its_model_is_left_out_and_reported(start_teacher
     client = connect(*teachers)
     client.info()
     changed = dataclasses.replace(
-        teachers[0].info, model=dataclasses.replace(teachers[0].info.model, fingerprint="new")
+        teachers[0].info, models=(dataclasses.replace(teachers[0].info.model, fingerprint="new"),)
     )
     same, teachers[0].info = teachers[0].info, changed
     with caplog.at_level(logging.ERROR):
@@ -641,7 +641,9 @@ def test_a_model_that_changed_everywhere_is_an_error_at_once(start_teacher, conn
     teacher = start_teacher()
     client = connect(teacher)
     client.info()
-    teacher.info = dataclasses.replace(teacher.info, model=dataclasses.replace(teacher.info.model, fingerprint="new"))
+    teacher.info = dataclasses.replace(
+        teacher.info, models=(dataclasses.replace(teacher.info.model, fingerprint="new"),)
+    )
     start = time.monotonic()
     with pytest.raises(errors.FingerprintMismatchError, match="expected ffffffff"):
         client.score(sequences(3))
@@ -656,7 +658,7 @@ def test_a_model_that_changes_in_mid_stream_is_found_out(start_teacher, connect)
     def exchange(teacher, context, chunks):
         yield next(chunks)
         model = dataclasses.replace(teacher.info.model, fingerprint="new")
-        teacher.info = dataclasses.replace(teacher.info, model=model)
+        teacher.info = dataclasses.replace(teacher.info, models=(model,))
         yield from chunks
 
     teacher.faults.append(exchange)

@@ -379,7 +379,7 @@ def test_server_info_is_complete():
     engine, info = asyncio.run(main())
     assert (info.engine, info.engine_version) == ("fake", engine.version)
     assert info.instance_id and info.server_version and info.max_request_bytes > 4 << 20
-    model = info.model
+    model = info.models[0]
     assert (model.model, model.fingerprint) == ("tiny", engine.info.fingerprint)
     assert (model.vocab_size, model.max_sequence_length, model.max_top_k, model.max_candidate_count) == (
         64,

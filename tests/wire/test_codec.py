@@ -1,5 +1,6 @@
 """The codec against plain protobuf, byte for byte, and against encodings that only other implementations write."""
 
+import dataclasses
 import struct
 import zlib
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from jdistill.wire import codec
 from jdistill.wire.errors import InvalidRequestError, VerificationError
-from jdistill.wire.types import ModelInfo, SequenceToScore, ServerInfo, TokenScores
+from jdistill.wire.types import ModelInfo, SequenceToScore, ServerInfo, ServerState, TokenScores
 from jdistill.wire.v1 import teacher_pb2
 
 INFO = ModelInfo("m", "fp", "tok", 1000, 512, 64, 64, True, "float32")
@@ -38,6 +39,11 @@ def requests(draw):
         if count:
             ids = draw(st.lists(UINT32, min_size=sequence.num_scored * count, max_size=sequence.num_scored * count))
             sequence = SequenceToScore(tokens, sequence.spans, np.array(ids, np.int32).reshape(-1, count))
+        if draw(st.booleans()):
+            prefix = np.array(draw(st.lists(UINT32, min_size=1, max_size=6)), np.int32)
+            sequence = dataclasses.replace(
+                sequence, teacher_prefix=prefix, num_replaced=draw(st.integers(0, sequence.spans[0][0]))
+            )
         sequences.append(sequence)
     options = codec.RequestOptions(
         model=draw(st.text(max_size=5)),
@@ -64,6 +70,11 @@ def plain_request(sequences, options):
         if s.candidate_ids is not None:
             message.candidate_count = s.candidate_ids.shape[1]
             message.candidate_ids.extend(s.candidate_ids.ravel().tolist())
+        if any(other.teacher_prefix is not None for other in sequences):
+            prefix = [] if s.teacher_prefix is None else s.teacher_prefix.tolist()
+            message.prefix_lengths.append(len(prefix))
+            message.prefix_replaced.append(s.num_replaced)
+            message.prefix_token_ids.extend(prefix)
     return message
 
 
@@ -74,6 +85,10 @@ def assert_same_sequences(got, expected):
         assert (g.candidate_ids is None) == (e.candidate_ids is None)
         if e.candidate_ids is not None:
             np.testing.assert_array_equal(g.candidate_ids, e.candidate_ids)
+        assert (g.teacher_prefix is None) == (e.teacher_prefix is None)
+        if e.teacher_prefix is not None:
+            np.testing.assert_array_equal(g.teacher_prefix, e.teacher_prefix)
+        assert g.num_replaced == e.num_replaced
 
 
 @settings(max_examples=200, deadline=None)
@@ -171,7 +186,8 @@ def test_split_and_unpacked_encodings_are_read_as_plain_protobuf_reads_them(toke
 
 
 def test_a_field_of_a_newer_schema_is_ignored():
-    (sequence,), _ = codec.decode_request(packed(7, [2]) + packed(8, [1, 2]) + bytes([15 << 3 | 5]) + b"\1\2\3\4")
+    newer = bytes([0x95, 0x06]) + b"\1\2\3\4"  # field 98, fixed32
+    (sequence,), _ = codec.decode_request(packed(7, [2]) + packed(8, [1, 2]) + newer)
     assert sequence.token_ids.tolist() == [1, 2]
 
 
@@ -287,7 +303,48 @@ def test_token_crc_is_that_of_little_endian_words_whatever_the_array(dtype):
 
 
 def test_server_info_survives_the_way():
-    info = ServerInfo("1", "abc", "fake", "2", INFO, 2**40)
+    info = ServerInfo("1", "abc", "fake", "2", (INFO,), 2**40)
+    assert codec.decode_server_info(codec.encode_server_info(info)) == info
+    adapter = dataclasses.replace(INFO, model="lora", base_model="m")
+    info = dataclasses.replace(info, models=(INFO, adapter), state=ServerState.SLEEPING, can_sleep=True)
     assert codec.decode_server_info(codec.encode_server_info(info)) == info
     with pytest.raises(VerificationError, match="GetServerInfo"):
         codec.decode_server_info(b"\xff\xff")
+
+
+def test_a_server_that_loads_has_no_models_and_any_other_must_name_one():
+    loading = ServerInfo("1", "abc", "", "", (), 0, ServerState.LOADING)
+    assert codec.decode_server_info(codec.encode_server_info(loading)) == loading
+    for state in (ServerState.SERVING, ServerState.DRAINING):
+        with pytest.raises(VerificationError, match="names no model"):
+            codec.decode_server_info(codec.encode_server_info(dataclasses.replace(loading, state=state)))
+    with pytest.raises(VerificationError, match="state is 77"):
+        codec.decode_server_info(teacher_pb2.GetServerInfoResponse(state=77).SerializeToString())  # type: ignore[arg-type]
+
+
+def test_a_teacher_prefix_takes_the_place_of_the_prompt_and_the_same_tokens_are_scored():
+    tokens = np.array([1, 2, 3, 10, 11, 12], np.int32)
+    prefix = np.array([7, 8, 9, 9, 9], np.int32)
+    sequence = SequenceToScore(tokens, ((3, 4), (5, 6)), teacher_prefix=prefix, num_replaced=3)
+    seen = sequence.as_scored()
+    assert seen.token_ids.tolist() == [7, 8, 9, 9, 9, 10, 11, 12] and seen.spans == ((5, 6), (7, 8))
+    assert seen.token_ids[seen.scored_positions()].tolist() == tokens[sequence.scored_positions()].tolist()
+    assert SequenceToScore(tokens, teacher_prefix=prefix, num_replaced=3).as_scored().spans == ((5, 8),)
+    shorter = SequenceToScore(tokens, teacher_prefix=prefix[:1], num_replaced=3).as_scored()
+    assert shorter.token_ids.tolist() == [7, 10, 11, 12] and shorter.spans == ((1, 4),)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prefix_lengths": [2]}, "prefix_lengths has 1 values for 2"),
+        ({"prefix_replaced": [0]}, "prefix_replaced has 1 values for 2"),
+        ({"prefix_token_ids": [5]}, "prefix_lengths add up to 2"),
+        ({"prefix_replaced": [0, 3]}, "prefix_replaced of sequence 1 is 3 of its 3 tokens"),
+    ],
+)
+def test_prefixes_that_do_not_fit_are_refused(change, words):
+    fields = {"prefix_lengths": [2, 0], "prefix_replaced": [1, 0], "prefix_token_ids": [5, 6]} | change
+    request = teacher_pb2.ScoreSequencesRequest(sequence_lengths=[3, 3], token_ids=range(6), **fields)
+    with pytest.raises(InvalidRequestError, match=words):
+        codec.decode_request(request.SerializeToString())

@@ -86,3 +86,25 @@ def test_a_bad_option_is_refused(options, field):
 def test_what_the_engine_cannot_do_at_all_is_unsupported_and_names_the_remedy(change, options, message):
     with pytest.raises(UnsupportedError, match=message):
         validate_request([GOOD], info=dataclasses.replace(INFO, **change), **options)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "num_replaced", "spans", "words"),
+    [
+        (None, 2, (), "no teacher_prefix to put there"),
+        ([1, 99], 2, (), "teacher_prefix of sequence 0 has 99"),
+        ([1, 2], 4, ((3, 4),), "num_replaced of sequence 0 is 4, expected 0 to 3"),
+        ([1, 2], -1, (), "num_replaced of sequence 0 is -1"),
+        ([1, 2], 3, ((2, 4),), r"span \[2, 4\)"),
+        ([], 2, (), "teacher_prefix of sequence 0 is empty"),
+        ([1] * 7, 0, (), "with its teacher_prefix has 11 tokens"),
+    ],
+)
+def test_a_prefix_that_cannot_be_is_refused(prefix, num_replaced, spans, words):
+    info = dataclasses.replace(INFO, vocab_size=16, max_sequence_length=10)
+    ids = np.arange(4, dtype=np.int32)
+    array = None if prefix is None else np.array(prefix, np.int32)
+    with pytest.raises(InvalidRequestError, match=words):
+        validate_request([SequenceToScore(ids, spans, None, "", array, num_replaced)], info=info)
+    good = SequenceToScore(ids, ((3, 4),), None, "", np.array([1, 2], np.int32), 2)
+    validate_request([good], info=info)

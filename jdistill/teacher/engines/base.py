@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from jdistill.config import TeacherServerConfig
+from jdistill.wire.errors import UnsupportedError
 from jdistill.wire.types import ModelInfo, SequenceToScore, TokenScores
 
 
@@ -19,6 +20,8 @@ class Engine(abc.ABC):
     name: str  # the key in ENGINES
     version: str  # of the wrapped library
     info: ModelInfo
+    adapters: Mapping[str, ModelInfo] = {}  # LoRA adapters that it serves beside the base model, by name
+    can_sleep: bool = False  # whether sleep() and wake() can be called
 
     @classmethod
     @abc.abstractmethod
@@ -31,16 +34,35 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def score(
-        self, sequences: Sequence[SequenceToScore], *, top_k: int = 0, temperature: float = 1.0
+        self, sequences: Sequence[SequenceToScore], *, top_k: int = 0, temperature: float = 1.0, adapter: str = ""
     ) -> AsyncIterator[tuple[int, TokenScores]]:
         """Yields (index into `sequences`, scores) as sequences finish, each exactly once.
 
-        Closing the iterator early cancels the work that is left. Calls may run concurrently.
+        Closing the iterator early cancels the work that is left. Calls may run concurrently. `adapter` is a key of
+        `adapters`, or "" for the base model. A sequence never has a teacher_prefix: the service has put it in place.
 
         Raises:
             UnsupportedError: the engine cannot do this.
             EngineDeadError: the engine is gone for good.
         """
+
+    async def check(self) -> None:  # noqa: B027  (most engines cannot die apart from their process)
+        """Whether the engine lives, cheaply; called every second or so.
+
+        Raises:
+            EngineDeadError: it is gone for good.
+        """
+
+    async def sleep(self) -> None:
+        """Frees the accelerator's memory; called only while nothing is being scored; idempotent."""
+        raise UnsupportedError(self._no_sleep())
+
+    async def wake(self) -> None:
+        """Brings the model back as it was; idempotent."""
+        raise UnsupportedError(self._no_sleep())
+
+    def _no_sleep(self) -> str:
+        return f"the {self.name} engine ({self.version}) was not started with offload, or cannot free its memory"
 
     @abc.abstractmethod
     async def close(self) -> None:

@@ -46,14 +46,17 @@ class TeacherServiceServicer(object):
         Errors: INVALID_ARGUMENT (with google.rpc.BadRequest: which field, which sequence),
         FAILED_PRECONDITION (another fingerprint than expected), UNIMPLEMENTED (this engine cannot do that; with
         the remedy), NOT_FOUND (model), UNAVAILABLE (loading, draining, engine dead), RESOURCE_EXHAUSTED.
-        Each carries a google.rpc.ErrorInfo of domain "jdistill" whose reason is an upper-case word.
+        Each carries a google.rpc.ErrorInfo of domain "jdistill" whose reason is an upper-case word; RESOURCE_EXHAUSTED
+        (the queue is full) and UNAVAILABLE carry a google.rpc.RetryInfo too.  Where the server wants a token: metadata
+        "authorization: Bearer ...", else UNAUTHENTICATED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetServerInfo(self, request, context):
-        """What is served here: model, fingerprints, limits.  Cheap; call it on connect.
+        """What is served here: models, fingerprints, limits, state.  Cheap; call it on connect.  Answered in every state:
+        while the server loads, `models` is empty.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,5 +120,108 @@ class TeacherService(object):
         return grpc.experimental.unary_unary(request, target, '/jdistill.wire.v1.TeacherService/GetServerInfo',
             jdistill_dot_wire_dot_v1_dot_teacher__pb2.GetServerInfoRequest.SerializeToString,
             jdistill_dot_wire_dot_v1_dot_teacher__pb2.GetServerInfoResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+
+class TeacherControlServiceStub(object):
+    """Changes the state of a sidecar.  A service of its own, so that it can be authorised apart.
+    Both methods are idempotent and return when it is done; UNIMPLEMENTED where `can_sleep` is false.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Sleep = channel.unary_unary(
+                '/jdistill.wire.v1.TeacherControlService/Sleep',
+                request_serializer=jdistill_dot_wire_dot_v1_dot_teacher__pb2.SleepRequest.SerializeToString,
+                response_deserializer=jdistill_dot_wire_dot_v1_dot_teacher__pb2.SleepResponse.FromString,
+                )
+        self.Wake = channel.unary_unary(
+                '/jdistill.wire.v1.TeacherControlService/Wake',
+                request_serializer=jdistill_dot_wire_dot_v1_dot_teacher__pb2.WakeRequest.SerializeToString,
+                response_deserializer=jdistill_dot_wire_dot_v1_dot_teacher__pb2.WakeResponse.FromString,
+                )
+
+
+class TeacherControlServiceServicer(object):
+    """Changes the state of a sidecar.  A service of its own, so that it can be authorised apart.
+    Both methods are idempotent and return when it is done; UNIMPLEMENTED where `can_sleep` is false.
+    """
+
+    def Sleep(self, request, context):
+        """Frees the accelerator's memory.  Calls that run end first; those that wait are handled as a score that
+        arrives in sleep (GetServerInfoResponse.wake_on_score).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Wake(self, request, context):
+        """Brings the model back; the same fingerprint or an error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_TeacherControlServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Sleep': grpc.unary_unary_rpc_method_handler(
+                    servicer.Sleep,
+                    request_deserializer=jdistill_dot_wire_dot_v1_dot_teacher__pb2.SleepRequest.FromString,
+                    response_serializer=jdistill_dot_wire_dot_v1_dot_teacher__pb2.SleepResponse.SerializeToString,
+            ),
+            'Wake': grpc.unary_unary_rpc_method_handler(
+                    servicer.Wake,
+                    request_deserializer=jdistill_dot_wire_dot_v1_dot_teacher__pb2.WakeRequest.FromString,
+                    response_serializer=jdistill_dot_wire_dot_v1_dot_teacher__pb2.WakeResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'jdistill.wire.v1.TeacherControlService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+
+
+ # This class is part of an EXPERIMENTAL API.
+class TeacherControlService(object):
+    """Changes the state of a sidecar.  A service of its own, so that it can be authorised apart.
+    Both methods are idempotent and return when it is done; UNIMPLEMENTED where `can_sleep` is false.
+    """
+
+    @staticmethod
+    def Sleep(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/jdistill.wire.v1.TeacherControlService/Sleep',
+            jdistill_dot_wire_dot_v1_dot_teacher__pb2.SleepRequest.SerializeToString,
+            jdistill_dot_wire_dot_v1_dot_teacher__pb2.SleepResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Wake(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/jdistill.wire.v1.TeacherControlService/Wake',
+            jdistill_dot_wire_dot_v1_dot_teacher__pb2.WakeRequest.SerializeToString,
+            jdistill_dot_wire_dot_v1_dot_teacher__pb2.WakeResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
