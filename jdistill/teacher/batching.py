@@ -118,7 +118,7 @@ class BatchedEngine(Engine):
         """Frees what `load` took; most engines hold nothing that the garbage collector does not free."""
 
     async def score(
-        self, sequences: Sequence[SequenceToScore], *, top_k: int = 0, temperature: float = 1.0
+        self, sequences: Sequence[SequenceToScore], *, top_k: int = 0, temperature: float = 1.0, adapter: str = ""
     ) -> AsyncIterator[tuple[int, TokenScores]]:
         """See Engine.score."""
         call = _Call((top_k, temperature), asyncio.Queue())

@@ -31,14 +31,20 @@ from grpc_reflection.v1alpha import reflection
 from jdistill.config import ConfigError, TeacherServerConfig
 from jdistill.teacher.engines import check_engine_name, create_engine
 from jdistill.teacher.engines.base import Engine
+from jdistill.teacher.metrics import Metrics
 from jdistill.teacher.service import TeacherService
 from jdistill.wire import channel, codec
 from jdistill.wire.errors import EngineDeadError, UnavailableError
+from jdistill.wire.types import ServerState
 
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0  # for what should take milliseconds: to close the engine, to tell clients that we go
-WATCHED_SERVICES = ("", codec.SERVICE)  # "": the whole server, which is what a plain health check asks for
+WATCHED_SERVICES = (
+    "",
+    codec.SERVICE,
+    codec.CONTROL_SERVICE,
+)  # "": the whole server, which is what a plain health check asks for
 
 
 def serve(config: TeacherServerConfig) -> int:
@@ -126,13 +132,13 @@ class _Sidecar:
         """See `serve`."""
         loop = asyncio.get_running_loop()
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
-        self._service = TeacherService(self._name)
+        self._service = TeacherService(self._name, self._config, metrics=Metrics(), on_state=self._on_state)
         self._health = health.aio.HealthServicer()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         server = grpc.aio.server(options=channel.SERVER_OPTIONS)
-        server.add_generic_rpc_handlers((self._service.handler(),))
+        server.add_generic_rpc_handlers(self._service.handlers())
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (codec.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (codec.SERVICE, codec.CONTROL_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         port = _bind(server, self._config)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -159,6 +165,7 @@ class _Sidecar:
             self._guards.enter_context(exit_within(3 * CLOSE_TIMEOUT_S, code))
             self._remove_port_file(port)
             await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+            await self._service.close()
             await server.stop(grace=0.5)  # health watches never end by themselves
             await self._close_engine()
         logger.info("ended")
@@ -168,6 +175,12 @@ class _Sidecar:
         self._num_signals += 1
         logger.info("%s: %s", signal.Signals(number).name, "draining" if self._num_signals == 1 else "leaving now")
         (self._stop if self._num_signals == 1 else self._hurry).set()
+
+    async def _on_state(self, state: ServerState) -> None:
+        asleep_but_serving = state is ServerState.SLEEPING and self._config.on_sleep == "wake"
+        serving = state is ServerState.SERVING or asleep_but_serving
+        status = health_pb2.HealthCheckResponse
+        await self._set_health(status.SERVING if serving else status.NOT_SERVING)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in WATCHED_SERVICES:
@@ -185,8 +198,7 @@ class _Sidecar:
             await asyncio.wait({load}, timeout=CLOSE_TIMEOUT_S)
             return False
         self._engine = await load
-        self._service.serve(self._engine)
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        await self._service.serve(self._engine)
         logger.info("loaded in %.1f s", time.monotonic() - begin)
         return True
 
@@ -231,8 +243,7 @@ class _Sidecar:
 
     async def _drain(self) -> None:
         if not self._service.dead.is_set():
-            self._service.refuse(UnavailableError(f"teacher {self._name!r} is shutting down"))
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+            await self._service.refuse(UnavailableError(f"teacher {self._name!r} is shutting down"))
         if self._service.dead.is_set():
             self._service.fail_running(EngineDeadError(f"the engine of teacher {self._name!r} has died"))
         elif self._service.num_calls:

@@ -48,6 +48,7 @@ class UnavailableError(TeacherError):
     """The teacher cannot be reached, is loading, draining or dead; worth a retry until the deadline."""
 
     reason = "UNAVAILABLE"
+    retry_after_s: float | None = None  # when it is worth coming back, if the server knows
 
 
 class OverloadedError(UnavailableError):

@@ -72,14 +72,12 @@ def code_of(error: BaseException) -> grpc.StatusCode:
     return next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
-def to_status(
-    error: BaseException, *, retry_after_s: float | None = None
-) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
+def to_status(error: BaseException) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
     """(code, message, trailing metadata) to end a call with: `await context.abort(*to_status(error))`.
 
     Args:
-        error: a TeacherError; anything else is INTERNAL, and of its text only the type is told.
-        retry_after_s: when it is worth coming back (default 0.5); told for UnavailableError and its kind only.
+        error: a TeacherError; anything else is INTERNAL, and of its text only the type is told. RetryInfo says the
+            `retry_after_s` of an UnavailableError and its kind (default 0.5).
     """
     code = code_of(error)
     if isinstance(error, errors.TeacherError):
@@ -102,7 +100,7 @@ def to_status(
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, errors.UnavailableError):
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromMilliseconds(round(1000 * (0.5 if retry_after_s is None else retry_after_s)))
+        retry.retry_delay.FromMilliseconds(round(1000 * (0.5 if error.retry_after_s is None else error.retry_after_s)))
         status.details.add().Pack(retry)
     status.details.add().Pack(info)
     return code, text, ((DETAILS_KEY, status.SerializeToString()),)

@@ -307,8 +307,11 @@ def test_a_status_worth_a_retry_is_retried(start_teacher, connect, code):
 def test_an_overloaded_server_is_left_alone_for_as_long_as_it_asks(start_teacher, connect):
     teacher = start_teacher()
 
+    full = errors.OverloadedError("full")
+    full.retry_after_s = 0.7
+
     def overloaded(teacher, context, chunks):
-        code, text, trailing = status.to_status(errors.OverloadedError("full"), retry_after_s=0.7)
+        code, text, trailing = status.to_status(full)
         context.set_trailing_metadata(trailing)
         context.abort(code, text)
         yield

@@ -12,6 +12,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from jdistill.config import TeacherServerConfig
 from jdistill.teacher.engines import fake
+from jdistill.teacher.metrics import Metrics
 from jdistill.teacher.service import TeacherService
 from jdistill.wire import codec
 from jdistill.wire.errors import UnavailableError
@@ -20,17 +21,21 @@ from jdistill.wire.v1 import teacher_pb2, teacher_pb2_grpc
 VOCAB = 64
 
 
+async def no_health(state):
+    pass
+
+
 @contextlib.asynccontextmanager
 async def serving(engine=None, **engine_args):
     """(service, engine, channel) of a service in this process on a loopback port."""
     config = TeacherServerConfig(engine="fake", model="some/tiny", engine_args=engine_args, max_sequence_length=4096)
     engine = engine or fake.FakeEngine(config)
-    service = TeacherService("tiny")
+    service = TeacherService("tiny", config, metrics=Metrics(), on_state=no_health)
     server = grpc.aio.server()
-    server.add_generic_rpc_handlers((service.handler(),))
+    server.add_generic_rpc_handlers(service.handlers())
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    service.serve(engine)
+    await service.serve(engine)
     options = [("grpc.max_receive_message_length", -1)]
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
@@ -163,8 +168,8 @@ def test_a_finished_sequence_does_not_wait_for_a_slow_one():
 
 def test_the_engines_checksum_is_passed_on_and_not_computed_from_the_request():
     class OtherTokens(fake.FakeEngine):
-        def _score(self, sequence, top_k, temperature):
-            return dataclasses.replace(super()._score(sequence, top_k, temperature), token_crc=12345)
+        def _score(self, sequence, top_k, temperature, adapter):
+            return dataclasses.replace(super()._score(sequence, top_k, temperature, adapter), token_crc=12345)
 
     async def main():
         engine = OtherTokens(TeacherServerConfig(engine="fake", model="m"))
@@ -268,8 +273,8 @@ def test_what_the_engine_cannot_do_is_unimplemented_with_the_remedy():
 )
 def test_what_an_engine_returns_is_checked_before_it_leaves(field, spoil):
     class Spoiled(fake.FakeEngine):
-        def _score(self, sequence, top_k, temperature):
-            scores = super()._score(sequence, top_k, temperature)
+        def _score(self, sequence, top_k, temperature, adapter):
+            scores = super()._score(sequence, top_k, temperature, adapter)
             return dataclasses.replace(scores, **{field: spoil(getattr(scores, field))})
 
     async def main():
@@ -285,9 +290,9 @@ def test_what_an_engine_returns_is_checked_before_it_leaves(field, spoil):
 @pytest.mark.parametrize("order", [[0, 1, 1], [0, 1], [0, 1, 2, 3]])
 def test_an_engine_that_scores_twice_too_little_or_too_much_is_found_out(order):
     class Miscounting(fake.FakeEngine):
-        async def score(self, sequences, *, top_k=0, temperature=1.0):
+        async def score(self, sequences, *, top_k=0, temperature=1.0, adapter=""):
             for index in order:
-                yield index, self._score(sequences[min(index, 2)], top_k, temperature)
+                yield index, self._score(sequences[min(index, 2)], top_k, temperature, adapter)
 
     async def main():
         async with serving(Miscounting(TeacherServerConfig(engine="fake", model="m"))) as (_, _, channel):
@@ -352,14 +357,14 @@ def test_a_call_that_nobody_waits_for_closes_the_engines_iterator_at_once(how):
 def test_before_the_engine_is_there_and_while_it_drains_calls_are_unavailable_with_a_delay_to_retry():
     async def main():
         async with serving(delay_s=0.05) as (service, engine, channel):
-            service.refuse(UnavailableError("teacher 'tiny' is shutting down"))
+            await service.refuse(UnavailableError("teacher 'tiny' is shutting down"))
             code, text, info, _ = await failure(channel, request(5))
             assert (code, info.reason) == (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
             assert "shutting down" in text
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await teacher_pb2_grpc.TeacherServiceStub(channel).GetServerInfo(teacher_pb2.GetServerInfoRequest())
-            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-            service.serve(engine)
+            stub = teacher_pb2_grpc.TeacherServiceStub(channel)
+            info = await stub.GetServerInfo(teacher_pb2.GetServerInfoRequest())
+            assert info.state == teacher_pb2.SERVER_STATE_DRAINING and info.models[0].model == "tiny"
+            await service.serve(engine)
             running = asyncio.create_task(score(channel, request(*[5] * 10)))
             await asyncio.sleep(0.2)
             service.fail_running(UnavailableError("teacher 'tiny' has shut down before it finished"))

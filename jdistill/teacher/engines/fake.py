@@ -10,8 +10,10 @@ Dimension key: P scored positions of one sequence, V vocabulary, K teacher top-k
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import pathlib
+import zlib
 from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
@@ -36,16 +38,22 @@ class FakeOptions(Section):
     any_temperature: bool = True
     max_top_k: int | None = None  # default: the vocabulary
     max_candidate_count: int | None = None  # default: the vocabulary
+    # A machine of this speed, which waits instead of computing: sequences pass through it one after another.
+    tokens_per_s: float | None = pydantic.Field(None, gt=0)
+    sleeps: bool = True  # with --offload; False: as an engine that cannot
+    wakes_as: str | None = None  # its fingerprint after a wake: another one, as if the checkpoint had been changed
+    hang_on_token: int | None = None  # never answers when it sees this token
     die_on_token: int | None = None  # the engine dies when it sees this token, as vLLM's does
     fail_on_token: int | None = None  # an unexpected exception when it sees this token
 
 
 def logprobs_PV(  # noqa: N802  (a shape suffix)
-    token_ids: np.ndarray, positions: np.ndarray, *, vocab_size: int, temperature: float = 1.0
+    token_ids: np.ndarray, positions: np.ndarray, *, vocab_size: int, temperature: float = 1.0, adapter: str = ""
 ) -> np.ndarray:
     """float64 [P, V]: the whole distribution at each of `positions` of the sequence, in nats."""
     previous_P = np.asarray(token_ids, np.float64)[np.asarray(positions) - 1]
-    logits_PV = 4.0 * np.sin(0.9 * positions[:, None] + 2.1 * np.arange(vocab_size) + 0.37 * previous_P[:, None])
+    angles_PV = 0.9 * positions[:, None] + 2.1 * np.arange(vocab_size) + 0.37 * previous_P[:, None]
+    logits_PV = 4.0 * np.sin(angles_PV + zlib.crc32(adapter.encode()) % 6.28)
     logits_PV /= temperature
     return logits_PV - np.logaddexp.reduce(logits_PV, axis=1, keepdims=True)
 
@@ -71,34 +79,79 @@ class FakeEngine(Engine):
             any_temperature=self.options.any_temperature,
             dtype="float32",
         )
-        self.num_cancelled = 0
+        self.adapters = {
+            name: dataclasses.replace(
+                self.info,
+                model=name,
+                base_model=self.info.model,
+                fingerprint=hashlib.sha256(f"{self.info.fingerprint} {name}".encode()).hexdigest(),
+            )
+            for name in config.adapters
+        }
+        self.can_sleep = config.offload and self.options.sleeps
+        self.num_cancelled = self.num_sleeps = self.num_wakes = 0
+        self.asleep = False
+        self._free_at = 0.0  # when what was taken on so far will be done (tokens_per_s)
         self._dead = False
 
     @classmethod
     async def create(cls, config: TeacherServerConfig) -> FakeEngine:
         """See Engine.create; reads nothing from `config.model`."""
         engine = cls(config)
+        if config.offload and not engine.can_sleep:
+            raise ValueError("offload: this fake engine cannot sleep (sleeps=false)")
         await asyncio.sleep(engine.options.load_s)
         return engine
 
     async def score(
-        self, sequences: Sequence[SequenceToScore], *, top_k: int = 0, temperature: float = 1.0
+        self, sequences: Sequence[SequenceToScore], *, top_k: int = 0, temperature: float = 1.0, adapter: str = ""
     ) -> AsyncIterator[tuple[int, TokenScores]]:
         """See Engine.score. Sequences finish in an order of their own, the last one first."""
+        assert not self.asleep, "scored in sleep"
         finished = False
         try:
             for index in reversed(range(len(sequences))):
-                await asyncio.sleep(self.options.delay_s)
-                yield index, self._score(sequences[index], top_k, temperature)
+                await self._wait(sequences[index])
+                yield index, self._score(sequences[index], top_k, temperature, adapter)
             finished = True
         finally:
             self.num_cancelled += not finished
+
+    async def _wait(self, sequence: SequenceToScore) -> None:
+        if self.options.hang_on_token in sequence.token_ids:
+            await asyncio.Event().wait()
+        await asyncio.sleep(self.options.delay_s)
+        if self.options.tokens_per_s is not None:
+            now = asyncio.get_running_loop().time()
+            self._free_at = max(now, self._free_at) + len(sequence.token_ids) / self.options.tokens_per_s
+            await asyncio.sleep(self._free_at - now)
+
+    async def check(self) -> None:
+        """See Engine.check."""
+        if self._dead:
+            raise EngineDeadError("the fake engine is dead")
+
+    async def sleep(self) -> None:
+        """See Engine.sleep."""
+        if not self.can_sleep:
+            await super().sleep()
+        self.num_sleeps += not self.asleep
+        self.asleep = True
+
+    async def wake(self) -> None:
+        """See Engine.wake."""
+        if not self.can_sleep:
+            await super().wake()
+        if self.options.wakes_as is not None:
+            self.info = dataclasses.replace(self.info, fingerprint=self.options.wakes_as)
+        self.num_wakes += self.asleep
+        self.asleep = False
 
     async def close(self) -> None:
         """See Engine.close."""
         self._dead = True
 
-    def _score(self, sequence: SequenceToScore, top_k: int, temperature: float) -> TokenScores:
+    def _score(self, sequence: SequenceToScore, top_k: int, temperature: float, adapter: str) -> TokenScores:
         if self._dead or self.options.die_on_token in sequence.token_ids:
             self._dead = True
             raise EngineDeadError("the fake engine died")
@@ -106,7 +159,11 @@ class FakeEngine(Engine):
             raise RuntimeError("the fake engine failed as it was told to")
         positions_P = sequence.scored_positions()
         full_PV = logprobs_PV(
-            sequence.token_ids, positions_P, vocab_size=self.options.vocab_size, temperature=temperature
+            sequence.token_ids,
+            positions_P,
+            vocab_size=self.options.vocab_size,
+            temperature=temperature,
+            adapter=adapter,
         ).astype(np.float32)
         full_PV = np.minimum(full_PV, 0.0)
         top_ids_PK = np.argsort(-full_PV, axis=1, kind="stable")[:, :top_k].astype(np.int32) if top_k else None

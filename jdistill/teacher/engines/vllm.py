@@ -428,7 +428,7 @@ class VllmEngine(Engine):
                 raise UnsupportedError(f"its temperature is off by up to {worst:.3g} nats")
 
     async def score(
-        self, sequences: Sequence[SequenceToScore], *, top_k: int = 0, temperature: float = 1.0
+        self, sequences: Sequence[SequenceToScore], *, top_k: int = 0, temperature: float = 1.0, adapter: str = ""
     ) -> AsyncIterator[tuple[int, TokenScores]]:
         """See Engine.score."""
         if self._llm is None:

@@ -1,0 +1,106 @@
+"""What the sidecar counts, under which name and in which unit: all of its Prometheus metrics are listed here.
+
+A registry of its own rather than prometheus-client's global one: vLLM puts its own hundred metrics into that, and two
+services in one process (tests) would collide. Nothing is labelled by client or request: the series are few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram
+
+from jdistill.wire.types import ServerState
+
+# From a sequence of a tiny model to a batch that waits behind a full queue.
+_BUCKETS_S = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+
+class Metrics:
+    """The metrics of one sidecar; `registry` (default: a new one) holds them.
+
+    Every method is cheap (microseconds) and may be called from any thread.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None):
+        self.registry = CollectorRegistry() if registry is None else registry
+        of = {"registry": self.registry}
+        prometheus_client.ProcessCollector(registry=self.registry)  # memory, CPU time, open files
+        self._calls = Counter("jdistill_calls", "Calls that have ended.", ("method", "code"), **of)
+        self._call_duration = Histogram(
+            "jdistill_call_duration_seconds", "From a call's arrival to its end.", ("method",), buckets=_BUCKETS_S, **of
+        )
+        self._queue_duration = Histogram(
+            "jdistill_queue_duration_seconds",
+            "How long a scoring call waited until the engine got the first of it.",
+            buckets=_BUCKETS_S,
+            **of,
+        )
+        self._cancelled_calls = Counter(
+            "jdistill_cancelled_calls", "Scoring calls that the client cancelled, or whose client vanished.", **of
+        )
+        self._sequences = Counter("jdistill_scored_sequences", "Sequences that the engine has scored.", **of)
+        self._tokens = Counter(
+            "jdistill_scored_tokens", "Tokens of these sequences, the prompt and teacher prefix included.", **of
+        )
+        self._positions = Counter("jdistill_scored_positions", "Positions of these sequences that got a score.", **of)
+        self._sent_bytes = Counter("jdistill_sent_bytes", "Bytes of scores sent, without gRPC's framing.", **of)
+        self._engine_errors = Counter("jdistill_engine_errors", "Failures of the engine.", ("reason",), **of)
+        self._queued_tokens = Gauge("jdistill_queued_tokens", "Tokens that wait for the engine.", **of)
+        self._running_tokens = Gauge("jdistill_running_tokens", "Tokens that are in the engine.", **of)
+        self._open_calls = Gauge("jdistill_open_calls", "Scoring calls that wait or run.", **of)
+        self._state = Enum(
+            "jdistill_state",
+            "Where the sidecar is in its life.",
+            states=[state.name.lower() for state in ServerState],
+            **of,
+        )
+
+    def serve(self, host: str, port: int) -> int:
+        """Serves them over HTTP at http://host:port/metrics, in a thread; port 0 is any free one. Returns the port.
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        server, _ = prometheus_client.start_http_server(port, addr=host, registry=self.registry)
+        return server.server_port
+
+    def watch(
+        self, *, queued_tokens: Callable[[], int], running_tokens: Callable[[], int], open_calls: Callable[[], int]
+    ) -> None:
+        """Where the gauges come from: each is read when somebody asks for the metrics."""
+        self._queued_tokens.set_function(queued_tokens)
+        self._running_tokens.set_function(running_tokens)
+        self._open_calls.set_function(open_calls)
+
+    def call_ended(self, method: str, code: str, duration_s: float) -> None:
+        """A call of `method` ("ScoreSequences") has ended with gRPC status `code` ("OK")."""
+        self._calls.labels(method, code).inc()
+        self._call_duration.labels(method).observe(duration_s)
+
+    def call_cancelled(self) -> None:
+        """Nobody waited for a scoring call any more."""
+        self._cancelled_calls.inc()
+
+    def call_left_queue(self, waited_s: float) -> None:
+        """The engine has got the first of a call."""
+        self._queue_duration.observe(waited_s)
+
+    def sequence_scored(self, num_tokens: int, num_scored: int) -> None:
+        """The engine has scored one sequence."""
+        self._sequences.inc()
+        self._tokens.inc(num_tokens)
+        self._positions.inc(num_scored)
+
+    def bytes_sent(self, num_bytes: int) -> None:
+        """A message of scores went out."""
+        self._sent_bytes.inc(num_bytes)
+
+    def engine_failed(self, reason: str) -> None:
+        """`reason` is that of the error tree, or "INTERNAL" for what nobody expected."""
+        self._engine_errors.labels(reason).inc()
+
+    def state_changed(self, state: ServerState) -> None:
+        """The sidecar's state is another one now."""
+        self._state.state(state.name.lower())
