@@ -8,7 +8,7 @@ Target t speaks of token t + 1: `loss_mask_BT[b, t]` asks for log p(tokens[b, t 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,6 +46,9 @@ def to_sequences(
     *,
     lengths_B: np.ndarray | None = None,
     candidate_ids_BTC: np.ndarray | None = None,
+    teachers_B: Sequence[str] | None = None,
+    teacher_prefixes_B: Sequence[Any] | None = None,
+    num_replaced_B: np.ndarray | None = None,
 ) -> tuple[list[int], list[SequenceToScore]]:
     """The rows with anything to score, and what to send for each.
 
@@ -97,12 +100,38 @@ def to_sequences(
             f"candidate_ids_BTC has shape {candidate_ids_BTC.shape}, expected [{grid[0]}, {grid[1]}, C]",
             field="candidate_ids",
         )
+    for name, column_B in (("teachers", teachers_B), ("teacher_prefixes", teacher_prefixes_B)):
+        if column_B is not None and (isinstance(column_B, str) or len(column_B) != num_rows):
+            got = "a string" if isinstance(column_B, str) else f"{len(column_B)} entries"
+            raise InvalidRequestError(f"{name}_B has {got}, expected one for each of {num_rows} rows", field=name)
+    if num_replaced_B is not None:
+        if num_replaced_B.shape != (num_rows,) or num_replaced_B.dtype.kind not in "iu":
+            raise InvalidRequestError(
+                f"num_replaced_B is {num_replaced_B.dtype} of shape {num_replaced_B.shape}, expected integers of shape "
+                f"({num_rows},)",
+                field="num_replaced",
+            )
+        if teacher_prefixes_B is None:
+            raise InvalidRequestError(
+                "num_replaced_B without teacher_prefixes_B: nothing is there to replace them with", field="num_replaced"
+            )
     rows = np.flatnonzero(loss_mask_BT.any(axis=1)).tolist()
     sequences = []
     for b in rows:
         spans = mask_to_spans(loss_mask_BT[b])
         candidates_PC = None if candidate_ids_BTC is None else candidate_ids_BTC[b, loss_mask_BT[b]]
-        sequences.append(SequenceToScore(tokens_BS[b, : spans[-1][1]], spans, candidates_PC))
+        prefix = None if teacher_prefixes_B is None else teacher_prefixes_B[b]
+        sequences.append(
+            SequenceToScore(
+                tokens_BS[b, : spans[-1][1]],
+                spans,
+                candidates_PC,
+                teacher="" if teachers_B is None else teachers_B[b],
+                teacher_prefix=None if prefix is None else np.asarray(prefix),
+                # A row that keeps its own tokens needs none replaced, whatever its column says.
+                num_replaced=0 if prefix is None or num_replaced_B is None else int(num_replaced_B[b]),
+            )
+        )
     return rows, sequences
 
 

@@ -1,4 +1,4 @@
-"""TeacherClient: the synchronous, thread-safe face of the dispatcher.
+"""TeacherClient: the synchronous, thread-safe face of the dispatchers, one a teacher.
 
 All clients of a process share one background thread with an asyncio loop: gRPC's asyncio poller is at home in one.
 """
@@ -12,6 +12,7 @@ import itertools
 import math
 import threading
 import time
+import uuid
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -21,8 +22,11 @@ import numpy as np
 
 from jdistill.client import alignment
 from jdistill.client.alignment import BatchScores
-from jdistill.client.dispatch import Dispatcher, Job
-from jdistill.wire import codec
+from jdistill.client.dispatch import Dispatcher, Settings
+from jdistill.client.jobs import Job, make_job
+from jdistill.client.teachers import Endpoints, choose_teacher, parse_teachers
+from jdistill.client.token import BearerToken
+from jdistill.client.waiting import WaitReport
 from jdistill.wire.errors import InvalidRequestError
 from jdistill.wire.types import SequenceToScore, ServerInfo, TokenScores
 
@@ -30,21 +34,23 @@ T = TypeVar("T")
 
 
 class TeacherClient:
-    """Scores sequences under a teacher that is served by one or more equal sidecars.
+    """Scores sequences under one or several teachers, each served by one or more equal sidecars.
 
     Every reply is verified (ids, counts, model, temperature, values) before a number of it is returned, and every
     sequence is scored exactly once or fails with an error. Replicas that die are left out until they answer again; a
     replica that comes back with another model stays out. While none is up, calls wait, until `deadline_s`.
 
     Args:
-        endpoints: "host:port" or "unix:/path" of each replica.
-        deadline_s: over all attempts of one call of `score`, `submit` or `info`.
-        max_in_flight: calls under way at each replica.
+        endpoints: "host:port" or "unix:/path" of each replica; or a `Teacher`, which also names the model or adapter
+            that is asked; or several of either by name, of which `SequenceToScore.teacher` names one.
+        deadline_s: over all attempts of one call of `score`, `submit`, `info`, `sleep` or `wake`.
+        max_in_flight: calls under way at each replica; fewer for a while after it was overloaded.
         batch_tokens: tokens of one call; a longer sequence goes alone.
         expected_tokenizer_fingerprint: of the student's tokenizer (`jdistill.checkpoint_files.tokenizer_fingerprint`);
-            the teacher's must be the same. None or "": not compared.
+            each teacher's must be the same. None or "": not compared.
         credentials: for TLS, from `grpc.ssl_channel_credentials`; None: plain text.
-        token: sent as "authorization: Bearer ..." with each call. Without TLS everybody on the way can read it.
+        token: sent as "authorization: Bearer ..." with each call. A function is asked when a token is first needed, and
+            once more when a server refuses it: so it can be rotated. Without TLS everybody on the way can read it.
         on_wait: called with a message while no replica is up and work waits (every 10 s), and with None once it goes
             on; from the background thread, so it must be quick. The logger "jdistill.client" tells the same.
 
@@ -54,17 +60,17 @@ class TeacherClient:
 
     def __init__(
         self,
-        endpoints: Sequence[str],
+        endpoints: Endpoints,
         *,
         deadline_s: float = 600.0,
         max_in_flight: int = 4,
         batch_tokens: int = 16384,
         expected_tokenizer_fingerprint: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
-        token: str | None = None,
+        token: str | Callable[[], str] | None = None,
         on_wait: Callable[[str | None], None] | None = None,
     ):
-        _check_endpoints(endpoints)
+        teachers = parse_teachers(endpoints)
         for name, value in (
             ("deadline_s", deadline_s),
             ("max_in_flight", max_in_flight),
@@ -76,34 +82,72 @@ class TeacherClient:
         self._submitted = itertools.count()
         self._closed = False
         self._loop = _background_loop()
+        settings = Settings(
+            deadline_s=deadline_s,
+            max_in_flight=max_in_flight,
+            batch_tokens=batch_tokens,
+            expected_tokenizer_fingerprint=expected_tokenizer_fingerprint,
+            credentials=credentials,
+            client_id=uuid.uuid4().hex[:8],
+        )
 
-        async def create() -> Dispatcher:
-            return Dispatcher(
-                endpoints,
-                deadline_s=deadline_s,
-                max_in_flight=max_in_flight,
-                batch_tokens=batch_tokens,
-                expected_tokenizer_fingerprint=expected_tokenizer_fingerprint,
-                credentials=credentials,
-                token=token,
-                on_wait=on_wait,
-            )
+        async def create() -> dict[str, Dispatcher]:
+            shared_token = None if token is None else BearerToken(token)
+            report = WaitReport(on_wait)
+            return {
+                name: Dispatcher(name, teacher, settings, token=shared_token, report=report)
+                for name, teacher in teachers.items()
+            }
 
-        self._dispatcher = self._run(create())
+        self._dispatchers = self._run(create())
         _open_clients.add(self)
 
-    def info(self) -> ServerInfo:
-        """What the teacher is; the preflight: asks all replicas and compares them.
+    def info(self, teacher: str = "") -> ServerInfo:
+        """What a teacher is; the preflight: asks all its replicas and compares them.
 
-        Waits until one replica at least answers; those that do not are left out until they do. Limits are the tightest
-        of all.
+        Waits until one replica at least answers; those that do not are left out until they do. `.model` is the model
+        that is asked, its limits the tightest of all replicas.
+
+        Args:
+            teacher: which one of several.
 
         Raises:
+            InvalidRequestError: there is no such teacher, or it serves no such model (ModelNotFoundError); lists what
+                there is.
             FingerprintMismatchError: replicas differ in model, tokenizer or vocabulary, or the tokenizer is not the one
                 expected, or the teacher is another one than at the first call.
             DeadlineError: none has answered.
         """
-        return self._run(self._dispatcher.info())
+        return self._run(self._dispatchers[choose_teacher(teacher, list(self._dispatchers))].info())
+
+    def check_can_sleep(self, teacher: str | None = None) -> None:
+        """Raises UnsupportedError, with the endpoint, if a replica of that teacher (None: of any) cannot sleep.
+
+        To be called before the first step of a run that will need it: not at step 900.
+        """
+        self._control(Dispatcher.check_can_sleep, teacher)
+
+    def sleep(self, teacher: str | None = None) -> None:
+        """Frees the accelerators of all replicas of that teacher (None: of all); returns when it is done.
+
+        A replica that is down frees nothing, and is no error. What is submitted meanwhile wakes the teacher, or waits
+        for `wake`, as its sidecars are configured (on_sleep).
+
+        Raises:
+            UnsupportedError: a replica cannot, see `check_can_sleep`.
+            TeacherError: a replica failed to; names its endpoint.
+        """
+        self._control(Dispatcher.sleep, teacher)
+
+    def wake(self, teacher: str | None = None) -> None:
+        """The opposite of `sleep`; returns when the replicas are ready, without those that are down if others are up.
+
+        Raises:
+            UnsupportedError, TeacherError: as `sleep`.
+            FingerprintMismatchError: it woke up with another model.
+            DeadlineError: none is up.
+        """
+        self._control(Dispatcher.wake, teacher)
 
     def score(
         self, sequences: Sequence[SequenceToScore], *, top_k: int = 0, temperature: float = 1.0
@@ -133,8 +177,8 @@ class TeacherClient:
         cancelling it cancels the work. Its callbacks run in the background thread and must not block.
         """
         self._check_open()
-        job = self._job(sequence, next(self._submitted), top_k, temperature)
-        self._loop.call_soon_threadsafe(lambda: self._dispatcher.submit([job], coalesce=True))
+        dispatcher, job = self._job(sequence, next(self._submitted), top_k, temperature)
+        self._loop.call_soon_threadsafe(lambda: dispatcher.submit([job], coalesce=True))
         return job.future
 
     def score_batch(
@@ -144,6 +188,9 @@ class TeacherClient:
         *,
         lengths_B: Any = None,
         candidate_ids_BTC: Any = None,
+        teachers_B: Sequence[str] | None = None,
+        teacher_prefixes_B: Sequence[Any] | None = None,
+        num_replaced_B: Any = None,
         top_k: int = 0,
         temperature: float = 1.0,
     ) -> BatchScores:
@@ -154,6 +201,10 @@ class TeacherClient:
             loss_mask_BT: bool [B, S - 1], holes included. A row with an empty mask is not sent.
             lengths_B: number of real tokens of each row; a mask beyond it is an error. Default: as the mask needs.
             candidate_ids_BTC: integers [B, S - 1, C] to score beside the tokens; ignored where the mask is false.
+            teachers_B: the teacher of each row, by name; default: the only one.
+            teacher_prefixes_B: for each row the tokens that its teacher sees in place of the first `num_replaced_B[b]`
+                ones (integers [R]), or None to leave the row as it is. The grid stays the student's.
+            num_replaced_B: integers [B]; default: 0, the prefix is put before all of the row.
             top_k, temperature: as in `score`.
 
         Returns:
@@ -169,6 +220,9 @@ class TeacherClient:
             loss_mask_BT,
             lengths_B=None if lengths_B is None else np.asarray(lengths_B),
             candidate_ids_BTC=candidates,
+            teachers_B=teachers_B,
+            teacher_prefixes_B=teacher_prefixes_B,
+            num_replaced_B=None if num_replaced_B is None else np.asarray(num_replaced_B),
         )
         scores = self._score(sequences, rows, top_k, temperature)
         count = 0 if candidates is None else candidates.shape[2]
@@ -179,7 +233,8 @@ class TeacherClient:
         if not self._closed:
             self._closed = True
             _open_clients.discard(self)
-            self._run(self._dispatcher.close())
+            for dispatcher in self._dispatchers.values():
+                self._run(dispatcher.close())
 
     def __enter__(self) -> TeacherClient:
         return self
@@ -192,12 +247,20 @@ class TeacherClient:
     ) -> list[TokenScores]:
         self._check_open()
         self._check_thread()
-        jobs = [self._job(s, i, top_k, temperature) for s, i in zip(sequences, indexes, strict=True)]
-        if not jobs:
+        work = [self._job(s, i, top_k, temperature) for s, i in zip(sequences, indexes, strict=True)]
+        if not work:
             return []
-        for job in jobs:
+        jobs = [job for _, job in work]
+        by_dispatcher: dict[Dispatcher, list[Job]] = {}
+        for dispatcher, job in work:
             job.group = jobs
-        self._loop.call_soon_threadsafe(lambda: self._dispatcher.submit(jobs, coalesce=False))
+            by_dispatcher.setdefault(dispatcher, []).append(job)
+
+        def submit() -> None:
+            for dispatcher, its_jobs in by_dispatcher.items():
+                dispatcher.submit(its_jobs, coalesce=False)
+
+        self._loop.call_soon_threadsafe(submit)
         futures = [job.future for job in jobs]
         try:
             concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
@@ -208,22 +271,40 @@ class TeacherClient:
         finally:
             for future in futures:  # of an error, or of Ctrl-C; does nothing to those that are done
                 future.cancel()
+            for job in jobs:  # a cycle: until the garbage collector finds it, it would hold all scores (1 GB, perhaps)
+                job.group = ()
 
-    def _job(self, sequence: SequenceToScore, index: int, top_k: int, temperature: float) -> Job:
+    def _job(self, sequence: SequenceToScore, index: int, top_k: int, temperature: float) -> tuple[Dispatcher, Job]:
         # Copies: what is scored is what was submitted, whatever the caller's buffers hold by then.
-        token_ids = _int32(sequence.token_ids, "token_ids", index)
-        candidates = sequence.candidate_ids
+        candidates, prefix = sequence.candidate_ids, sequence.teacher_prefix
         copy = SequenceToScore(
-            token_ids, sequence.spans, None if candidates is None else _int32(candidates, "candidate_ids", index)
+            _int32(sequence.token_ids, "token_ids", index),
+            sequence.spans,
+            None if candidates is None else _int32(candidates, "candidate_ids", index),
+            teacher=choose_teacher(sequence.teacher, list(self._dispatchers), index),
+            teacher_prefix=None if prefix is None else _int32(prefix, "teacher_prefix", index),
+            num_replaced=int(sequence.num_replaced),
         )
-        return Job(
-            sequence=copy,
+        job = make_job(
+            copy,
             index=index,
             top_k=int(top_k),
             temperature=float(temperature),
             deadline=time.monotonic() + self._deadline_s,
-            crc=codec.token_crc(token_ids),
         )
+        return self._dispatchers[copy.teacher], job
+
+    def _control(self, method: Callable[[Dispatcher], Coroutine[Any, Any, None]], teacher: str | None) -> None:
+        self._check_open()
+        names = list(self._dispatchers)
+        chosen = names if teacher is None else [choose_teacher(teacher, names)]
+
+        async def all_at_once() -> list[Any]:
+            return await asyncio.gather(*(method(self._dispatchers[name]) for name in chosen), return_exceptions=True)
+
+        for result in self._run(all_at_once()):
+            if result is not None:
+                raise result
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         try:
@@ -247,21 +328,6 @@ class TeacherClient:
             raise RuntimeError(
                 "a future's callback must not call TeacherClient's blocking methods: it would wait for itself"
             )
-
-
-def _check_endpoints(endpoints: Sequence[str]) -> None:
-    if isinstance(endpoints, str) or not endpoints:
-        raise ValueError(f'endpoints = {endpoints!r}, expected a list of addresses such as ["127.0.0.1:50051"]')
-    for endpoint in endpoints:
-        port = endpoint.rpartition(":")[2]
-        if endpoint.startswith(("unix:", "dns:", "ipv4:", "ipv6:")):
-            continue
-        if "/" in endpoint or ":" not in endpoint or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ValueError(
-                f'endpoint {endpoint!r}, expected "host:port" or "unix:/path", without a scheme such as http://'
-            )
-    if len(set(endpoints)) != len(endpoints):
-        raise ValueError(f"endpoints {list(endpoints)}: one is listed twice")
 
 
 def _int32(array: Any, field: str, index: int) -> np.ndarray:

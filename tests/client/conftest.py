@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import dataclasses
 import threading
 import time
 
@@ -14,26 +15,30 @@ import pytest
 from jdistill.client import TeacherClient
 from jdistill.wire import codec, errors, status
 from jdistill.wire.channel import SERVER_OPTIONS
-from jdistill.wire.types import ModelInfo, SequenceToScore, ServerInfo, TokenScores
+from jdistill.wire.types import ModelInfo, SequenceToScore, ServerInfo, ServerState, TokenScores
 
 VOCAB = 97
 
 
-def expected_logprobs(token_ids, positions):
-    """Exact in float32; another for every (position, token)."""
-    return (-(np.asarray(positions, np.float32) * 128 + np.asarray(token_ids, np.float32)) / 1024).astype(np.float32)
+def expected_logprobs(token_ids, positions, model=0):
+    """Exact in float32 up to position 4095; another for every (model, position, token)."""
+    return (
+        -(np.asarray(positions, np.float32) * 128 + np.asarray(token_ids, np.float32)) / 1024 - 1024 * model
+    ).astype(np.float32)
 
 
-def expected_scores(sequence: SequenceToScore, top_k: int) -> TokenScores:
+def expected_scores(sequence: SequenceToScore, top_k: int, model: int = 0) -> TokenScores:
+    """Scores of the sequence as the teacher sees it: its prefix moves the positions."""
+    sequence = sequence.as_scored()
     positions = sequence.scored_positions()
     top = top_ids = candidates = None
     if top_k:
         top_ids = ((positions[:, None] * 7 + np.arange(top_k)) % VOCAB).astype(np.int32)
         top = -(positions[:, None] + np.arange(top_k) / 128).astype(np.float32)
     if sequence.candidate_ids is not None:
-        candidates = expected_logprobs(sequence.candidate_ids, positions[:, None])
+        candidates = expected_logprobs(sequence.candidate_ids, positions[:, None], model)
     return TokenScores(
-        logprobs=expected_logprobs(sequence.token_ids[positions], positions),
+        logprobs=expected_logprobs(sequence.token_ids[positions], positions, model),
         top_ids=top_ids,
         top_logprobs=top,
         candidate_logprobs=candidates,
@@ -41,8 +46,8 @@ def expected_scores(sequence: SequenceToScore, top_k: int) -> TokenScores:
     )
 
 
-def assert_scores(got: TokenScores, sequence: SequenceToScore, top_k: int = 0) -> None:
-    expected = expected_scores(sequence, top_k)
+def assert_scores(got: TokenScores, sequence: SequenceToScore, top_k: int = 0, model: int = 0) -> None:
+    expected = expected_scores(sequence, top_k, model)
     for name in ("logprobs", "top_ids", "top_logprobs", "candidate_logprobs"):
         if getattr(expected, name) is None:
             assert getattr(got, name) is None
@@ -64,13 +69,19 @@ def make_info(**changes) -> ServerInfo:
         "dtype": "float32",
     }
     rest = {"server_version": "0", "instance_id": "i", "engine": "fake", "engine_version": "0", "max_request_bytes": 0}
+    adapters = changes.pop("adapters", ())
     for name, value in changes.items():
         (model if name in model else rest)[name] = value
-    return ServerInfo(models=(ModelInfo(**model),), **rest)
+    models = [ModelInfo(**model)]
+    models += [ModelInfo(**{**model, "model": a, "fingerprint": a, "base_model": model["model"]}) for a in adapters]
+    return ServerInfo(models=tuple(models), **rest)
 
 
 class FakeTeacher:
-    """Each call of ScoreSequences takes the next of `faults`: a function (teacher, context, chunks) -> chunks."""
+    """Each call of ScoreSequences takes the next of `faults`: a function (teacher, context, chunks) -> chunks.
+
+    Its scores tell its models apart: `model_number` is that of the base model, adapters count on from there.
+    """
 
     vocab_size = VOCAB
     expected_logprobs = staticmethod(expected_logprobs)
@@ -90,6 +101,9 @@ class FakeTeacher:
         self.unix_path = None
         self.server = None
         self.num_cancelled = 0
+        self.model_number = 0
+        self.token = None  # that every call must bring
+        self.control: list[str] = []  # "Sleep" and "Wake", as they came
         self.served = threading.Event()
 
     @property
@@ -100,11 +114,18 @@ class FakeTeacher:
         self.server = grpc.server(concurrent.futures.ThreadPoolExecutor(8), options=SERVER_OPTIONS)
         handlers = {
             "ScoreSequences": grpc.unary_stream_rpc_method_handler(self._score),
-            "GetServerInfo": grpc.unary_unary_rpc_method_handler(
-                lambda _, context: codec.encode_server_info(self.info)
-            ),
+            "GetServerInfo": grpc.unary_unary_rpc_method_handler(self._get_info),
         }
-        self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(codec.SERVICE, handlers),))
+        control = {
+            "Sleep": grpc.unary_unary_rpc_method_handler(lambda _, context: self._set_state("Sleep", context)),
+            "Wake": grpc.unary_unary_rpc_method_handler(lambda _, context: self._set_state("Wake", context)),
+        }
+        self.server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler(codec.SERVICE, handlers),
+                grpc.method_handlers_generic_handler(codec.CONTROL_SERVICE, control),
+            )
+        )
         self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
         if self.unix_path is not None:
             self.server.add_insecure_port(f"unix:{self.unix_path}")
@@ -116,7 +137,37 @@ class FakeTeacher:
             self.server.stop(None).wait()
             self.server = None
 
+    def abort(self, context, error, **details):
+        code, text, trailing = status.to_status(error, **details)
+        context.set_trailing_metadata(trailing)
+        context.abort(code, text)
+
+    def set_state(self, state: ServerState) -> None:
+        self.info = dataclasses.replace(self.info, state=state)
+
+    def _check_token(self, context):
+        got = dict(context.invocation_metadata()).get("authorization")
+        if self.token is not None and got != f"Bearer {self.token}":
+            self.abort(context, errors.UnauthenticatedError(f"not the token: {got}"))
+
+    def _get_info(self, _, context):
+        self._check_token(context)
+        return codec.encode_server_info(self.info)
+
+    def _set_state(self, name, context):
+        self._check_token(context)
+        self.control.append(name)
+        if not self.info.can_sleep:
+            self.abort(context, errors.UnsupportedError("cannot sleep"))
+        self.set_state(ServerState.SLEEPING if name == "Sleep" else ServerState.SERVING)
+        return b""
+
     def _score(self, request, context):
+        self._check_token(context)
+        if self.info.state is ServerState.SLEEPING and self.info.wake_on_score:
+            self.set_state(ServerState.SERVING)
+        if self.info.state is not ServerState.SERVING:
+            self.abort(context, errors.UnavailableError(f"is {self.info.state.name.lower()}"))
         sequences, options = codec.decode_request(request)
         self.requests.append(sequences)
         self.options.append(options)
@@ -124,11 +175,11 @@ class FakeTeacher:
         self.served.set()
         context.add_callback(lambda: setattr(self, "num_cancelled", self.num_cancelled + (not finished)))
         finished = []
-        if options.expected_fingerprint != self.info.model.fingerprint:
-            error = errors.FingerprintMismatchError(f"expected {options.expected_fingerprint}, this is another model")
-            code, text, trailing = status.to_status(error)
-            context.set_trailing_metadata(trailing)
-            context.abort(code, text)
+        if options.expected_fingerprint != self.info.models[self._number(options.model)].fingerprint:
+            self.abort(
+                context,
+                errors.FingerprintMismatchError(f"expected {options.expected_fingerprint}, this is another model"),
+            )
         chunks = self._chunks(sequences, options)
         fault = self.faults.popleft() if self.faults else self.always
         yield from chunks if fault is None else fault(self, context, chunks)
@@ -138,11 +189,16 @@ class FakeTeacher:
         """(sequence index, first target, scores) one after another, in an order other than that of the request."""
         for b in reversed(range(len(sequences))):
             time.sleep(self.delay_s)
-            for first, part in codec.split_scores(expected_scores(sequences[b], options.top_k), self.chunk_bytes):
-                yield self.encode([(b, first, part)], options.temperature)
+            number = self._number(options.model)
+            scores = expected_scores(sequences[b], options.top_k, self.model_number + number)
+            for first, part in codec.split_scores(scores, self.chunk_bytes):
+                yield self.encode([(b, first, part)], options.temperature, number)
 
-    def encode(self, runs, temperature=1.0) -> bytes:
-        return codec.encode_response(runs, info=self.info.model, temperature=temperature)
+    def _number(self, model):
+        return [one.model for one in self.info.models].index(model or self.info.model.model)
+
+    def encode(self, runs, temperature=1.0, number=0) -> bytes:
+        return codec.encode_response(runs, info=self.info.models[number], temperature=temperature)
 
 
 @pytest.fixture
@@ -161,12 +217,13 @@ def start_teacher():
 
 @pytest.fixture
 def connect():
-    """connect(*teachers, **arguments) -> a TeacherClient that the test need not close."""
+    """connect(*teachers, **arguments) or connect(endpoints, ...): a TeacherClient that the test need not close."""
     clients = []
 
-    def make(*teachers: FakeTeacher, **arguments) -> TeacherClient:
+    def make(*teachers, **arguments) -> TeacherClient:
         arguments.setdefault("deadline_s", 20.0)
-        clients.append(TeacherClient([t.endpoint for t in teachers], **arguments))
+        endpoints = [t.endpoint for t in teachers if isinstance(t, FakeTeacher)]
+        clients.append(TeacherClient(endpoints or teachers[0], **arguments))
         return clients[-1]
 
     yield make

@@ -1,0 +1,78 @@
+"""A batch on its way to one replica, and when it is late (another replica is asked too) or hung (it is given up).
+
+Late is relative: as long as the other replicas would have taken several times over. A fixed time would hedge every call
+of a large teacher, or none of a small one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from typing import TYPE_CHECKING
+
+from jdistill.client.jobs import Job
+from jdistill.client.verification import Reply
+
+if TYPE_CHECKING:
+    from jdistill.client.replica import Replica
+
+LATE_FACTOR = 4.0  # times what the fastest other replica takes: above any scatter of equal machines
+HUNG_FACTOR = 10.0  # times what the replica itself usually takes
+_DECAY = 0.8  # of a Pace at each call: about the last five count
+
+
+class Pace:
+    """Usual seconds a token of a replica's calls, queues included.
+
+    A ratio of sums, so that small calls, which are mostly overhead, weigh little.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = self._tokens = 0.0
+
+    def add(self, seconds: float, num_tokens: int) -> None:
+        """A call took so long while so many tokens were outstanding at its replica, its own included."""
+        self._seconds = _DECAY * self._seconds + seconds
+        self._tokens = _DECAY * self._tokens + num_tokens
+
+    @property
+    def s_per_token(self) -> float | None:
+        """None: no call has ended yet."""
+        return self._seconds / self._tokens if self._tokens else None
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Call:
+    """One ScoreSequences: `jobs` at `replica`. Times are the loop's.
+
+    Args:
+        load: tokens outstanding at the replica when it began, its own included.
+        is_hedge: its jobs are under way elsewhere too.
+        by_sequence: each of its sequences is delivered once it is whole, since another call races with it.
+    """
+
+    replica: Replica
+    jobs: list[Job]
+    reply: Reply
+    started_at: float
+    load: int
+    is_hedge: bool = False
+    by_sequence: bool = False
+    progress_at: float = 0.0
+    task: asyncio.Task[None] | None = None
+    token: str | None = None
+    hung: bool = False
+    ended: bool = False
+
+    def unscored(self) -> list[Job]:
+        """Its jobs that are not whole yet, in order."""
+        return [job for b, job in enumerate(self.jobs) if not job.future.done() and self.reply.complete(b) is None]
+
+    def late_at(self, hedge_after_s: float, usual_s_per_token: float | None) -> float:
+        """When another replica should be asked too, given how fast the others are (None: nobody knows)."""
+        return self.progress_at + max(hedge_after_s, LATE_FACTOR * (usual_s_per_token or 0.0) * self.load)
+
+    def hung_at(self, stall_s: float) -> float:
+        """When it should be given up. Twice as late after each time, or a slow server would never get it done."""
+        usual_s = HUNG_FACTOR * (self.replica.pace.s_per_token or 0.0) * self.load
+        return self.progress_at + max(stall_s, usual_s) * 2 ** max(job.stalls for job in self.jobs)

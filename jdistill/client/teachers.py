@@ -1,0 +1,78 @@
+"""Which teachers there are: one or several by name, each with its replicas and the model that is asked of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+from jdistill.wire.errors import InvalidRequestError
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """One teacher: equal sidecars, and which of the models that they serve scores.
+
+    Args:
+        endpoints: "host:port" or "unix:/path" of each replica.
+        model: served name of the model or of the adapter (LoRA) on it; "" is the base model.
+
+    Raises:
+        ValueError: addresses that cannot be.
+    """
+
+    endpoints: Sequence[str]
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        _check_endpoints(self.endpoints)
+        object.__setattr__(self, "endpoints", tuple(self.endpoints))
+
+
+Endpoints: TypeAlias = Sequence[str] | Teacher | Mapping[str, "Sequence[str] | Teacher"]
+
+
+def parse_teachers(endpoints: Endpoints) -> dict[str, Teacher]:
+    """The teachers by name; a single one without a name has the name "".
+
+    >>> parse_teachers(["127.0.0.1:50051"])
+    {'': Teacher(endpoints=('127.0.0.1:50051',), model='')}
+    """
+    if not isinstance(endpoints, Mapping):
+        return {"": endpoints if isinstance(endpoints, Teacher) else Teacher(endpoints)}
+    if not endpoints:
+        raise ValueError('endpoints = {}, expected at least one teacher, such as {"math": ["127.0.0.1:50051"]}')
+    return {name: one if isinstance(one, Teacher) else Teacher(one) for name, one in endpoints.items()}
+
+
+def choose_teacher(name: str, names: Sequence[str], index: int | None = None) -> str:
+    """The teacher that `name` means; "" means the only one. `index` is what an error calls the sequence.
+
+    Raises:
+        InvalidRequestError: there is none of that name; lists those that there are.
+    """
+    if name in names:
+        return name
+    if name == "" and len(names) == 1:
+        return names[0]
+    whose = "" if index is None else f" of sequence {index}"
+    known = ", ".join(repr(known) for known in names)
+    remedy = (
+        "this TeacherClient has one teacher without a name: leave it out" if list(names) == [""] else f"one of {known}"
+    )
+    raise InvalidRequestError(f"teacher {name!r}{whose}, expected {remedy}", field="teacher", sequence=index)
+
+
+def _check_endpoints(endpoints: Sequence[str]) -> None:
+    if isinstance(endpoints, str) or not endpoints:
+        raise ValueError(f'endpoints = {endpoints!r}, expected a list of addresses such as ["127.0.0.1:50051"]')
+    for endpoint in endpoints:
+        port = endpoint.rpartition(":")[2]
+        if endpoint.startswith(("unix:", "dns:", "ipv4:", "ipv6:")):
+            continue
+        if "/" in endpoint or ":" not in endpoint or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError(
+                f'endpoint {endpoint!r}, expected "host:port" or "unix:/path", without a scheme such as http://'
+            )
+    if len(set(endpoints)) != len(endpoints):
+        raise ValueError(f"endpoints {list(endpoints)}: one is listed twice")
