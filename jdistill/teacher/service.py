@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import copy
+import dataclasses
 import logging
 import time
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import grpc
@@ -34,6 +36,7 @@ from jdistill.wire.errors import (
     FingerprintMismatchError,
     InvalidRequestError,
     ModelNotFoundError,
+    OverloadedError,
     TeacherError,
     UnavailableError,
     UnsupportedError,
@@ -49,8 +52,15 @@ logger = logging.getLogger(__name__)
 # the microseconds between the sequences of one batch.
 FLUSH_S = 0.0015
 MAX_CHUNK_BYTES = 16 << 20  # whatever the client asks: a message must stay far below its limit on one
+# Scores that wait for a client that reads slowly; above that its next piece stays in the queue. 64 x 32k tokens with
+# top-64 are 1 GB.
+MAX_UNSENT_BYTES = 64 << 20
 CHECK_EVERY_S = 1.0  # between two looks at whether the engine lives
+ASLEEP_RETRY_S = 2.0  # a training step that leaves the teacher asleep takes seconds to minutes
+# A client's deadline is up there a moment earlier than here, so that its cancellation is what arrives.
+DEADLINE_SLACK_S = 0.05
 CLIENT_KEY = "jdistill-client"  # metadata: who shares the queue with others; without it, the peer's address
+MAX_NAME_CHARS = 64  # of a client or a request id, in logs
 
 
 class TeacherService:
@@ -94,7 +104,11 @@ class TeacherService:
             open_calls=lambda: len(self._calls),
         )
         metrics.state_changed(ServerState.LOADING)
+        self._telling = asyncio.Lock()  # on_state hears of one change at a time
         self._transition = asyncio.Lock()  # one change between sleep and wake at a time
+        self._falling_asleep = False
+        self._waking: asyncio.Task[None] | None = None  # for scores that wait
+        self._draining = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self.state = ServerState.LOADING
         self.dead = asyncio.Event()
@@ -102,20 +116,22 @@ class TeacherService:
     async def serve(self, engine: Engine) -> None:
         """From now on calls are answered by `engine`."""
         self._engine = engine
-        self._models = {engine.info.model: engine.info, **engine.adapters}
+        self._models = _models_of(engine)
         self._refusal = None
+        self._draining.clear()
         await self._enter(ServerState.SERVING)
-        self._spawn(self._watch())
+        self._spawn(self._watch(engine))
 
     async def refuse(self, error: UnavailableError) -> None:
-        """From now on new calls end with `error`; those that run go on."""
+        """From now on new calls end with `error`; those that run or wait go on, unless the engine sleeps."""
         self._refusal = error
+        self._draining.set()
+        if self.state is ServerState.SLEEPING:
+            self._admission.fail_waiting(error)  # nobody will wake it for them
         await self._enter(ServerState.DRAINING)
-        if self._admission.queued_tokens and not self._admission.running_tokens:
-            self._admission.fail_waiting(error)  # they wait for an engine that sleeps
 
     async def wait_until_idle(self) -> None:
-        """Returns when no call runs."""
+        """Returns when no call runs or waits."""
         await self._idle.wait()
 
     @property
@@ -125,9 +141,8 @@ class TeacherService:
 
     def fail_running(self, error: UnavailableError) -> None:
         """Ends every call with `error`; what it has already been sent stays sent."""
-        self._admission.fail_waiting(error)
         for call in self._calls:
-            call.put(error)
+            call.put(copy.copy(error))
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
         """To be given to `grpc.aio.Server.add_generic_rpc_handlers`."""
@@ -144,43 +159,57 @@ class TeacherService:
             grpc.method_handlers_generic_handler(codec.CONTROL_SERVICE, control),
         ]
 
+    async def close(self) -> None:
+        """Ends the tasks of its own; before the engine is closed."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     # ---- state ----
 
     def _serving_engine(self) -> Engine:
         if self._refusal is not None:
-            raise self._refusal
+            # A copy: a shared error would keep the frames, and the request, of everyone that raises it.
+            raise copy.copy(self._refusal)
         assert self._engine is not None
         return self._engine
 
     async def _enter(self, state: ServerState) -> None:
-        if state is not self.state:
-            self.state = state
-            self._metrics.state_changed(state)
-            await self._on_state(state)
+        """Changes the state, but never back from DRAINING."""
+        if state is self.state or (self._refusal is not None and state is not ServerState.DRAINING):
+            return
+        self.state = state
+        self._metrics.state_changed(state)
+        async with self._telling:
+            await self._on_state(self.state)
 
     async def _die(self, error: EngineDeadError) -> None:
+        """The engine is gone: everything that runs or waits ends now, and so does the process (see `dead`)."""
         if not self.dead.is_set():
-            self._metrics.engine_failed(error.reason)
-            self._refusal = error
             self.dead.set()
+            self._metrics.engine_failed(error.reason)
             self.fail_running(error)
-            await self._enter(ServerState.DRAINING)
+            await self.refuse(error)
 
-    async def _watch(self) -> None:
-        """Finds out that the engine has died while nobody scores."""
+    async def _watch(self, engine: Engine) -> None:
+        """Finds out that the engine has died while nobody scores: in sleep, or with calls that hang."""
+        failing = False
         while not self.dead.is_set():
             await asyncio.sleep(CHECK_EVERY_S)
-            if self.state is not ServerState.SERVING:
-                continue
             try:
-                await self._serving_engine().check()
+                await engine.check()
+                failing = False
             except EngineDeadError as e:
                 logger.error("the engine is dead: %s", e)
                 await self._die(e)
-            except UnavailableError:
-                continue  # we shut down
             except Exception:  # what a check cannot find out is no reason to end
-                logger.exception("the check of the engine failed")
+                if not failing:
+                    logger.exception("the check of the engine failed")
+                failing = True
+
+    async def _control(self, to: ServerState) -> None:
+        # In a task of its own: a client that gives up must not leave an engine that is half asleep.
+        await asyncio.shield(self._spawn(self._change(to)))
 
     async def _change(self, to: ServerState) -> None:
         """Sleep or wake; does nothing if it is so already."""
@@ -191,78 +220,126 @@ class TeacherService:
                     f"the {engine.name} engine ({engine.version}) of teacher {self._model!r} cannot sleep here; start "
                     "it with --offload, if that engine can on this platform"
                 )
-            if self.state is to:
-                return
-            if to is ServerState.SLEEPING:
-                self._admission.pause()
-                try:
-                    await self._admission.wait_until_nothing_runs()
-                    self._serving_engine()  # it may have died, or we shut down meanwhile
-                    begin = time.monotonic()
-                    await engine.sleep()
-                except EngineDeadError as e:
-                    await self._die(e)
-                    raise
-                except BaseException:
-                    self._admission.resume()
-                    raise
-                await self._enter(ServerState.SLEEPING)
-                logger.info("asleep, in %.1f s", time.monotonic() - begin)
-                if self._admission.queued_tokens:
-                    self._called_in_sleep()
-                return
-            begin = time.monotonic()
-            expected = {name: info.fingerprint for name, info in self._models.items()}
-            try:
-                await engine.wake()
-                got = {info.model: info.fingerprint for info in (engine.info, *engine.adapters.values())}
-                if got != expected:
-                    raise EngineDeadError(
-                        f"teacher {self._model!r} woke with other weights than it fell asleep with: its checkpoint was "
-                        "changed. It ends, so that clients see another teacher rather than other numbers"
-                    )
-            except EngineDeadError as e:
-                await self._die(e)
-                raise
-            except Exception as e:
-                error = EngineDeadError(f"teacher {self._model!r} could not wake: {type(e).__name__}: {e}")
-                await self._die(error)
-                raise error from e
-            await self._enter(ServerState.SERVING)
-            logger.info("awake, in %.1f s", time.monotonic() - begin)
-            self._admission.resume()
+            if self.state is not to:
+                begin = time.monotonic()
+                await (self._fall_asleep(engine) if to is ServerState.SLEEPING else self._wake_up(engine))
+                logger.info("%s after %.1f s", to.name.lower(), time.monotonic() - begin)
 
-    def _called_in_sleep(self) -> None:
-        """Something waits for an engine that sleeps."""
-        if self._config.on_sleep == "wake":
-            self._spawn(self._wake_for_scores())
-        else:
-            self._admission.fail_waiting(self._asleep())
-
-    async def _wake_for_scores(self) -> None:
+    async def _fall_asleep(self, engine: Engine) -> None:
+        self._falling_asleep = True
+        self._admission.pause()
         try:
-            await self._change(ServerState.SERVING)
-        except TeacherError as e:
-            logger.error("a score arrived in sleep, and the engine did not wake: %s", e)
-            self._admission.fail_waiting(e if isinstance(e, UnavailableError) else UnavailableError(str(e)))
+            if self._config.on_sleep == "refuse":
+                self._admission.fail_waiting(self._asleep())
+            if not await self._engine_is_free():
+                self._admission.resume()
+                self._serving_engine()  # raises why
+            try:
+                await engine.sleep()
+            except Exception as e:
+                raise await self._failed(e, "fall asleep") from None
+            await self._enter(ServerState.SLEEPING)
+        finally:
+            self._falling_asleep = False
+        if self._refusal is not None:
+            self._admission.fail_waiting(self._refusal)
+            self._serving_engine()
+        if self._admission.queued_tokens:
+            self._wake_for_scores()
+
+    async def _engine_is_free(self) -> bool:
+        """Waits until nothing runs; False if the server began to shut down before that."""
+        free = asyncio.ensure_future(self._admission.wait_until_nothing_runs())
+        draining = asyncio.ensure_future(self._draining.wait())
+        try:
+            await asyncio.wait({free, draining}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            free.cancel()
+            draining.cancel()
+        return not self._draining.is_set()
+
+    async def _wake_up(self, engine: Engine) -> None:
+        try:
+            await engine.wake()
+        except Exception as e:
+            raise await self._failed(e, "wake") from None
+        expected = {name: info.fingerprint for name, info in self._models.items()}
+        got = {name: info.fingerprint for name, info in _models_of(engine).items()}
+        if got != expected:
+            changed = ", ".join(repr(name) for name in expected if got.get(name) != expected[name])
+            error = FingerprintMismatchError(
+                f"teacher {self._model!r} woke with other weights than it fell asleep with ({changed}): was its "
+                "checkpoint changed? It ends, so that nobody gets scores of two models"
+            )
+            await self._die(EngineDeadError(str(error)))
+            raise error
+        await self._enter(ServerState.SERVING)
+        self._admission.resume()
+
+    async def _failed(self, error: Exception, to_do: str) -> EngineDeadError:
+        """The error to raise when the engine could not sleep or wake: what is left of it is not to be trusted."""
+        if not isinstance(error, EngineDeadError):
+            logger.error("the engine could not %s", to_do, exc_info=error)
+            error = EngineDeadError(
+                f"the engine of teacher {self._model!r} could not {to_do} ({type(error).__name__}; see its log)"
+            )
+        await self._die(error)
+        return error
+
+    def _wake_for_scores(self) -> None:
+        """Something waits for an engine that sleeps: wakes it, once for all that wait."""
+        if self._waking is None or self._waking.done():
+            self._waking = self._spawn(self._change(ServerState.SERVING))
 
     def _asleep(self) -> UnavailableError:
-        return UnavailableError(
+        error = UnavailableError(
             f"teacher {self._model!r} is asleep, and --on-sleep is refuse: call Wake (TeacherClient.wake()) first"
         )
+        error.retry_after_s = ASLEEP_RETRY_S
+        return error
 
-    def _spawn(self, coroutine: Any) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+        return task
 
-    async def close(self) -> None:
-        """Ends the tasks of its own."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # who waited for it has it; where nobody did, `_die` has told everyone
 
     # ---- methods ----
+
+    @contextlib.asynccontextmanager
+    async def _answering(self, method: str, context: grpc.aio.ServicerContext, call: _Call) -> Any:
+        """Turns failures into statuses, and leaves one log record and the metrics of each call."""
+        code, error = "OK", None
+        try:
+            yield
+        except Exception as e:
+            error = e
+            # Else the frames keep the sequences of a call that is turned away as long as gRPC keeps the error.
+            traceback.clear_frames(e.__traceback__)
+            if isinstance(e, EngineDeadError):
+                await self._die(e)
+            elif isinstance(e, EngineResultError) or not isinstance(e, TeacherError):
+                self._metrics.engine_failed(e.reason if isinstance(e, TeacherError) else "INTERNAL")
+            status = to_status(e)
+            code = status[0].name
+            await context.abort(*status)
+        except asyncio.CancelledError:  # the client gave up or is gone, or its deadline has passed
+            remaining_s = context.time_remaining()
+            expired = remaining_s is not None and remaining_s <= DEADLINE_SLACK_S
+            code = "DEADLINE_EXCEEDED" if expired else "CANCELLED"
+            if not expired:
+                self._metrics.call_cancelled()
+            raise
+        finally:
+            total_s = time.monotonic() - call.began
+            self._metrics.call_ended(method, code, total_s)
+            call.log(method, code, total_s, error)
+            call.request = b""
 
     async def _unary(
         self,
@@ -272,21 +349,13 @@ class TeacherService:
         context: grpc.aio.ServicerContext,
         answer: Callable[[], Awaitable[bytes]],
     ) -> bytes:
-        began = time.monotonic()
-        try:
+        async with self._answering(method, context, _Call(client_of(context))):
             try:
                 kind.FromString(request)
             except message.DecodeError as e:
                 raise InvalidRequestError(f"not a {kind.DESCRIPTOR.full_name}: {e}") from None
-            reply = await answer()
-        except Exception as e:
-            self._log_failure(method, "", e)
-            status = to_status(e)
-            self._metrics.call_ended(method, status[0].name, time.monotonic() - began)
-            await context.abort(*status)
-            raise AssertionError("abort() raises") from e
-        self._metrics.call_ended(method, "OK", time.monotonic() - began)
-        return reply
+            return await answer()
+        raise AssertionError("abort() raises")
 
     async def _get_server_info(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         async def answer() -> bytes:
@@ -311,15 +380,15 @@ class TeacherService:
 
     async def _sleep(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         async def answer() -> bytes:
-            await self._change(ServerState.SLEEPING)
-            return teacher_pb2.SleepResponse(state=self.state).SerializeToString()
+            await self._control(ServerState.SLEEPING)
+            return teacher_pb2.SleepResponse(state=ServerState.SLEEPING).SerializeToString()
 
         return await self._unary("Sleep", request, teacher_pb2.SleepRequest, context, answer)
 
     async def _wake(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         async def answer() -> bytes:
-            await self._change(ServerState.SERVING)
-            return teacher_pb2.WakeResponse(state=self.state).SerializeToString()
+            await self._control(ServerState.SERVING)
+            return teacher_pb2.WakeResponse(state=ServerState.SERVING).SerializeToString()
 
         return await self._unary("Wake", request, teacher_pb2.WakeRequest, context, answer)
 
@@ -327,67 +396,31 @@ class TeacherService:
         # A coroutine that writes rather than an async generator: a cancellation lands in this frame wherever we are, so
         # the engine's iterator is closed at once and not when the garbage collector finds it.
         call = _Call(client_of(context))
+        call.request = request
+        del request  # gRPC keeps this frame, of a call that is aborted, until the next garbage collection (measured)
         self._calls.add(call)
         self._idle.clear()
-        code = "OK"
         try:
-            await self._score(request, context, call)
-        except Exception as e:
-            if isinstance(e, EngineDeadError):
-                await self._die(e)
-            elif isinstance(e, EngineResultError) or not isinstance(e, TeacherError):
-                reason = e.reason if isinstance(e, TeacherError) else "INTERNAL"
-                self._metrics.engine_failed(reason)
-            self._log_failure("ScoreSequences", call.request_id, e)
-            status = to_status(e)
-            code = status[0].name
-            await context.abort(*status)
-        except asyncio.CancelledError:  # the client gave up or is gone, or its deadline has passed
-            code = "CANCELLED"
-            self._metrics.call_cancelled()
-            raise
+            async with self._answering("ScoreSequences", context, call):
+                await self._score(context, call)
         finally:
-            total_s = time.monotonic() - call.began
-            self._metrics.call_ended("ScoreSequences", code, total_s)
-            logger.log(
-                logging.INFO if code == "OK" else logging.DEBUG,
-                "request %r of %s: %s, %d sequences, %d tokens, %d positions, %.3f s, %.3f s of them in the queue",
-                call.request_id[:64],
-                call.client,
-                code,
-                call.sequences,
-                call.tokens,
-                call.positions,
-                total_s,
-                call.queue_s,
-                extra={
-                    "request_id": call.request_id[:64],
-                    "client": call.client,
-                    "code": code,
-                    "model": call.model,
-                    "sequences": call.sequences,
-                    "tokens": call.tokens,
-                    "positions": call.positions,
-                    "queue_s": round(call.queue_s, 6),
-                    "total_s": round(total_s, 6),
-                },
-            )
             self._calls.discard(call)
             if not self._calls:
                 self._idle.set()
 
     def _model_info(self, name: str) -> ModelInfo:
-        info = self._models.get(name or self._serving_engine().info.model)
+        info = self._models.get(name) if name else self._serving_engine().info
         if info is None:
             raise ModelNotFoundError(
                 f"no model {name!r} here; this teacher serves {', '.join(map(repr, self._models))}", field="model"
             )
         return info
 
-    async def _score(self, request: bytes, context: grpc.aio.ServicerContext, call: _Call) -> None:
+    async def _score(self, context: grpc.aio.ServicerContext, call: _Call) -> None:
         engine = self._serving_engine()
-        sequences, options = codec.decode_request(request)
-        call.request_id = options.request_id
+        sequences, options = codec.decode_request(call.request)
+        call.request = b""
+        call.request_id = options.request_id[:MAX_NAME_CHARS]
         info = self._model_info(options.model)
         call.model = info.model
         if options.expected_fingerprint and options.expected_fingerprint != info.fingerprint:
@@ -396,53 +429,40 @@ class TeacherService:
                 f"has {info.fingerprint[:16]}...: it serves other weights, or another dtype, than when the run began"
             )
         validate_request(sequences, info=info, top_k=options.top_k, temperature=options.temperature)
+        if not sequences:
+            return
         sequences = [sequence.as_scored() for sequence in sequences]
         remaining_s = context.time_remaining()
         if remaining_s is not None and remaining_s <= 0:
             raise DeadlineError("the deadline passed before the request reached the engine")
-        if self.state is ServerState.SLEEPING and self._config.on_sleep == "refuse":
+        asleep = self.state is ServerState.SLEEPING
+        if self._config.on_sleep == "refuse" and (asleep or self._falling_asleep):
             raise self._asleep()
         sizes = [len(sequence.token_ids) for sequence in sequences]
-        call.sequences, call.tokens = len(sequences), sum(sizes)
-        pieces = self._admission.cut(sizes) if sequences else []
-        entry = self._admission.enter(call.client, [sum(sizes[i] for i in piece) for piece in pieces])
+        call.num_sequences, call.num_tokens = len(sequences), sum(sizes)
+        work = _Work(engine, info, sequences, options, self._admission.cut(sizes))
+        call.entry = self._admission.enter(
+            call.client,
+            [sum(sizes[piece.start : piece.stop]) for piece in work.pieces],
+            deadline=None if remaining_s is None else asyncio.get_running_loop().time() + remaining_s,
+        )
+        if asleep:
+            self._wake_for_scores()
+        call.num_unfinished = len(work.pieces)
+        pumps = [asyncio.create_task(self._pump(work, call, number)) for number in range(len(work.pieces))]
         try:
-            if self.state is ServerState.SLEEPING and self._admission.queued_tokens:
-                self._called_in_sleep()
-            adapter = info.model if info.base_model else ""
-            deadline = None if remaining_s is None else time.monotonic() + remaining_s
-            await self._answer(context, call, engine, info, sequences, options, entry, pieces, adapter, deadline)
+            await self._send(context, call, work)
         finally:
-            entry.leave()
+            for pump in pumps:
+                pump.cancel()
+            # Waits until the engine's iterators are closed: the work that is left is cancelled when the call is over.
+            await asyncio.gather(*pumps, return_exceptions=True)
+            call.entry.leave()
 
-    async def _answer(
-        self,
-        context: grpc.aio.ServicerContext,
-        call: _Call,
-        engine: Engine,
-        info: ModelInfo,
-        sequences: list[SequenceToScore],
-        options: codec.RequestOptions,
-        entry: Entry,
-        pieces: Sequence[range],
-        adapter: str,
-        deadline: float | None,
-    ) -> None:
-        """Scores the pieces as their turns come, and writes what has been scored."""
+    async def _send(self, context: grpc.aio.ServicerContext, call: _Call, work: _Work) -> None:
+        """Writes what has been scored, until all is."""
+        options = work.options
         chunk_bytes = min(options.max_chunk_bytes or codec.DEFAULT_CHUNK_BYTES, MAX_CHUNK_BYTES)
-        call.num_unfinished = len(pieces)
-        if not pieces:
-            call.put(None)
-        pumps = []
-        for number, piece in enumerate(pieces):
-            part = sequences[piece.start : piece.stop] if len(pieces) > 1 else sequences
-            pumps.append(
-                asyncio.create_task(
-                    _pump(
-                        engine, part, piece.start, options, info, adapter, call, entry, number, deadline, self._metrics
-                    )
-                )
-            )
         pending: list[tuple[int, int, TokenScores]] = []
         pending_bytes = 0
 
@@ -450,80 +470,123 @@ class TeacherService:
             nonlocal pending, pending_bytes
             if pending:
                 runs, pending, pending_bytes = pending, [], 0
-                data = codec.encode_response(runs, info=info, temperature=options.temperature)
-                self._metrics.bytes_sent(len(data))
+                data = codec.encode_response(runs, info=work.info, temperature=options.temperature)
                 await context.write(data)
+                self._metrics.bytes_sent(len(data))
 
-        try:
-            while True:
-                if not await call.wait(FLUSH_S if pending else None):
-                    await flush()  # nothing else has finished in time
-                    continue
-                item = call.get()
-                if item is None:
-                    break
-                if isinstance(item, Exception):
-                    raise item
-                index, scores = item
-                call.positions += len(scores.logprobs)
-                self._metrics.sequence_scored(len(sequences[index].token_ids), len(scores.logprobs))
-                num_bytes = codec.response_bytes(scores)
-                if pending_bytes + num_bytes > chunk_bytes:
+        while True:
+            if not await call.wait(FLUSH_S if pending else None):
+                await flush()  # nothing else has finished in time
+                continue
+            item = call.get()
+            if item is None:
+                break
+            if isinstance(item, Exception):
+                raise item
+            index, scores = item
+            num_bytes = codec.response_bytes(scores)
+            if pending_bytes + num_bytes > chunk_bytes:
+                await flush()
+            if num_bytes > chunk_bytes:
+                for first, part in codec.split_scores(scores, chunk_bytes):
+                    pending = [(index, first, part)]
                     await flush()
-                if num_bytes > chunk_bytes:
-                    for first, part in codec.split_scores(scores, chunk_bytes):
-                        pending = [(index, first, part)]
-                        await flush()
-                else:
-                    pending.append((index, 0, scores))
-                    pending_bytes += num_bytes
-            await flush()
-        finally:
-            for pump in pumps:
-                pump.cancel()
-            # Waits until the engine's iterators are closed: the work that is left is cancelled when the call is over.
-            await asyncio.gather(*pumps, return_exceptions=True)
+            else:
+                pending.append((index, 0, scores))
+                pending_bytes += num_bytes
+        await flush()
 
-    def _log_failure(self, method: str, request_id: str, error: Exception) -> None:
-        """One line for what we answer on purpose, a traceback for what nobody expected; no content of the request."""
-        expected = isinstance(error, TeacherError)
-        trace = "" if expected else "\n" + "".join(traceback.format_exception(error))
-        reason = error.reason if expected else "INTERNAL"
-        logger.log(
-            logging.WARNING if expected else logging.ERROR,
-            "%s request %r failed: %s%s",
-            method,
-            request_id[:64],
-            reason,
-            trace,
-            extra={"request_id": request_id[:64], "method": method, "reason": reason},
-        )
+    async def _pump(self, work: _Work, call: _Call, number: int) -> None:
+        """Moves checked results of one piece from the engine to the call; closes its iterator however it ends."""
+        engine, info, options, piece = work.engine, work.info, work.options, work.pieces[number]
+        assert call.entry is not None
+        try:
+            await call.entry.turn(number)
+            if number == 0:
+                call.queue_s = time.monotonic() - call.began
+                self._metrics.call_left_queue(call.queue_s)
+            sequences = work.sequences[piece.start : piece.stop]
+            unscored = set(range(len(sequences)))
+            try:
+                results = engine.score(
+                    sequences,
+                    top_k=options.top_k,
+                    temperature=options.temperature,
+                    adapter=info.model if info.base_model else "",
+                )
+                async with contextlib.aclosing(results):  # type: ignore[type-var]
+                    async for index, scores in results:
+                        place = piece.start + index
+                        if index not in unscored:
+                            raise EngineResultError(
+                                f"the {engine.name} engine scored sequence {place} twice, or has no such one"
+                            )
+                        unscored.remove(index)
+                        sequence = sequences[index]
+                        check_scores(sequence, scores, top_k=options.top_k, info=info, index=place)
+                        num_tokens, num_scored = len(sequence.token_ids), len(scores.logprobs)
+                        self._metrics.sequence_scored(num_tokens, num_scored)
+                        call.num_scored += num_scored
+                        call.put((place, scores))
+                        call.entry.scored(number, num_tokens)
+            finally:
+                call.entry.done(number)  # after the iterator is closed: what runs no more makes room for others
+            if unscored:
+                raise EngineResultError(
+                    f"the {engine.name} engine left {len(unscored)} of {len(sequences)} sequences unscored"
+                )
+            call.num_unfinished -= 1
+            if not call.num_unfinished:
+                call.put(None)
+        except Exception as e:
+            call.put(e)
 
 
 def client_of(context: grpc.aio.ServicerContext) -> str:
     """Who shares the queue with others: the metadata's name, or the peer's address without its port."""
-    metadata: Mapping[str, Any] = dict(context.invocation_metadata() or ())
-    if name := metadata.get(CLIENT_KEY):
-        return str(name)[:64]
+    for key, value in context.invocation_metadata() or ():
+        if key == CLIENT_KEY and value:
+            return str(value)[:MAX_NAME_CHARS]
     return context.peer().rpartition(":")[0] or context.peer()
 
 
+def _models_of(engine: Engine) -> dict[str, ModelInfo]:
+    return {engine.info.model: engine.info, **engine.adapters}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Work:
+    """What a call wants of the engine."""
+
+    engine: Engine
+    info: ModelInfo
+    sequences: list[SequenceToScore]
+    options: codec.RequestOptions
+    pieces: list[range]
+
+
 class _Call:
-    """What one call waits for: results, an error or the end (None). Never blocks the one who puts."""
+    """One call: what is logged of it, and what it waits for: results, an error or the end (None)."""
 
     def __init__(self, client: str) -> None:
         self.client = client
         self.began = time.monotonic()
+        self.request = b""
         self.request_id = self.model = ""
-        self.sequences = self.tokens = self.positions = 0
-        self.queue_s = 0.0
+        self.num_sequences = self.num_tokens = self.num_scored = 0
+        self.queue_s: float | None = None  # None: the engine has got nothing of it
         self.num_unfinished = 0  # pieces
+        self.entry: Entry | None = None
+        self._unsent_bytes = 0
         self._items: collections.deque[tuple[int, TokenScores] | Exception | None] = collections.deque()
         self._arrived = asyncio.Event()
 
     def put(self, item: tuple[int, TokenScores] | Exception | None) -> None:
+        """Never blocks."""
         if isinstance(item, Exception):
             self._items.clear()  # what is not yet sent is of no use in a call that fails
+        elif item is not None:
+            self._count_unsent(codec.response_bytes(item[1]))
         self._items.append(item)
         self._arrived.set()
 
@@ -531,6 +594,8 @@ class _Call:
         item = self._items.popleft()
         if not self._items:
             self._arrived.clear()
+        if isinstance(item, tuple):
+            self._count_unsent(-codec.response_bytes(item[1]))
         return item
 
     async def wait(self, timeout_s: float | None) -> bool:
@@ -543,49 +608,41 @@ class _Call:
             return bool(self._items)
         return True
 
+    def _count_unsent(self, num_bytes: int) -> None:
+        self._unsent_bytes += num_bytes
+        assert self.entry is not None
+        if self.entry.held != (self._unsent_bytes > MAX_UNSENT_BYTES):
+            self.entry.hold(not self.entry.held)
 
-async def _pump(
-    engine: Engine,
-    sequences: list[SequenceToScore],
-    first: int,
-    options: codec.RequestOptions,
-    info: ModelInfo,
-    adapter: str,
-    call: _Call,
-    entry: Entry,
-    piece: int,
-    deadline: float | None,
-    metrics: Metrics,
-) -> None:
-    """Moves checked results of one piece from the engine to the call; closes the engine's iterator however it ends."""
-    unscored = set(range(len(sequences)))
-    try:
-        await entry.turn(piece)
-        if piece == 0:
-            call.queue_s = time.monotonic() - entry.queued_at
-            metrics.call_left_queue(call.queue_s)
-        if deadline is not None and time.monotonic() >= deadline:
-            raise DeadlineError("the deadline passed before the request reached the engine")
-        results = engine.score(sequences, top_k=options.top_k, temperature=options.temperature, adapter=adapter)
-        async with contextlib.aclosing(results):  # type: ignore[type-var]
-            async for index, scores in results:
-                if index not in unscored:
-                    raise EngineResultError(
-                        f"the {engine.name} engine scored sequence {first + index} twice, or has no such one"
-                    )
-                unscored.remove(index)
-                check_scores(sequences[index], scores, top_k=options.top_k, info=info, index=first + index)
-                call.put((first + index, scores))
-        if unscored:
-            raise EngineResultError(
-                f"the {engine.name} engine left {len(unscored)} of {len(sequences)} sequences unscored"
-            )
-        entry.done(piece)
-        call.num_unfinished -= 1
-        if not call.num_unfinished:
-            call.put(None)
-    except Exception as e:
-        call.put(e)
+    def log(self, method: str, code: str, total_s: float, error: Exception | None) -> None:
+        """One record: a traceback for what nobody expected, and nothing of the request's content."""
+        fields: dict[str, Any] = {"method": method, "client": self.client, "code": code, "total_s": round(total_s, 6)}
+        text = f"{method} of {self.client}: {code} after {total_s:.3f} s"
+        if method == "ScoreSequences":
+            queue_s = self.queue_s if self.queue_s is not None else total_s if self.entry is not None else 0.0
+            fields |= {
+                "request_id": self.request_id,
+                "model": self.model,
+                "sequences": self.num_sequences,
+                "tokens": self.num_tokens,
+                "scored": self.num_scored,
+                "queue_s": round(queue_s, 6),
+            }
+            text += f" ({queue_s:.3f} s in the queue), request {self.request_id!r}, model {self.model!r}, "
+            text += f"{self.num_sequences} sequences, {self.num_tokens} tokens, {self.num_scored} positions scored"
+        unexpected = error if not isinstance(error, TeacherError) else None
+        if isinstance(error, TeacherError):
+            fields["reason"] = error.reason
+            text += f": {error.reason}"
+        if unexpected is not None:
+            level = logging.ERROR
+        elif error is not None and not isinstance(error, OverloadedError):
+            level = logging.WARNING
+        elif method == "GetServerInfo" or error is not None:
+            level = logging.DEBUG  # who is turned away comes back several times a second
+        else:
+            level = logging.INFO
+        logger.log(level, "%s", text, exc_info=unexpected, extra=fields)
 
 
 class EngineResultError(TeacherError):

@@ -108,23 +108,32 @@ class FakeEngine(Engine):
     ) -> AsyncIterator[tuple[int, TokenScores]]:
         """See Engine.score. Sequences finish in an order of their own, the last one first."""
         assert not self.asleep, "scored in sleep"
-        finished = False
+        finished, ready_at = False, asyncio.get_running_loop().time()
         try:
             for index in reversed(range(len(sequences))):
-                await self._wait(sequences[index])
+                ready_at = await self._wait(sequences[index], ready_at)
                 yield index, self._score(sequences[index], top_k, temperature, adapter)
             finished = True
         finally:
             self.num_cancelled += not finished
 
-    async def _wait(self, sequence: SequenceToScore) -> None:
+    async def _wait(self, sequence: SequenceToScore, ready_at: float) -> float:
+        """Takes the time that it takes; returns when, on the paced machine's own clock, the sequence was done."""
         if self.options.hang_on_token in sequence.token_ids:
             await asyncio.Event().wait()
         await asyncio.sleep(self.options.delay_s)
         if self.options.tokens_per_s is not None:
-            now = asyncio.get_running_loop().time()
-            self._free_at = max(now, self._free_at) + len(sequence.token_ids) / self.options.tokens_per_s
-            await asyncio.sleep(self._free_at - now)
+            # From when the machine and the call were ready, not from now: a timer that fires late costs no throughput.
+            done_at = max(ready_at, self._free_at) + len(sequence.token_ids) / self.options.tokens_per_s
+            self._free_at = done_at
+            try:
+                await asyncio.sleep(done_at - asyncio.get_running_loop().time())
+            except BaseException:
+                if self._free_at == done_at:  # cancelled, and nobody has lined up behind it
+                    self._free_at = asyncio.get_running_loop().time()
+                raise
+            return done_at
+        return asyncio.get_running_loop().time()
 
     async def check(self) -> None:
         """See Engine.check."""
