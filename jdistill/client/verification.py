@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jdistill.wire import codec
-from jdistill.wire.errors import FingerprintMismatchError, VerificationError
+from jdistill.wire.errors import CorruptedError, FingerprintMismatchError, VerificationError
 from jdistill.wire.types import ModelInfo, SequenceToScore, TokenScores
 
 
@@ -65,12 +65,13 @@ class Reply:
 
         Raises:
             VerificationError: it is not the answer to what was asked; `blamed` says of which sequence, if of one.
+            CorruptedError: it was changed on its way.
             FingerprintMismatchError: another model or tokenizer has answered.
         """
         try:
             chunk = codec.decode_response(data, top_k=self._top_k, candidate_count=self._candidate_count)
-        except VerificationError as e:
-            raise VerificationError(f"{self._endpoint}: {e}") from None
+        except (VerificationError, CorruptedError) as e:
+            raise type(e)(f"{self._endpoint}: {e}") from None
         for name in ("fingerprint", "tokenizer_fingerprint"):
             got, expected = getattr(chunk, name), getattr(self._info, name)
             if got != expected:

@@ -57,6 +57,12 @@ class OverloadedError(UnavailableError):
     reason = "OVERLOADED"
 
 
+class CorruptedError(UnavailableError):
+    """A message was changed on its way (its checksum says so); worth a retry."""
+
+    reason = "CORRUPTED"
+
+
 class DeadlineError(TeacherError):
     """No verified answer before the deadline; the message lists the attempts."""
 

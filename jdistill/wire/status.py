@@ -43,6 +43,7 @@ _BY_REASON = {
         errors.FingerprintMismatchError,
         errors.UnavailableError,
         errors.OverloadedError,
+        errors.CorruptedError,
         errors.DeadlineError,
         errors.VerificationError,
         errors.EngineDeadError,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdistill.wire import codec
-from jdistill.wire.errors import InvalidRequestError, VerificationError
+from jdistill.wire.errors import CorruptedError, InvalidRequestError, VerificationError
 from jdistill.wire.types import ModelInfo, SequenceToScore, ServerInfo, ServerState, TokenScores
 from jdistill.wire.v1 import teacher_pb2
 
@@ -56,6 +56,29 @@ def requests(draw):
     return sequences, options
 
 
+def by_number(message):
+    return sorted(message.DESCRIPTOR.fields, key=lambda field: field.number)
+
+
+def with_crc(message):
+    """The message with its payload_crc, computed by the proto's own words, value by value."""
+    covered = b""
+    for field in by_number(message)[:-1]:
+        value = getattr(message, field.name)
+        letter = "f" if field.type == field.TYPE_FLOAT else "I"
+        if field.has_presence and not message.HasField(field.name):
+            data = b""
+        elif isinstance(value, str):
+            data = value.encode("utf-8")
+        else:
+            values = [value] if isinstance(value, int | float) else value
+            data = b"".join(struct.pack("<" + letter, one) for one in values)
+        covered += struct.pack("<I", len(data)) + data
+    assert by_number(message)[-1].name == "payload_crc"
+    message.payload_crc = zlib.crc32(covered)
+    return message
+
+
 def plain_request(sequences, options):
     """The request as a program without our codec would write it."""
     message = teacher_pb2.ScoreSequencesRequest(**options._asdict())
@@ -75,7 +98,7 @@ def plain_request(sequences, options):
             message.prefix_lengths.append(len(prefix))
             message.prefix_replaced.append(s.num_replaced)
             message.prefix_token_ids.extend(prefix)
-    return message
+    return with_crc(message)
 
 
 def assert_same_sequences(got, expected):
@@ -140,6 +163,7 @@ def test_a_response_has_the_bytes_of_plain_protobuf_and_survives_the_way(case):
     finite = all(np.isfinite(column).all() for column in floats)
     if finite:  # some protobuf runtimes change a NaN's payload
         assert plain.SerializeToString() == data
+        assert with_crc(teacher_pb2.ScoreSequencesResponse.FromString(data)).payload_crc == plain.payload_crc
     assert (plain.model, plain.fingerprint, plain.tokenizer_fingerprint, plain.temperature) == ("m", "fp", "tok", 0.5)
     assert list(plain.sequence_indexes) == [index for index, _, _ in entries]
     assert list(plain.first_targets) == [first for _, first, _ in entries]
@@ -260,9 +284,69 @@ RESPONSE = {
     ],
 )
 def test_a_response_whose_counts_disagree_is_refused(fields, message):
-    data = teacher_pb2.ScoreSequencesResponse(**fields).SerializeToString()
+    data = with_crc(teacher_pb2.ScoreSequencesResponse(**fields)).SerializeToString()
     with pytest.raises(VerificationError, match=message):
         codec.decode_response(data, top_k=0, candidate_count=0)
+
+
+def test_a_response_without_payload_crc_is_refused_and_a_request_without_one_is_read():
+    data = teacher_pb2.ScoreSequencesResponse(**RESPONSE).SerializeToString()
+    with pytest.raises(VerificationError, match="no payload_crc"):
+        codec.decode_response(data, top_k=0, candidate_count=0)
+    got, _ = codec.decode_request(teacher_pb2.ScoreSequencesRequest(**REQUEST).SerializeToString())
+    assert [s.token_ids.tolist() for s in got] == [[1, 2, 3], [4, 5]]
+
+
+def full_request():
+    """Every field holds something."""
+    sequences = [
+        SequenceToScore(
+            np.arange(40, 46, dtype=np.int32),
+            ((2, 3), (4, 6)),
+            np.arange(6, dtype=np.int32).reshape(3, 2),
+            teacher_prefix=np.array([7, 8], np.int32),
+            num_replaced=1,
+        )
+    ]
+    options = codec.RequestOptions("m", "fp", 0.5, 3, "r", 1 << 20)
+    return codec.encode_request(sequences, **options._asdict())
+
+
+def full_response():
+    rng = np.random.default_rng(0)
+    scores = TokenScores(
+        logprobs=-rng.random(3, np.float32),
+        top_ids=rng.integers(0, 9, (3, 2), np.int32),
+        top_logprobs=-rng.random((3, 2), np.float32),
+        candidate_logprobs=-rng.random((3, 2), np.float32),
+        token_crc=5,
+    )
+    return codec.encode_response([(0, 0, scores), (1, 4, scores)], info=INFO, temperature=0.5)
+
+
+@pytest.mark.parametrize("kind", ["request", "response"])
+def test_no_flipped_bit_of_a_message_goes_unseen(kind):
+    data = full_request() if kind == "request" else full_response()
+    seen_as = {"same": 0, "corrupted": 0, "other": 0}
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
+            if kind == "request":
+                got = codec.decode_request(bytes(flipped))
+                assert codec.encode_request(got[0], **got[1]._asdict()) == data
+            else:
+                chunk = codec.decode_response(bytes(flipped), top_k=2, candidate_count=2)
+                runs = [tuple(run) for run in chunk.runs()]
+                assert codec.encode_response(runs, info=INFO, temperature=chunk.temperature) == data
+            seen_as["same"] += 1  # the flip made an unknown field of payload_crc, and changed nothing else
+        except CorruptedError as e:
+            assert "was changed on its way" in str(e)
+            seen_as["corrupted"] += 1
+        except (InvalidRequestError, VerificationError):  # no message any more, or one without payload_crc
+            seen_as["other"] += 1
+    assert seen_as["corrupted"] > 0.8 * 8 * len(data), seen_as
+    assert seen_as["same"] <= (16 if kind == "request" else 0), seen_as
 
 
 def test_sequences_with_different_numbers_of_candidates_do_not_share_a_request():

@@ -14,15 +14,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ejdistill/wire/v1/teacher.proto\x12\x10jdistill.wire.v1\"\x0e\n\x0cSleepRequest\"=\n\rSleepResponse\x12,\n\x05state\x18\x01 \x01(\x0e\x32\x1d.jdistill.wire.v1.ServerState\"\r\n\x0bWakeRequest\"<\n\x0cWakeResponse\x12,\n\x05state\x18\x01 \x01(\x0e\x32\x1d.jdistill.wire.v1.ServerState\"\x8f\x03\n\x15ScoreSequencesRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1c\n\x14\x65xpected_fingerprint\x18\x02 \x01(\t\x12\x18\n\x0btemperature\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x17\n\x0fmax_chunk_bytes\x18\x06 \x01(\r\x12\x18\n\x10sequence_lengths\x18\x07 \x03(\x07\x12\x11\n\ttoken_ids\x18\x08 \x03(\x07\x12\x13\n\x0bspan_counts\x18\t \x03(\x07\x12\x13\n\x0bspan_starts\x18\n \x03(\x07\x12\x11\n\tspan_ends\x18\x0b \x03(\x07\x12\x17\n\x0f\x63\x61ndidate_count\x18\x0c \x01(\r\x12\x15\n\rcandidate_ids\x18\r \x03(\x07\x12\x16\n\x0eprefix_lengths\x18\x0e \x03(\x07\x12\x17\n\x0fprefix_replaced\x18\x0f \x03(\x07\x12\x18\n\x10prefix_token_ids\x18\x10 \x03(\x07\x42\x0e\n\x0c_temperature\"\xa1\x02\n\x16ScoreSequencesResponse\x12\x18\n\x10sequence_indexes\x18\x01 \x03(\x07\x12\x15\n\rfirst_targets\x18\x02 \x03(\x07\x12\x15\n\rtarget_counts\x18\x03 \x03(\x07\x12\x12\n\ntoken_crcs\x18\x04 \x03(\x07\x12\x10\n\x08logprobs\x18\x05 \x03(\x02\x12\x0f\n\x07top_ids\x18\x06 \x03(\x07\x12\x14\n\x0ctop_logprobs\x18\x07 \x03(\x02\x12\x1a\n\x12\x63\x61ndidate_logprobs\x18\x08 \x03(\x02\x12\r\n\x05model\x18\t \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\n \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x0b \x01(\t\x12\x13\n\x0btemperature\x18\x0c \x01(\x02\"\x16\n\x14GetServerInfoRequest\"\xa7\x02\n\x15GetServerInfoResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x04 \x01(\t\x12+\n\x06models\x18\x05 \x03(\x0b\x32\x1b.jdistill.wire.v1.ModelInfo\x12\x19\n\x11max_request_bytes\x18\x06 \x01(\x04\x12,\n\x05state\x18\x07 \x01(\x0e\x32\x1d.jdistill.wire.v1.ServerState\x12\x11\n\tcan_sleep\x18\x08 \x01(\x08\x12\x15\n\rwake_on_score\x18\t \x01(\x08\x12\x19\n\x11max_queued_tokens\x18\n \x01(\x04\"\xeb\x01\n\tModelInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x1b\n\x13max_sequence_length\x18\x05 \x01(\r\x12\x11\n\tmax_top_k\x18\x06 \x01(\r\x12\x1b\n\x13max_candidate_count\x18\x07 \x01(\r\x12\x17\n\x0f\x61ny_temperature\x18\x08 \x01(\x08\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x12\n\nbase_model\x18\n \x01(\t*\x95\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14SERVER_STATE_LOADING\x10\x01\x12\x18\n\x14SERVER_STATE_SERVING\x10\x02\x12\x19\n\x15SERVER_STATE_SLEEPING\x10\x03\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x04\x32\xd9\x01\n\x0eTeacherService\x12\x65\n\x0eScoreSequences\x12\'.jdistill.wire.v1.ScoreSequencesRequest\x1a(.jdistill.wire.v1.ScoreSequencesResponse0\x01\x12`\n\rGetServerInfo\x12&.jdistill.wire.v1.GetServerInfoRequest\x1a\'.jdistill.wire.v1.GetServerInfoResponse2\xa8\x01\n\x15TeacherControlService\x12H\n\x05Sleep\x12\x1e.jdistill.wire.v1.SleepRequest\x1a\x1f.jdistill.wire.v1.SleepResponse\x12\x45\n\x04Wake\x12\x1d.jdistill.wire.v1.WakeRequest\x1a\x1e.jdistill.wire.v1.WakeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ejdistill/wire/v1/teacher.proto\x12\x10jdistill.wire.v1\"\x0e\n\x0cSleepRequest\"=\n\rSleepResponse\x12,\n\x05state\x18\x01 \x01(\x0e\x32\x1d.jdistill.wire.v1.ServerState\"\r\n\x0bWakeRequest\"<\n\x0cWakeResponse\x12,\n\x05state\x18\x01 \x01(\x0e\x32\x1d.jdistill.wire.v1.ServerState\"\xb9\x03\n\x15ScoreSequencesRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1c\n\x14\x65xpected_fingerprint\x18\x02 \x01(\t\x12\x18\n\x0btemperature\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x17\n\x0fmax_chunk_bytes\x18\x06 \x01(\r\x12\x18\n\x10sequence_lengths\x18\x07 \x03(\x07\x12\x11\n\ttoken_ids\x18\x08 \x03(\x07\x12\x13\n\x0bspan_counts\x18\t \x03(\x07\x12\x13\n\x0bspan_starts\x18\n \x03(\x07\x12\x11\n\tspan_ends\x18\x0b \x03(\x07\x12\x17\n\x0f\x63\x61ndidate_count\x18\x0c \x01(\r\x12\x15\n\rcandidate_ids\x18\r \x03(\x07\x12\x16\n\x0eprefix_lengths\x18\x0e \x03(\x07\x12\x17\n\x0fprefix_replaced\x18\x0f \x03(\x07\x12\x18\n\x10prefix_token_ids\x18\x10 \x03(\x07\x12\x18\n\x0bpayload_crc\x18\x11 \x01(\x07H\x01\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x0e\n\x0c_payload_crc\"\xcb\x02\n\x16ScoreSequencesResponse\x12\x18\n\x10sequence_indexes\x18\x01 \x03(\x07\x12\x15\n\rfirst_targets\x18\x02 \x03(\x07\x12\x15\n\rtarget_counts\x18\x03 \x03(\x07\x12\x12\n\ntoken_crcs\x18\x04 \x03(\x07\x12\x10\n\x08logprobs\x18\x05 \x03(\x02\x12\x0f\n\x07top_ids\x18\x06 \x03(\x07\x12\x14\n\x0ctop_logprobs\x18\x07 \x03(\x02\x12\x1a\n\x12\x63\x61ndidate_logprobs\x18\x08 \x03(\x02\x12\r\n\x05model\x18\t \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\n \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x0b \x01(\t\x12\x13\n\x0btemperature\x18\x0c \x01(\x02\x12\x18\n\x0bpayload_crc\x18\r \x01(\x07H\x00\x88\x01\x01\x42\x0e\n\x0c_payload_crc\"\x16\n\x14GetServerInfoRequest\"\xa7\x02\n\x15GetServerInfoResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x04 \x01(\t\x12+\n\x06models\x18\x05 \x03(\x0b\x32\x1b.jdistill.wire.v1.ModelInfo\x12\x19\n\x11max_request_bytes\x18\x06 \x01(\x04\x12,\n\x05state\x18\x07 \x01(\x0e\x32\x1d.jdistill.wire.v1.ServerState\x12\x11\n\tcan_sleep\x18\x08 \x01(\x08\x12\x15\n\rwake_on_score\x18\t \x01(\x08\x12\x19\n\x11max_queued_tokens\x18\n \x01(\x04\"\xeb\x01\n\tModelInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x1b\n\x13max_sequence_length\x18\x05 \x01(\r\x12\x11\n\tmax_top_k\x18\x06 \x01(\r\x12\x1b\n\x13max_candidate_count\x18\x07 \x01(\r\x12\x17\n\x0f\x61ny_temperature\x18\x08 \x01(\x08\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x12\n\nbase_model\x18\n \x01(\t*\x95\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14SERVER_STATE_LOADING\x10\x01\x12\x18\n\x14SERVER_STATE_SERVING\x10\x02\x12\x19\n\x15SERVER_STATE_SLEEPING\x10\x03\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x04\x32\xd9\x01\n\x0eTeacherService\x12\x65\n\x0eScoreSequences\x12\'.jdistill.wire.v1.ScoreSequencesRequest\x1a(.jdistill.wire.v1.ScoreSequencesResponse0\x01\x12`\n\rGetServerInfo\x12&.jdistill.wire.v1.GetServerInfoRequest\x1a\'.jdistill.wire.v1.GetServerInfoResponse2\xa8\x01\n\x15TeacherControlService\x12H\n\x05Sleep\x12\x1e.jdistill.wire.v1.SleepRequest\x1a\x1f.jdistill.wire.v1.SleepResponse\x12\x45\n\x04Wake\x12\x1d.jdistill.wire.v1.WakeRequest\x1a\x1e.jdistill.wire.v1.WakeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'jdistill.wire.v1.teacher_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_SERVERSTATE']._serialized_start=1463
-  _globals['_SERVERSTATE']._serialized_end=1612
+  _globals['_SERVERSTATE']._serialized_start=1547
+  _globals['_SERVERSTATE']._serialized_end=1696
   _globals['_SLEEPREQUEST']._serialized_start=52
   _globals['_SLEEPREQUEST']._serialized_end=66
   _globals['_SLEEPRESPONSE']._serialized_start=68
@@ -32,17 +32,17 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_WAKERESPONSE']._serialized_start=146
   _globals['_WAKERESPONSE']._serialized_end=206
   _globals['_SCORESEQUENCESREQUEST']._serialized_start=209
-  _globals['_SCORESEQUENCESREQUEST']._serialized_end=608
-  _globals['_SCORESEQUENCESRESPONSE']._serialized_start=611
-  _globals['_SCORESEQUENCESRESPONSE']._serialized_end=900
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=902
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=924
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=927
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=1222
-  _globals['_MODELINFO']._serialized_start=1225
-  _globals['_MODELINFO']._serialized_end=1460
-  _globals['_TEACHERSERVICE']._serialized_start=1615
-  _globals['_TEACHERSERVICE']._serialized_end=1832
-  _globals['_TEACHERCONTROLSERVICE']._serialized_start=1835
-  _globals['_TEACHERCONTROLSERVICE']._serialized_end=2003
+  _globals['_SCORESEQUENCESREQUEST']._serialized_end=650
+  _globals['_SCORESEQUENCESRESPONSE']._serialized_start=653
+  _globals['_SCORESEQUENCESRESPONSE']._serialized_end=984
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=986
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=1008
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=1011
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=1306
+  _globals['_MODELINFO']._serialized_start=1309
+  _globals['_MODELINFO']._serialized_end=1544
+  _globals['_TEACHERSERVICE']._serialized_start=1699
+  _globals['_TEACHERSERVICE']._serialized_end=1916
+  _globals['_TEACHERCONTROLSERVICE']._serialized_start=1919
+  _globals['_TEACHERCONTROLSERVICE']._serialized_end=2087
 # @@protoc_insertion_point(module_scope)

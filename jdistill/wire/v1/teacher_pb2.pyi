@@ -40,7 +40,7 @@ class WakeResponse(_message.Message):
     def __init__(self, state: _Optional[_Union[ServerState, str]] = ...) -> None: ...
 
 class ScoreSequencesRequest(_message.Message):
-    __slots__ = ("model", "expected_fingerprint", "temperature", "top_k", "request_id", "max_chunk_bytes", "sequence_lengths", "token_ids", "span_counts", "span_starts", "span_ends", "candidate_count", "candidate_ids", "prefix_lengths", "prefix_replaced", "prefix_token_ids")
+    __slots__ = ("model", "expected_fingerprint", "temperature", "top_k", "request_id", "max_chunk_bytes", "sequence_lengths", "token_ids", "span_counts", "span_starts", "span_ends", "candidate_count", "candidate_ids", "prefix_lengths", "prefix_replaced", "prefix_token_ids", "payload_crc")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,7 @@ class ScoreSequencesRequest(_message.Message):
     PREFIX_LENGTHS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_REPLACED_FIELD_NUMBER: _ClassVar[int]
     PREFIX_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_CRC_FIELD_NUMBER: _ClassVar[int]
     model: str
     expected_fingerprint: str
     temperature: float
@@ -73,10 +74,11 @@ class ScoreSequencesRequest(_message.Message):
     prefix_lengths: _containers.RepeatedScalarFieldContainer[int]
     prefix_replaced: _containers.RepeatedScalarFieldContainer[int]
     prefix_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, model: _Optional[str] = ..., expected_fingerprint: _Optional[str] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., request_id: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ..., sequence_lengths: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., span_counts: _Optional[_Iterable[int]] = ..., span_starts: _Optional[_Iterable[int]] = ..., span_ends: _Optional[_Iterable[int]] = ..., candidate_count: _Optional[int] = ..., candidate_ids: _Optional[_Iterable[int]] = ..., prefix_lengths: _Optional[_Iterable[int]] = ..., prefix_replaced: _Optional[_Iterable[int]] = ..., prefix_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    payload_crc: int
+    def __init__(self, model: _Optional[str] = ..., expected_fingerprint: _Optional[str] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., request_id: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ..., sequence_lengths: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., span_counts: _Optional[_Iterable[int]] = ..., span_starts: _Optional[_Iterable[int]] = ..., span_ends: _Optional[_Iterable[int]] = ..., candidate_count: _Optional[int] = ..., candidate_ids: _Optional[_Iterable[int]] = ..., prefix_lengths: _Optional[_Iterable[int]] = ..., prefix_replaced: _Optional[_Iterable[int]] = ..., prefix_token_ids: _Optional[_Iterable[int]] = ..., payload_crc: _Optional[int] = ...) -> None: ...
 
 class ScoreSequencesResponse(_message.Message):
-    __slots__ = ("sequence_indexes", "first_targets", "target_counts", "token_crcs", "logprobs", "top_ids", "top_logprobs", "candidate_logprobs", "model", "fingerprint", "tokenizer_fingerprint", "temperature")
+    __slots__ = ("sequence_indexes", "first_targets", "target_counts", "token_crcs", "logprobs", "top_ids", "top_logprobs", "candidate_logprobs", "model", "fingerprint", "tokenizer_fingerprint", "temperature", "payload_crc")
     SEQUENCE_INDEXES_FIELD_NUMBER: _ClassVar[int]
     FIRST_TARGETS_FIELD_NUMBER: _ClassVar[int]
     TARGET_COUNTS_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +91,7 @@ class ScoreSequencesResponse(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_CRC_FIELD_NUMBER: _ClassVar[int]
     sequence_indexes: _containers.RepeatedScalarFieldContainer[int]
     first_targets: _containers.RepeatedScalarFieldContainer[int]
     target_counts: _containers.RepeatedScalarFieldContainer[int]
@@ -101,7 +104,8 @@ class ScoreSequencesResponse(_message.Message):
     fingerprint: str
     tokenizer_fingerprint: str
     temperature: float
-    def __init__(self, sequence_indexes: _Optional[_Iterable[int]] = ..., first_targets: _Optional[_Iterable[int]] = ..., target_counts: _Optional[_Iterable[int]] = ..., token_crcs: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., candidate_logprobs: _Optional[_Iterable[float]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., temperature: _Optional[float] = ...) -> None: ...
+    payload_crc: int
+    def __init__(self, sequence_indexes: _Optional[_Iterable[int]] = ..., first_targets: _Optional[_Iterable[int]] = ..., target_counts: _Optional[_Iterable[int]] = ..., token_crcs: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., candidate_logprobs: _Optional[_Iterable[float]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., temperature: _Optional[float] = ..., payload_crc: _Optional[int] = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()
