@@ -35,6 +35,7 @@ from jdistill.client.verification import Reply
 from jdistill.client.waiting import WaitReport
 from jdistill.wire import codec, status
 from jdistill.wire.errors import (
+    CorruptedError,
     DeadlineError,
     FingerprintMismatchError,
     InvalidRequestError,
@@ -524,6 +525,9 @@ class Dispatcher:
         elif isinstance(error, FingerprintMismatchError):
             self._requeue(call.jobs)
             self._refuse(replica, error)
+        elif isinstance(error, CorruptedError):  # no fault of the teacher's: the way there is bad, or was for a moment
+            self._deliver(call)
+            self._lose(replica, error)
         elif isinstance(error, UnauthenticatedError):  # the token function failed
             for job in call.jobs:
                 job.fail(error)
