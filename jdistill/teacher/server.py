@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import ctypes
 import errno
-import ipaddress
 import logging
 import multiprocessing
 import os
@@ -32,19 +31,21 @@ from jdistill.config import ConfigError, TeacherServerConfig
 from jdistill.teacher.engines import check_engine_name, create_engine
 from jdistill.teacher.engines.base import Engine
 from jdistill.teacher.metrics import Metrics
+from jdistill.teacher.security import BearerTokens, ServerTls, TokenInterceptor, check_exposure, is_loopback
 from jdistill.teacher.service import TeacherService
-from jdistill.wire import channel, codec
+from jdistill.wire import channel
 from jdistill.wire.errors import EngineDeadError, UnavailableError
 from jdistill.wire.types import ServerState
+from jdistill.wire.v1 import teacher_pb2
 
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0  # for what should take milliseconds: to close the engine, to tell clients that we go
-WATCHED_SERVICES = (
-    "",
-    codec.SERVICE,
-    codec.CONTROL_SERVICE,
-)  # "": the whole server, which is what a plain health check asks for
+METHODS = {
+    service.full_name: frozenset(method.name for method in service.methods)
+    for service in teacher_pb2.DESCRIPTOR.services_by_name.values()
+}
+WATCHED_SERVICES = ("", *METHODS)  # "": the whole server, which is what a plain health check asks for
 
 
 def serve(config: TeacherServerConfig) -> int:
@@ -56,12 +57,16 @@ def serve(config: TeacherServerConfig) -> int:
         ValueError: the configuration, the port or the checkpoint cannot be used; the message says what to do.
     """
     check_engine_name(config.engine)
-    _check_host(config)
+    check_exposure(config)
+    tls = None
+    if config.tls_cert is not None and config.tls_key is not None:
+        tls = ServerTls(config.tls_cert, config.tls_key, config.tls_client_ca)
+    tokens = None if config.token_file is None else BearerTokens(config.token_file)
     if config.port_file is not None and not pathlib.Path(config.port_file).absolute().parent.is_dir():
         raise ConfigError(f"port_file: there is no directory {pathlib.Path(config.port_file).absolute().parent}")
     _keep_freed_memory()
     with contextlib.ExitStack() as guards:  # around run() as a whole, which waits for threads at its end
-        return asyncio.run(_Sidecar(config, guards).run())
+        return asyncio.run(_Sidecar(config, tls, tokens, guards).run())
 
 
 def exit_with_parent(parent_pid: int | None = None) -> None:
@@ -121,8 +126,16 @@ def _exit_now(timeout_s: float, code: int) -> None:
 
 
 class _Sidecar:
-    def __init__(self, config: TeacherServerConfig, guards: contextlib.ExitStack):
+    def __init__(
+        self,
+        config: TeacherServerConfig,
+        tls: ServerTls | None,
+        tokens: BearerTokens | None,
+        guards: contextlib.ExitStack,
+    ):
         self._config = config
+        self._tls = tls
+        self._tokens = tokens
         self._guards = guards
         self._name = config.served_name or pathlib.Path(config.model).resolve().name
         self._engine: Engine | None = None
@@ -132,15 +145,20 @@ class _Sidecar:
         """See `serve`."""
         loop = asyncio.get_running_loop()
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
-        self._service = TeacherService(self._name, self._config, metrics=Metrics(), on_state=self._on_state)
+        metrics = Metrics()
+        self._service = TeacherService(self._name, self._config, metrics=metrics, on_state=self._on_state)
         self._health = health.aio.HealthServicer()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        server = grpc.aio.server(options=channel.SERVER_OPTIONS)
+        interceptors = []
+        if self._tokens is not None:
+            interceptors.append(TokenInterceptor(self._tokens, lambda method: _count_refusal(metrics, method)))
+        server = grpc.aio.server(options=channel.SERVER_OPTIONS, interceptors=interceptors)
         server.add_generic_rpc_handlers(self._service.handlers())
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (codec.SERVICE, codec.CONTROL_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (*METHODS, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-        port = _bind(server, self._config)
+        port = _bind(server, self._config, self._tls)
+        self._metrics_port = self._serve_metrics(metrics)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         await server.start()
@@ -163,13 +181,32 @@ class _Sidecar:
                 self._guards.enter_context(exit_within(CLOSE_TIMEOUT_S, code))
         finally:
             self._guards.enter_context(exit_within(3 * CLOSE_TIMEOUT_S, code))
-            self._remove_port_file(port)
+            self._remove_port_files(port)
             await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
             await self._service.close()
             await server.stop(grace=0.5)  # health watches never end by themselves
             await self._close_engine()
         logger.info("ended")
         return code
+
+    def _serve_metrics(self, metrics: Metrics) -> int | None:
+        """Begins to serve the metrics, if they are wanted; returns the port."""
+        if self._config.metrics_port is None:
+            return None
+        # Plain HTTP without a token, whatever the calls have, and it tells how busy this teacher is: for this machine
+        # only, unless --insecure says that strangers may know.
+        host = self._config.host if is_loopback(self._config.host) or self._config.insecure else "127.0.0.1"
+        address = _address(host, self._config.metrics_port)
+        try:
+            port = metrics.serve(host, self._config.metrics_port)
+        except OSError as e:
+            in_use = e.errno == errno.EADDRINUSE
+            reason = "the port is in use" if in_use else (e.strerror or str(e))
+            raise ConfigError(
+                f"cannot serve metrics on {address}: {reason}; choose another --metrics-port (0: any free one)"
+            ) from None
+        logger.info("metrics at http://%s/metrics", _address(host, port))
+        return port
 
     def _on_signal(self, number: int) -> None:
         self._num_signals += 1
@@ -215,20 +252,25 @@ class _Sidecar:
             info.vocab_size,
             info.max_sequence_length,
         )
-        if self._config.port_file is not None:
-            path = pathlib.Path(self._config.port_file)
+        for path, number in self._port_files(port):
             # Renamed into place: who waits for the file never reads half a number.
             temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            temporary.write_text(f"{port}\n")
+            temporary.write_text(f"{number}\n")
             os.replace(temporary, path)
 
-    def _remove_port_file(self, port: int) -> None:
+    def _port_files(self, port: int) -> list[tuple[pathlib.Path, int]]:
         if self._config.port_file is None:
-            return
+            return []
         path = pathlib.Path(self._config.port_file)
-        with contextlib.suppress(OSError):
-            if path.read_text().strip() == str(port):
-                path.unlink()
+        # The metrics' first: who waits for the main one finds both.
+        metrics = [] if self._metrics_port is None else [(path.with_name(f"{path.name}.metrics"), self._metrics_port)]
+        return [*metrics, (path, port)]
+
+    def _remove_port_files(self, port: int) -> None:
+        for path, number in self._port_files(port):
+            with contextlib.suppress(OSError):
+                if path.read_text().strip() == str(number):
+                    path.unlink()
 
     async def _serve_until_stopped(self) -> int:
         stop = asyncio.ensure_future(self._stop.wait())
@@ -275,22 +317,13 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _check_host(config: TeacherServerConfig) -> None:
-    if config.insecure:
-        return
-    try:
-        loopback = config.host == "localhost" or ipaddress.ip_address(config.host).is_loopback
-    except ValueError:  # a name: who knows where it leads
-        loopback = False
-    if not loopback:
-        raise ConfigError(
-            f"host {config.host}: beyond loopback anyone who reaches the port could use this teacher, unencrypted: "
-            "TLS is not there yet. Keep --host 127.0.0.1 and use a tunnel (ssh -L) or a proxy with TLS, or give "
-            "--insecure in a network that you trust"
-        )
+def _count_refusal(metrics: Metrics, method: str) -> None:
+    _, service, name = method.split("/", 2) if method.count("/") == 2 else ("", "", "")
+    # A stranger chooses the name; ours only, else each would be a time series.
+    metrics.call_ended(name if name in METHODS.get(service, ()) else "other", "UNAUTHENTICATED", 0.0)
 
 
-def _bind(server: grpc.aio.Server, config: TeacherServerConfig) -> int:
+def _bind(server: grpc.aio.Server, config: TeacherServerConfig, tls: ServerTls | None) -> int:
     """Binds the port and returns it. Raises ConfigError that names host, port, reason and remedy."""
     address = _address(config.host, config.port)
     try:
@@ -302,7 +335,7 @@ def _bind(server: grpc.aio.Server, config: TeacherServerConfig) -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does: no wait after a restart
             probe.bind(place)
             probe.listen()
-        return server.add_insecure_port(address)
+        return server.add_insecure_port(address) if tls is None else server.add_secure_port(address, tls.credentials)
     except socket.gaierror as e:
         raise ConfigError(f"cannot listen on {address}: host {config.host!r} is not known ({e.strerror})") from None
     except OSError as e:
