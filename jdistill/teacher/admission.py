@@ -287,7 +287,9 @@ class Admission:
                 entry._give_up(None)  # its timer
                 entries.popleft()
                 self._forget_if_empty(client)
-        if len(self._tags) > 2 * len(self._clients) + 16:
+        if not self._clients and not self._open:
+            self._tags.clear()  # nobody waits or runs: everyone begins anew
+        elif len(self._tags) > 2 * len(self._clients) + 16:
             # Who has had no more than its share need not be remembered.
             self._tags = {name: tag for name, tag in self._tags.items() if tag > self._now or name in self._clients}
 

@@ -6,7 +6,9 @@ services in one process (tests) would collide. Nothing is labelled by client or 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from wsgiref.simple_server import WSGIServer
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram
@@ -25,6 +27,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry | None = None):
         self.registry = CollectorRegistry() if registry is None else registry
+        self._http: tuple[WSGIServer, threading.Thread] | None = None
         of = {"registry": self.registry}
         prometheus_client.ProcessCollector(registry=self.registry)  # memory, CPU time, open files
         self._calls = Counter("jdistill_calls", "Calls that have ended.", ("method", "code"), **of)
@@ -63,8 +66,18 @@ class Metrics:
         Raises:
             OSError: the address cannot be bound.
         """
-        server, _ = prometheus_client.start_http_server(port, addr=host, registry=self.registry)
-        return server.server_port
+        assert self._http is None, "one address is enough"
+        self._http = prometheus_client.start_http_server(port, addr=host, registry=self.registry)
+        return self._http[0].server_port
+
+    def close(self) -> None:
+        """Serves them no more; idempotent."""
+        if self._http is not None:
+            server, thread = self._http
+            self._http = None
+            server.shutdown()
+            server.server_close()
+            thread.join()
 
     def watch(
         self, *, queued_tokens: Callable[[], int], running_tokens: Callable[[], int], open_calls: Callable[[], int]
