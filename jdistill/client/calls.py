@@ -47,8 +47,9 @@ class Call:
 
     Args:
         load: tokens outstanding at the replica when it began, its own included.
-        is_hedge: its jobs are under way elsewhere too.
-        by_sequence: each of its sequences is delivered once it is whole, since another call races with it.
+        is_hedge: it began because another call with the same jobs was late.
+        races: another call carries its jobs too, so each sequence is delivered as soon as it is whole.
+        progress_at: when its last message came.
     """
 
     replica: Replica
@@ -57,22 +58,34 @@ class Call:
     started_at: float
     load: int
     is_hedge: bool = False
-    by_sequence: bool = False
+    races: bool = False
     progress_at: float = 0.0
     task: asyncio.Task[None] | None = None
     token: str | None = None
-    hung: bool = False
+    needless: bool = False
+    given_up: bool = False
     ended: bool = False
+    _patience: int = 1
+
+    def __post_init__(self) -> None:
+        self.progress_at = self.started_at
+        # Twice as much after each time, or a server that is only slow would never get them done.
+        self._patience = 2 ** max(job.stalls for job in self.jobs)
 
     def unscored(self) -> list[Job]:
         """Its jobs that are not whole yet, in order."""
         return [job for b, job in enumerate(self.jobs) if not job.future.done() and self.reply.complete(b) is None]
 
     def late_at(self, hedge_after_s: float, usual_s_per_token: float | None) -> float:
-        """When another replica should be asked too, given how fast the others are (None: nobody knows)."""
-        return self.progress_at + max(hedge_after_s, LATE_FACTOR * (usual_s_per_token or 0.0) * self.load)
+        """When another replica should be asked too, given how fast the others are.
+
+        None: nobody knows, and as long as messages come all may be as it should.
+        """
+        if usual_s_per_token is None:
+            return self.progress_at + hedge_after_s
+        return self.started_at + max(hedge_after_s, LATE_FACTOR * usual_s_per_token * self.load)
 
     def hung_at(self, stall_s: float) -> float:
-        """When it should be given up. Twice as late after each time, or a slow server would never get it done."""
+        """When it is given up."""
         usual_s = HUNG_FACTOR * (self.replica.pace.s_per_token or 0.0) * self.load
-        return self.progress_at + max(stall_s, usual_s) * 2 ** max(job.stalls for job in self.jobs)
+        return self.progress_at + max(stall_s, usual_s) * self._patience

@@ -63,6 +63,8 @@ class Settings:
     deadline_s: float
     max_in_flight: int
     batch_tokens: int
+    hedge_after_s: float | None
+    stall_s: float
     expected_tokenizer_fingerprint: str | None
     credentials: grpc.ChannelCredentials | None
     client_id: str
@@ -91,7 +93,7 @@ class Dispatcher:
             Replica(
                 endpoint,
                 model=teacher.model,
-                credentials=settings.credentials,
+                tls=settings.credentials,
                 token=token,
                 client_id=settings.client_id,
                 max_in_flight=settings.max_in_flight,
@@ -316,6 +318,13 @@ class Dispatcher:
             logger.warning("teacher %s is left out until it answers again: %s", replica.endpoint, error)
         replica.lost.set()
 
+    def _hold(self, replica: Replica, error: TeacherError) -> None:
+        """Leaves a replica that has failed, but is up, alone for a moment."""
+        logger.warning("teacher %s failed: %s", replica.endpoint, error)
+        replica.error = str(error)
+        replica.failures += 1
+        replica.paused_until = max(replica.paused_until, self._loop.time() + replica.backoff_s())
+
     def _refuse(self, replica: Replica, error: FingerprintMismatchError | UnauthenticatedError) -> None:
         """Leaves out a server that is not this run's teacher, or not ours; looks at it again from time to time."""
         if replica.refused is None:
@@ -393,6 +402,8 @@ class Dispatcher:
         for job in self._queue.take_overdue(now):
             self._expire(job)
         self._start_calls(now)
+        self._give_up_hung_calls(now)
+        self._hedge_late_calls(now)
         if self._queue:
             self._report_if_waiting()
         else:
@@ -404,7 +415,13 @@ class Dispatcher:
         """When something may have to be done although nothing has happened."""
         if (job := self._queue.oldest()) is not None:
             yield job.deadline
+        if self._queue or self._calls:
             yield from (r.paused_until for r in self._replicas if r.ready and r.paused_until > now)
+        for call in self._calls:
+            if not call.given_up:
+                yield call.hung_at(self._settings.stall_s)
+            if (late_at := self._late_at(call)) is not None and late_at > now:
+                yield late_at
 
     def _start_calls(self, now: float) -> None:
         while self._queue:
@@ -421,7 +438,70 @@ class Dispatcher:
             else:
                 return
 
-    def _start(self, replica: Replica, jobs: list[Job], now: float) -> Call:
+    def _late_at(self, call: Call) -> float | None:
+        """When `call` should be hedged; None: never."""
+        if self._settings.hedge_after_s is None or len(self._replicas) == 1 or call.races:
+            return None
+        return call.late_at(self._settings.hedge_after_s, self._usual_s_per_token(call.replica))
+
+    def _usual_s_per_token(self, but: Replica) -> float | None:
+        """Of the fastest of the other replicas."""
+        paces = (r.pace.s_per_token for r in self._replicas if r is not but)
+        return min((pace for pace in paces if pace is not None), default=None)
+
+    def _hedge_late_calls(self, now: float) -> None:
+        """Sends what is still unscored of a late call to a replica that has nothing else to do."""
+        late = [call for call in self._calls if (at := self._late_at(call)) is not None and at <= now]
+        late_replicas = {call.replica for call in late}
+        for call in sorted(late, key=lambda call: call.progress_at):
+            jobs = [job for job in call.unscored() if len(job.calls) == 1]
+            # As long as nobody knows how fast the others are, they may all be this slow: only an idle one is asked.
+            unknown = self._usual_s_per_token(call.replica) is None
+            free = [
+                r
+                for r in self._replicas
+                if r.ready and r.paused_until <= now and r not in late_replicas and r.has_room
+                if not (unknown and r.calls) and not any(r.endpoint in job.bad_replies for job in jobs)
+            ]
+            if not jobs or not free:
+                continue
+            replica = min(free, key=lambda r: r.outstanding_tokens)
+            bytes_left = replica.max_request_bytes - REQUEST_OVERHEAD_BYTES
+            stops = itertools.accumulate(job.num_bytes for job in jobs)
+            jobs = [job for job, stop in zip(jobs, stops, strict=True) if stop <= bytes_left] or jobs[:1]
+            logger.info(
+                "teacher %s has sent nothing for %.1f s: %d sequences are asked of %s too",
+                call.replica.endpoint,
+                now - call.progress_at,
+                len(jobs),
+                replica.endpoint,
+            )
+            self._start(replica, jobs, now, is_hedge=True)
+            call.races = True
+            self._deliver(call)
+
+    def _give_up_hung_calls(self, now: float) -> None:
+        """Ends calls whose server has sent nothing for very long; their jobs go elsewhere, or there again."""
+        stall_s = self._settings.stall_s
+        for hung in [call for call in self._calls if not call.given_up and call.hung_at(stall_s) <= now]:
+            replica = hung.replica
+            silent_s = now - hung.progress_at
+            calls = [hung]
+            if replica.message_at <= hung.progress_at:  # not this call alone: nothing has come at all
+                calls = [call for call in self._calls if call.replica is replica]
+                if any(r is not replica and r.ready and r.paused_until <= now for r in self._replicas):
+                    replica.left_behind(now, silent_s)
+            for call in calls:
+                if call.given_up:
+                    continue
+                call.given_up = True
+                replica.error = f"{replica.endpoint}: is connected, but has sent no scores for {silent_s:.1f} s"
+                logger.warning("%s: %d sequences are asked again", replica.error, len(call.unscored()))
+                for job in call.jobs:
+                    job.stalls += 1
+                call.task.cancel()
+
+    def _start(self, replica: Replica, jobs: list[Job], now: float, *, is_hedge: bool = False) -> None:
         assert self._model is not None
         replica.calls += 1
         replica.outstanding_tokens += sum(job.num_tokens for job in jobs)
@@ -434,14 +514,13 @@ class Dispatcher:
             top_k=jobs[0].top_k,
             temperature=jobs[0].temperature,
         )
-        call = Call(replica, jobs, reply, started_at=now, load=replica.outstanding_tokens, progress_at=now)
+        call = Call(replica, jobs, reply, now, replica.outstanding_tokens, is_hedge=is_hedge, races=is_hedge)
         for job in jobs:
             job.calls.add(call)
             job.attempts += 1
         self._calls.add(call)
         call.task = self._spawn(self._run(call))
         call.task.add_done_callback(lambda _: self._never_began(call))
-        return call
 
     def _never_began(self, call: Call) -> None:
         """A task that is cancelled before its first step runs none of its own code, not even `finally`."""
@@ -490,6 +569,8 @@ class Dispatcher:
             async for data in stream:
                 call.reply.add(data)
                 call.progress_at = call.replica.message_at = self._loop.time()
+                if call.races:
+                    self._deliver(call)
             call.reply.finish()
         finally:
             stream.cancel()  # does nothing to a call that has ended
@@ -528,11 +609,17 @@ class Dispatcher:
         elif isinstance(error, CorruptedError):  # no fault of the teacher's: the way there is bad, or was for a moment
             self._deliver(call)
             self._lose(replica, error)
+        elif isinstance(error, UnavailableError):  # a message was damaged on its way
+            self._deliver(call)
+            self._hold(replica, error)
         elif isinstance(error, UnauthenticatedError):  # the token function failed
             for job in call.jobs:
                 job.fail(error)
         elif isinstance(error, asyncio.CancelledError):
-            pass  # we are closing, or nobody wants the result (or gRPC has cancelled what we have not: try again)
+            # We are closing, or nobody wants the result (or gRPC has cancelled what we have not: try again).
+            self._deliver(call)  # what was whole when we gave it up
+            if call.needless and call.races and not call.is_hedge:
+                self._lost_race(call)
         else:  # a bug of ours must not leave anybody waiting
             logger.error("call to teacher %s", replica.endpoint, exc_info=error)
             for job in call.jobs:
@@ -540,13 +627,25 @@ class Dispatcher:
 
     def _deliver(self, call: Call) -> list[Job]:
         """Ends the jobs whose scores are whole; returns the others."""
-        missing = []
+        missing, rivals = [], set()
         for b, job in enumerate(call.jobs):
             if (scores := call.reply.complete(b)) is not None:
-                job.succeed(scores)
+                job.succeed(scores)  # the first one wins, and its scores are taken whole
+                rivals |= job.calls
             else:
                 missing.append(job)
+        for rival in rivals:
+            self._end_if_needless(rival)
         return missing
+
+    def _lost_race(self, call: Call) -> None:
+        """Another replica was asked later and is done; this one gets less, or nothing for a while."""
+        replica, now = call.replica, self._loop.time()
+        replica.pace.add(now - call.started_at, call.load)  # at least
+        if call.progress_at > call.started_at:
+            replica.slow_down(now, call.started_at)
+        else:
+            replica.left_behind(now, now - call.started_at)
 
     def _call_failed(self, call: Call, e: grpc.aio.AioRpcError) -> None:
         replica, jobs = call.replica, call.jobs
@@ -576,12 +675,10 @@ class Dispatcher:
             for job in missing:
                 job.fail(with_remedy(error))
         else:
-            replica.error = str(error)
-            replica.failures += 1
-            replica.paused_until = self._loop.time() + replica.backoff_s()
+            self._hold(replica, error)
             for job in missing:
                 job.server_faults += 1
-                if job.server_faults >= MAX_SERVER_FAULTS:
+                if job.server_faults >= MAX_SERVER_FAULTS and not job.calls:
                     job.fail(TeacherError(f"{error} (attempt {job.attempts} of sequence {job.index})"))
 
     def _reply_was_bad(self, call: Call, error: VerificationError) -> None:
@@ -591,7 +688,7 @@ class Dispatcher:
         blamed = call.jobs if call.reply.blamed is None else [call.jobs[call.reply.blamed]]
         for job in blamed:
             job.bad_replies[call.replica.endpoint] = error
-            if not any(r.ready and r.endpoint not in job.bad_replies for r in self._replicas):
+            if not job.calls and not any(r.ready and r.endpoint not in job.bad_replies for r in self._replicas):
                 job.fail(error)
 
     def _requeue(self, jobs: Sequence[Job]) -> None:
@@ -620,9 +717,13 @@ class Dispatcher:
         """Ends a call that nobody waits for any more."""
         self._queue.discard(job)
         for call in list(job.calls):
-            if all(other.future.done() for other in call.jobs):
-                call.task.cancel()
+            self._end_if_needless(call)
         self._pump()
+
+    def _end_if_needless(self, call: Call) -> None:
+        if not call.needless and all(job.future.done() for job in call.jobs):
+            call.needless = True
+            call.task.cancel()
 
     # ---- telling people ----
 

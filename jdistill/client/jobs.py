@@ -28,7 +28,8 @@ class Job:
         order: of submission; set by the dispatcher.
         group: of one call of `score`: all of them or one error.
         bad_replies: by endpoint; those replicas are not asked again.
-        calls: that carry it now; two if it is hedged.
+        calls: that carry it now; two, and never more, if it is hedged.
+        stalls: times that a server was given up over it.
     """
 
     sequence: SequenceToScore
@@ -45,7 +46,6 @@ class Job:
     attempts: int = 0
     server_faults: int = 0
     token_renewed: bool = False
-    hedged: bool = False
     stalls: int = 0
     bad_replies: dict[str, VerificationError] = dataclasses.field(default_factory=dict)
     calls: set[Any] = dataclasses.field(default_factory=set)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import re
 from typing import Any
 
 import grpc
@@ -18,21 +17,18 @@ import grpc.aio
 from jdistill.client import agreement
 from jdistill.client.calls import Pace
 from jdistill.client.token import BearerToken
-from jdistill.wire import codec, status
+from jdistill.wire import codec, credentials, status
 from jdistill.wire.channel import client_options, service_config
-from jdistill.wire.errors import TeacherError, UnauthenticatedError, UnsupportedError
+from jdistill.wire.errors import TeacherError, UnauthenticatedError, UnavailableError, UnsupportedError
 from jdistill.wire.types import ModelInfo, ServerInfo
 
 MAX_BACKOFF_S = 3.0  # between two probes of a dead replica; a probe is cheap, an idle trainer is not
 MAX_CALL_BYTES = 1 << 20  # of token ids, spans and candidates in one call of several sequences; below anybody's limit
+MAX_PAUSE_S = 300.0  # of a replica that hangs: so long does it take at most to notice that it works again
 REQUEST_OVERHEAD_BYTES = 4096  # names, fingerprint, field tags
 
 _SLEEP_METHOD = f"/{codec.CONTROL_SERVICE}/Sleep"
 _WAKE_METHOD = f"/{codec.CONTROL_SERVICE}/Wake"
-# gRPC says UNAVAILABLE to every TLS mistake, which looks like a server that is not up yet.
-_TLS_MISTAKE = re.compile(
-    r"(?i)handshake failed|certificate|ssl_error|wrong.version.number|peer name|verification check"
-)
 
 
 class HopelessError(TeacherError):
@@ -47,16 +43,17 @@ class Replica:
         endpoint: str,
         *,
         model: str,
-        credentials: grpc.ChannelCredentials | None,
+        tls: grpc.ChannelCredentials | None,
         token: BearerToken | None,
         client_id: str,
         max_in_flight: int,
     ):
         self.endpoint = endpoint
-        if credentials is None:
+        self._tls = tls is not None
+        if tls is None:
             self.channel = grpc.aio.insecure_channel(endpoint, _options())
         else:
-            self.channel = grpc.aio.secure_channel(endpoint, credentials, _options())
+            self.channel = grpc.aio.secure_channel(endpoint, tls, _options())
         self._model_name = model
         self._token = token
         self._metadata = (("jdistill-client", client_id),)  # by which the server is fair
@@ -145,16 +142,28 @@ class Replica:
 
     def succeeded(self) -> None:
         """A call ended well: as many more calls as go well in a row, one by one, up to max_in_flight."""
-        self.failures = 0
+        self.failures = self.stalls = 0
         self._limit = min(float(self._max_in_flight), self._limit + 1 / self._limit)
 
     def overloaded(self, now: float, started_at: float, retry_after_s: float | None) -> None:
         """The server had no room for a call that began at `started_at`: fewer at a time, and not before it says."""
         if self.slow_down(now, started_at):
             self.failures += 1
-        # Jitter upwards only: ten clients that were refused together must not come back together, or too early.
-        wait_s = max(self.backoff_s(), (retry_after_s or 0.0) * random.uniform(1.0, 1.5))
+        # The server knows when it has room: with an exponential backoff of ten clients' own, its engine was idle for two
+        # thirds of the time. Jitter upwards, so that who was refused together does not come back together; and only a
+        # little, since the server keeps a place for a while.
+        wait_s = self.backoff_s() if retry_after_s is None else retry_after_s * random.uniform(1.0, 1.15)
         self.paused_until = max(self.paused_until, now + wait_s)
+
+    def left_behind(self, now: float, silent_s: float) -> None:
+        """It has said nothing for `silent_s`, and others are there. It is tried with one call after a pause.
+
+        Each pause is twice as long as the last one: a server that hangs still answers its keepalive and GetServerInfo,
+        so only work can tell, and that work waits for nothing.
+        """
+        self._limit = 1.0
+        self.paused_until = max(self.paused_until, now + min(MAX_PAUSE_S, silent_s * 2 ** min(self.stalls, 10)))
+        self.stalls += 1
 
     def slow_down(self, now: float, started_at: float) -> bool:
         """Halves how many calls may be under way, once for all that were at the time; whether it did."""
@@ -186,9 +195,19 @@ class Replica:
         self.error = str(error)
         if isinstance(error, UnauthenticatedError):
             raise with_remedy(error)
-        if _TLS_MISTAKE.search(failed.details() or ""):
-            raise HopelessError(f"{error}; are the TLS credentials those of this server?")
+        if remedy := await self._tls_mistake(failed, error):
+            raise HopelessError(f"{error}; {remedy}")
         raise error
+
+    async def _tls_mistake(self, failed: grpc.aio.AioRpcError, error: TeacherError) -> str | None:
+        """What to do, if TLS is to blame: gRPC says UNAVAILABLE to that, as it does to a server that is not up yet."""
+        if not isinstance(error, UnavailableError):
+            return None
+        if remedy := credentials.handshake_remedy(failed.details() or ""):
+            return remedy
+        if self.info is not None or error.reason != UnavailableError.reason:
+            return None  # it has answered us: so TLS is as it should be
+        return await asyncio.to_thread(credentials.why_closed, self.endpoint, tls=self._tls)
 
     def _headers(self, token: str | None) -> tuple[tuple[str, str], ...]:
         return self._metadata if token is None else (*self._metadata, ("authorization", f"Bearer {token}"))

@@ -46,6 +46,12 @@ class TeacherClient:
         deadline_s: over all attempts of one call of `score`, `submit`, `info`, `sleep` or `wake`.
         max_in_flight: calls under way at each replica; fewer for a while after it was overloaded.
         batch_tokens: tokens of one call; a longer sequence goes alone.
+        hedge_after_s: what is still unscored of a call that takes longer than this, and than four times what the
+            fastest other replica would have needed, is sent to another replica that has room too; for each sequence the
+            first whole, verified answer counts. None: never.
+        stall_s: a call whose server has sent nothing for so long, and for ten times what it usually needs, is given up
+            and its sequences are asked again, with twice the patience. If nothing at all came from that replica, it is
+            left alone for as long (each time twice as long, 300 s at most) while others are up.
         expected_tokenizer_fingerprint: of the student's tokenizer (`jdistill.checkpoint_files.tokenizer_fingerprint`);
             each teacher's must be the same. None or "": not compared.
         credentials: for TLS, from `grpc.ssl_channel_credentials`; None: plain text.
@@ -65,6 +71,8 @@ class TeacherClient:
         deadline_s: float = 600.0,
         max_in_flight: int = 4,
         batch_tokens: int = 16384,
+        hedge_after_s: float | None = 1.0,
+        stall_s: float = 120.0,
         expected_tokenizer_fingerprint: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         token: str | Callable[[], str] | None = None,
@@ -75,8 +83,12 @@ class TeacherClient:
             ("deadline_s", deadline_s),
             ("max_in_flight", max_in_flight),
             ("batch_tokens", batch_tokens),
+            ("hedge_after_s", hedge_after_s),
+            ("stall_s", stall_s),
         ):
-            if not (value > 0 and math.isfinite(value)):
+            if value is None and name == "hedge_after_s":
+                continue
+            if value is None or not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} = {value}, expected a number above 0")
         self._deadline_s = deadline_s
         self._submitted = itertools.count()
@@ -86,6 +98,8 @@ class TeacherClient:
             deadline_s=deadline_s,
             max_in_flight=max_in_flight,
             batch_tokens=batch_tokens,
+            hedge_after_s=hedge_after_s,
+            stall_s=stall_s,
             expected_tokenizer_fingerprint=expected_tokenizer_fingerprint,
             credentials=credentials,
             client_id=uuid.uuid4().hex[:8],

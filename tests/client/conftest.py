@@ -137,8 +137,8 @@ class FakeTeacher:
             self.server.stop(None).wait()
             self.server = None
 
-    def abort(self, context, error, **details):
-        code, text, trailing = status.to_status(error, **details)
+    def abort(self, context, error):
+        code, text, trailing = status.to_status(error)
         context.set_trailing_metadata(trailing)
         context.abort(code, text)
 

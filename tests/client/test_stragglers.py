@@ -1,0 +1,378 @@
+"""Slow, hung and overloaded replicas: work is hedged, given up, held back, and scored once in the result."""
+
+import concurrent.futures
+import dataclasses
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from jdistill.client import SequenceToScore
+from jdistill.client.calls import Call, Pace
+from jdistill.wire import codec, errors
+
+
+def sequences(num, num_tokens=40, seed=0):
+    rng = np.random.default_rng(seed)
+    return [SequenceToScore(rng.integers(0, 97, num_tokens)) for _ in range(num)]
+
+
+def check(asked, got, teacher):
+    for sequence, scores in zip(asked, got, strict=True):
+        teacher.assert_scores(scores, sequence)
+
+
+def hang(teacher, context, chunks):
+    """Accepts, keeps the connection, says nothing; ends when the client does."""
+    while context.is_active():
+        time.sleep(0.01)
+    yield from ()
+
+
+def hang_after(num_chunks):
+    def fault(teacher, context, chunks):
+        for _ in range(num_chunks):
+            yield next(chunks)
+        yield from hang(teacher, context, chunks)
+
+    return fault
+
+
+def replicas(client):
+    (dispatcher,) = client._dispatchers.values()
+    return dispatcher._replicas
+
+
+def wait_for(condition, timeout_s=5.0):
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.01)
+
+
+def assert_idle(client):
+    """The books are balanced once nothing is under way."""
+    wait_for(lambda: all(r.calls == 0 and r.outstanding_tokens == 0 for r in replicas(client)))
+
+
+# ---- hedging ----
+
+
+def test_a_straggler_is_hedged_and_each_sequence_is_scored_once_in_the_result(start_teacher, connect):
+    teachers = [start_teacher() for _ in range(4)]
+    for teacher in teachers:
+        teacher.delay_s = 0.002
+    teachers[1].delay_s = 0.16
+    asked = sequences(128)
+    took_s = {}
+    for hedge_after_s in (None, 0.1):
+        client = connect(*teachers, batch_tokens=320, hedge_after_s=hedge_after_s)
+        client.info()
+        start = time.monotonic()
+        check(asked, client.score(asked), teachers[0])
+        took_s[hedge_after_s] = time.monotonic() - start
+        assert_idle(client)
+    print(f"one of four replicas 80 times slower: {took_s[None]:.2f} s, hedged {took_s[0.1]:.2f} s")
+    assert took_s[0.1] < took_s[None] / 2
+
+
+def test_only_what_is_still_unscored_is_hedged_and_the_late_call_is_cancelled(start_teacher, connect):
+    slow, fast = start_teacher(), start_teacher()
+    slow.faults.append(hang_after(2))
+    client = connect(slow, fast, hedge_after_s=0.2)
+    asked = [SequenceToScore(np.arange(n) % 97) for n in (10, 11, 12, 13)]
+    client._dispatchers[""]._replicas[1].paused_until = time.monotonic() + 0.3  # all of it begins at the slow one
+    check(asked, client.score(asked), fast)
+    assert [len(s.token_ids) for s in slow.requests[0]] == [10, 11, 12, 13]  # answered from the last to the first
+    assert [[len(s.token_ids) for s in call] for call in fast.requests] == [[10, 11]]
+    assert len(slow.requests) == 1
+    wait_for(lambda: slow.num_cancelled == 1)
+    assert_idle(client)
+
+
+def test_the_winners_whole_sequence_is_taken_never_a_mix(start_teacher, connect):
+    slow, fast = start_teacher(), start_teacher()
+    fast.model_number = 1  # "rounding", made visible
+    slow.chunk_bytes = fast.chunk_bytes = 16 + 4 * 5  # five scores a message
+    slow.faults.append(hang_after(12 // 5 + 1 + 1))  # the last sequence whole, and a part of the one before it
+    client = connect(slow, fast, hedge_after_s=0.2)
+    asked = [SequenceToScore(np.arange(13) % 97), SequenceToScore((np.arange(13) + 5) % 97)]
+    replicas(client)[1].paused_until = time.monotonic() + 0.3
+    got = client.score(asked)
+    slow.assert_scores(got[1], asked[1], model=0)
+    fast.assert_scores(got[0], asked[0], model=1)
+
+
+def test_a_late_call_that_ends_first_after_all_wins(start_teacher, connect):
+    first, second = start_teacher(), start_teacher()
+    second.model_number = 1
+    release = threading.Event()
+
+    def late(teacher, context, chunks):
+        assert second.served.wait(10)
+        yield from chunks
+        release.set()
+
+    first.faults.append(late)
+    second.always = hang
+    client = connect(first, second, hedge_after_s=0.1)
+    replicas(client)[1].paused_until = time.monotonic() + 0.15
+    asked = sequences(3)
+    check(asked, client.score(asked), first)
+    wait_for(lambda: second.num_cancelled == 1)
+    assert_idle(client)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_nothing_is_hedged_with_one_replica_or_without_hedging(start_teacher, connect, num_replicas):
+    teachers = [start_teacher() for _ in range(num_replicas)]
+    for teacher in teachers:
+        teacher.delay_s = 0.3
+    client = connect(*teachers, hedge_after_s=0.05 if num_replicas == 1 else None)
+    check(asked := sequences(2), client.score(asked), teachers[0])
+    assert sum(len(call) for t in teachers for call in t.requests) == 2
+
+
+def test_nothing_is_hedged_while_all_are_equally_slow(start_teacher, connect):
+    teachers = [start_teacher() for _ in range(3)]
+    for teacher in teachers:
+        teacher.delay_s = 0.3
+    client = connect(*teachers, hedge_after_s=0.05)
+    asked = sequences(6)
+    check(asked, client.score(asked), teachers[0])
+    assert sum(len(call) for t in teachers for call in t.requests) == 6
+
+
+def test_a_hedge_that_fails_costs_nothing(start_teacher, connect):
+    slow, broken = start_teacher(), start_teacher()
+    slow.delay_s = 0.4
+
+    def refuse(teacher, context, chunks):
+        teacher.abort(context, errors.OverloadedError("full"))
+        yield
+
+    broken.always = refuse
+    client = connect(slow, broken, hedge_after_s=0.1)
+    client.info()
+    replicas(client)[1].paused_until = time.monotonic() + 0.15
+    check(asked := sequences(2), client.score(asked), slow)
+    assert broken.requests and len(slow.requests) == 1
+    assert_idle(client)
+
+
+def test_a_bad_reply_of_the_late_one_does_not_fail_what_the_hedge_scores(start_teacher, connect):
+    slow, fast = start_teacher(), start_teacher()
+    hedged = threading.Event()
+
+    def wrong(teacher, context, chunks):
+        assert hedged.wait(10)
+        yield b"\xff\xff"
+
+    def slowly(teacher, context, chunks):
+        hedged.set()
+        time.sleep(0.3)
+        yield from chunks
+
+    slow.faults.append(wrong)
+    fast.faults.append(slowly)
+    client = connect(slow, fast, hedge_after_s=0.1)
+    replicas(client)[1].paused_until = time.monotonic() + 0.15
+    check(asked := sequences(3), client.score(asked), fast)
+    assert (len(slow.requests), len(fast.requests)) == (1, 1)
+
+
+def test_cancelling_a_hedged_sequence_ends_both_calls(start_teacher, connect):
+    teachers = [start_teacher(), start_teacher()]
+    for teacher in teachers:
+        teacher.always = hang
+    client = connect(*teachers, hedge_after_s=0.1)
+    client.info()
+    future = client.submit(sequences(1)[0])
+    assert all(teacher.served.wait(10) for teacher in teachers)
+    assert future.cancel()
+    wait_for(lambda: [t.num_cancelled for t in teachers] == [1, 1])
+    assert_idle(client)
+
+
+def test_a_replica_that_always_loses_is_asked_less_and_less(start_teacher, connect):
+    hung, good = start_teacher(), start_teacher()
+    hung.always = hang
+    client = connect(hung, good, hedge_after_s=0.05)
+    asked = sequences(6)
+    start = time.monotonic()
+    num_rounds = 0
+    while time.monotonic() - start < 2.0:
+        check(asked, client.score(asked), good)
+        num_rounds += 1
+    assert num_rounds > 20
+    # Pauses of 0.05, 0.1, 0.2 s ...: five or six fit into 2 s, and the rounds between them do not wait.
+    assert len(hung.requests) <= 8
+
+
+# ---- hung servers ----
+
+
+def test_a_hung_call_is_given_up_and_asked_again_even_of_the_only_server(start_teacher, connect, caplog):
+    teacher = start_teacher()
+    teacher.faults += [hang, hang_after(1)]
+    client = connect(teacher, stall_s=0.2)
+    asked = sequences(3)
+    start = time.monotonic()
+    check(asked, client.score(asked), teacher)
+    # 0.2 s, then twice the patience: 0.4 s.
+    assert 0.6 <= time.monotonic() - start < 3
+    assert [len(call) for call in teacher.requests] == [3, 3, 2]  # what had come whole is kept
+    assert (
+        f"{teacher.endpoint}: is connected, but has sent no scores for 0.2 s: 3 sequences are asked again"
+        in caplog.text
+    )
+    assert_idle(client)
+
+
+def test_work_does_not_go_back_and_forth_to_a_replica_that_hangs(start_teacher, connect):
+    hung, good = start_teacher(), start_teacher()
+    hung.always = hang
+    client = connect(hung, good, hedge_after_s=None, stall_s=0.1, batch_tokens=40)
+    asked = sequences(8)
+    start = time.monotonic()
+    while time.monotonic() - start < 2.0:
+        check(asked, client.score(asked), good)
+    # At first max_in_flight calls, then one after pauses of 0.1, 0.2, 0.4 s ...
+    assert len(hung.requests) <= 4 + 6
+    hung.always = None
+    replicas(client)[0].paused_until = 0.0
+    for _ in range(3):
+        check(asked, client.score(asked), good)
+    assert replicas(client)[0].stalls == 0 and int(replicas(client)[0]._limit) > 1  # trusted again
+
+
+def test_a_server_that_is_slow_but_speaks_is_never_given_up(start_teacher, connect, caplog):
+    teacher = start_teacher()
+    teacher.delay_s = 0.12
+    client = connect(teacher, stall_s=0.3)
+    check(asked := sequences(8), client.score(asked), teacher)
+    assert len(teacher.requests) == 1 and "asked again" not in caplog.text
+
+
+def test_late_and_hung_are_measured_in_what_is_usual():
+    pace = Pace()
+    assert pace.s_per_token is None
+    for _ in range(50):
+        pace.add(0.1, 10)
+    pace.add(0.2, 1)  # mostly overhead: hardly counts
+    # Five calls count, so to speak: 0.5 s and 50 tokens, then 0.8 times that and the last one.
+    assert pace.s_per_token == pytest.approx((0.4 + 0.2) / (40 + 1), rel=1e-3)
+
+    class At:  # a replica, as far as a Call looks at it
+        pace = Pace()
+
+    At.pace.add(2.0, 100)
+    job = dataclasses.make_dataclass("J", ["stalls"])(1)
+    call = Call(At, [job], None, started_at=100.0, load=50)
+    call.progress_at = 107.0
+    assert call.late_at(1.0, None) == 108.0
+    assert call.late_at(1.0, 0.05) == 100 + 4 * 0.05 * 50
+    assert call.late_at(15.0, 0.05) == 115.0
+    call.progress_at = 100.0
+    assert call.hung_at(3.0) == 100 + 10 * 0.02 * 50 * 2
+    assert call.hung_at(120.0) == 100 + 120 * 2
+
+
+# ---- overload ----
+
+
+def test_calls_at_a_replica_halve_with_each_overload_and_come_back_one_by_one(connect):
+    (replica,) = replicas(connect(["127.0.0.1:1"], max_in_flight=8))
+
+    def room():
+        calls = 0
+        while True:
+            replica.calls = calls
+            if not replica.has_room:
+                return calls
+            calls += 1
+
+    assert room() == 8
+    replica.calls = 7
+    for _ in range(8):  # all eight that were under way are refused: one event
+        replica.overloaded(10.0, 9.0, None)
+    assert room() == 4
+    replica.calls = 3
+    replica.overloaded(12.0, 11.0, 5.0)
+    assert room() == 2 and replica.failures == 2
+    assert 17.0 <= replica.paused_until <= 17.75  # never before the server says, and not all clients at once
+    for _ in range(100):
+        replica.succeeded()
+    assert room() == 8 and replica.failures == 0
+
+
+class Bounded:
+    """A server with one engine and a queue for so many sequences; refuses what does not fit, and counts."""
+
+    def __init__(self, num_places, s_per_sequence):
+        self.places, self.engine = threading.Semaphore(num_places), threading.Lock()
+        self.s_per_sequence = s_per_sequence
+        self.num_refused = 0
+        self.work_s = []
+
+    def __call__(self, teacher, context, chunks):
+        if not self.places.acquire(blocking=False):
+            self.num_refused += 1
+            error = errors.OverloadedError("full")
+            error.retry_after_s = 0.05
+            teacher.abort(context, error)
+        try:
+            with self.engine:
+                for data in chunks:
+                    time.sleep(self.s_per_sequence)
+                    self.work_s.append(time.monotonic())
+                    yield data
+        finally:
+            self.places.release()
+
+
+def test_ten_clients_at_several_times_capacity_lose_nothing_and_keep_the_engine_busy(start_teacher, connect):
+    teacher = start_teacher()
+    teacher.always = bounded = Bounded(num_places=2, s_per_sequence=0.004)
+    clients = [connect(teacher, batch_tokens=160, deadline_s=60) for _ in range(10)]
+    asked = [sequences(40, seed=i) for i in range(10)]
+
+    def work(i):
+        check(asked[i], clients[i].score(asked[i]), teacher)
+
+    with concurrent.futures.ThreadPoolExecutor(10) as pool:
+        list(pool.map(work, range(10)))
+    assert len(bounded.work_s) == 400  # each sequence was scored once: refused calls cost no work
+    busy = 400 * 0.004 / (bounded.work_s[-1] - bounded.work_s[0])
+    print(f"engine busy {busy:.0%}, {bounded.num_refused} calls refused, {len(teacher.requests)} sent")
+    assert busy > 0.5  # 0.8 to 0.9 on a quiet machine
+    assert 0 < bounded.num_refused < 10 * 100  # 100 calls succeed
+
+
+# ---- large work ----
+
+
+def test_one_sequence_above_the_size_of_a_call_goes_alone(start_teacher, connect):
+    """3,000 positions with 100 candidates each: 1.2 MB, where calls of several sequences stay below 1 MiB."""
+    teacher = start_teacher(max_candidate_count=100, max_request_bytes=2 << 20)
+    rng = np.random.default_rng(0)
+    asked = [
+        SequenceToScore(rng.integers(0, 97, n), candidate_ids=rng.integers(0, 97, (n - 1, 100))) for n in (50, 3000, 60)
+    ]
+    assert codec.request_bytes(asked[1]) > 1 << 20
+    client = connect(teacher, max_in_flight=1)
+    check(asked, client.score(asked), teacher)
+    assert [[len(s.token_ids) for s in call] for call in teacher.requests] == [[50], [3000], [60]]
+    too_large = SequenceToScore(rng.integers(0, 97, 4000), candidate_ids=rng.integers(0, 97, (3999, 140)))
+    teacher.info = dataclasses.replace(
+        teacher.info, models=(dataclasses.replace(teacher.info.model, max_candidate_count=200),)
+    )
+    with pytest.raises(errors.InvalidRequestError, match=r"makes a request of .* bytes, the teacher takes 2097152"):
+        connect(teacher).score([too_large])
+
+
+def test_no_call_is_larger_than_what_the_server_lets_wait(start_teacher, connect):
+    teacher = start_teacher(max_queued_tokens=100)
+    check(asked := sequences(10), connect(teacher).score(asked), teacher)
+    assert {len(call) for call in teacher.requests} == {2}
