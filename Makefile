@@ -11,6 +11,7 @@ PIP := pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 STUDENT := .venv
 TORCH := .venv-torch
 VLLM := .venv-vllm
+SGLANG := .venv-sglang
 
 TEACHER_PYTHON_jax := $(STUDENT)/bin/python
 TEACHER_PYTHON_transformers := $(TORCH)/bin/python
@@ -53,6 +54,14 @@ $(VLLM)/.vllm: pyproject.toml
 	@$(VLLM)/bin/pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	@touch $@
 
+# SGLang's own requirements are CUDA builds: what it needs on a CPU is listed, and it comes without dependencies.
+$(SGLANG)/.sglang: pyproject.toml tests/teacher/requirements-sglang-cpu.txt
+	@echo "making the environment of the SGLang teacher ($(SGLANG))"
+	@$(PYTHON) -m venv $(SGLANG)
+	@$(SGLANG)/bin/$(PIP) -r tests/teacher/requirements-sglang-cpu.txt -e '.[http]' pytest pytest-timeout
+	@$(SGLANG)/bin/$(PIP) --no-deps 'sglang==0.5.23'
+	@touch $@
+
 # --- what people run ---
 
 demo: $(STUDENT)/.student $(TEACHER_ENV_$(TEACHER))  ## three ways to train a student, side by side, in a few minutes; TEACHER=jax|transformers|vllm
@@ -72,9 +81,11 @@ warmup: $(STUDENT)/.student  ## train the demo's teacher and student again from 
 	  $(STUDENT)/bin/jdistill export runs/warmup/$$model-run --to examples/addition/$$model --dtype bfloat16 || exit 1; \
 	done
 
-test: $(STUDENT)/.dev $(VLLM)/.vllm  ## all tests, real vLLM included
-	@JDISTILL_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(STUDENT)/bin/python -m pytest
-	@$(VLLM)/bin/python -m pytest -m vllm tests/teacher
+# Two at a time, a file each: compiling for JAX keeps one core busy. vLLM and SGLang keep both.
+test: $(STUDENT)/.dev $(VLLM)/.vllm $(SGLANG)/.sglang  ## all tests, real vLLM and real SGLang included
+	@JDISTILL_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(STUDENT)/bin/python -m pytest -n 2 --dist loadfile
+	@$(VLLM)/bin/python -m pytest -m vllm tests
+	@$(SGLANG)/bin/python -m pytest -m sglang tests/teacher
 
 lint: $(STUDENT)/.dev  ## ruff, import-linter, buf
 	@$(STUDENT)/bin/ruff check . && $(STUDENT)/bin/ruff format --check .

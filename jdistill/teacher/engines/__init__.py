@@ -12,13 +12,24 @@ from jdistill.teacher.engines.base import Engine
 # Imported only when asked for: each needs an environment of its own (vllm no jax, jax no torch).
 ENGINES = {
     "vllm": "jdistill.teacher.engines.vllm:VllmEngine",
+    "sglang": "jdistill.teacher.engines.sglang:SglangEngine",
+    "vllm-http": "jdistill.teacher.engines.vllm_http:VllmHttpEngine",
+    "sglang-http": "jdistill.teacher.engines.sglang_http:SglangHttpEngine",
     "transformers": "jdistill.teacher.engines.transformers:TransformersEngine",
     "jax": "jdistill.teacher.engines.jax:JaxEngine",
     "fake": "jdistill.teacher.engines.fake:FakeEngine",
 }
 
 # The pip extra that brings what an engine needs.
-EXTRAS = {"vllm": "vllm", "transformers": "transformers", "jax": "student", "fake": "server"}
+EXTRAS = {
+    "vllm": "vllm",
+    "sglang": "sglang",
+    "vllm-http": "http",
+    "sglang-http": "http",
+    "transformers": "transformers",
+    "jax": "student",
+    "fake": "server",
+}
 
 
 def check_engine_name(name: str) -> None:
@@ -54,6 +65,12 @@ async def create_engine(config: TeacherServerConfig) -> Engine:
     Raises:
         ConfigError, ValueError: no such engine, a checkpoint that cannot be used, unknown engine_args.
     """
+    if config.urls and not config.engine.endswith("-http"):
+        near = f"{config.engine}-http" if f"{config.engine}-http" in ENGINES else "vllm-http, sglang-http"
+        raise ConfigError(
+            f"engine {config.engine} and urls are two ways of naming an engine: it runs a model itself. For servers "
+            f"that run already use engine {near}; to run one here leave urls out"
+        )
     # In a thread: importing torch or vLLM takes seconds, in which health checks are to be answered.
     engine = await asyncio.to_thread(engine_class, config.engine)
     return await engine.create(config)

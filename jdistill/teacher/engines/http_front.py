@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import pathlib
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -118,7 +117,7 @@ class HttpFrontEngine(Engine):
         """
 
     @abc.abstractmethod
-    def request(self, sequence: SequenceToScore, *, top_k: int) -> tuple[str, dict[str, Any]]:
+    def request(self, sequence: SequenceToScore, *, top_k: int, adapter: str = "") -> tuple[str, dict[str, Any]]:
         """(path, JSON body) that scores one sequence."""
 
     @abc.abstractmethod
@@ -169,9 +168,7 @@ class HttpFrontEngine(Engine):
             ) from None
 
     async def _score_one(self, sequence: SequenceToScore, top_k: int, adapter: str) -> TokenScores:
-        path, body = self.request(sequence, top_k=top_k)
-        if adapter:
-            body["model"] = adapter
+        path, body = self.request(sequence, top_k=top_k, adapter=adapter)
         failures: list[str] = []
         num_tokens = len(sequence.token_ids)
         tried: set[Server] = set()
@@ -280,8 +277,8 @@ class HttpFrontEngine(Engine):
                 ) from e
             if not np.abs(all_of_it[length // 2 - 1 :] - got).max() <= AGREE_WITHIN:
                 raise ConfigError(
-                    f"{server.url} ({self.version}) gives other numbers for the end of a sequence than for the whole of "
-                    "it: this version is not to be trusted"
+                    f"{server.url} ({self.version}) scores the end of a sequence otherwise than the whole of it: "
+                    "this version is not to be trusted"
                 )
             if expected is not None and not np.abs(expected - got).max() <= AGREE_WITHIN:
                 raise ConfigError(

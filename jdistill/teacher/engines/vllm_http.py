@@ -36,10 +36,10 @@ class VllmHttpEngine(HttpFrontEngine):
         self._model = name
         return {"version": version, "model": name, "max_length": None if length is None else length - 1}
 
-    def request(self, sequence: SequenceToScore, *, top_k: int) -> tuple[str, dict[str, Any]]:
+    def request(self, sequence: SequenceToScore, *, top_k: int, adapter: str = "") -> tuple[str, dict[str, Any]]:
         """See HttpFrontEngine.request."""
         return "/v1/completions", {
-            "model": self._model,
+            "model": adapter or self._model,
             "prompt": sequence.token_ids.tolist(),
             "prompt_logprobs": top_k,
             "max_tokens": 1,

@@ -1,0 +1,6 @@
+"""Stands in for torchvision, whose usual wheel is a CUDA build; for tests of text models on a CPU only."""
+
+from _absent import stand_in
+
+__version__ = "0.0.0"
+__getattr__ = stand_in("torchvision")
