@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
 import statistics
 import time
 from typing import Any
 
 DESCRIPTION = """\
-Say what a running teacher is, whether it is healthy, and how fast it answers.
+Say what a running teacher is, whether it is healthy, and how fast it answers. Works in every state of it.
 
   jdistill probe 127.0.0.1:50051
-  jdistill probe teacher:50051 --tokens 65536      a longer measurement
-  jdistill probe teacher:50051 --json --tokens 0   for scripts: no measurement
+  jdistill probe teacher:50051 --tls-ca ca.pem --token-file token
+  jdistill probe teacher:50051 --tokens 65536 --top-k 64   a longer measurement, and another one with top-k
+  jdistill probe teacher:50051 --json --tokens 0           for scripts: no measurement
 
 Tokens per second are those of one request of random tokens, after one that warms up: a lower bound, since one client
-does not fill a large server. Exit codes: 0 healthy, 1 not reachable or not healthy, 2 the request was wrong.
+does not fill a large server. A teacher that sleeps is left asleep and not measured, unless --wake is given (it stays
+awake then). Exit codes: 0 healthy (asleep, but woken by a score, is healthy too), 1 not reachable or not healthy, 2 the
+request was wrong.
 """
 
 NUM_PINGS = 5
@@ -28,78 +33,170 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See jdistill.commands."""
     parser.add_argument("endpoint", metavar="HOST:PORT")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens to score for the measurement; 0: none (4096)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="measure once more, with the teacher's top-k")
+    parser.add_argument("--wake", action="store_true", help="wake a teacher that sleeps, and measure it")
     parser.add_argument("--timeout-s", type=float, default=60.0, help="for all of it (60)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    add_credentials_arguments(parser)
+
+
+def add_credentials_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags by which a command says who it is to a teacher; see `client_credentials`."""
+    group = parser.add_argument_group("credentials")
+    group.add_argument(
+        "--tls-ca", metavar="FILE", help="PEM file: the authority of the teacher's certificate; without it: plain text"
+    )
+    group.add_argument("--tls-cert", metavar="FILE", help="PEM file: our certificate, if the teacher wants one (mTLS)")
+    group.add_argument("--tls-key", metavar="FILE", help="PEM file: its private key")
+    group.add_argument("--token-file", metavar="FILE", help="file with the bearer token, read again if it is refused")
+
+
+def client_credentials(args: argparse.Namespace) -> dict[str, Any]:
+    """`credentials` and `token` of TeacherClient. Raises ValueError if a file cannot be used."""
+    # For the lines of gRPC's own about a failed handshake: the error says it. Read once, when gRPC is loaded.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from jdistill.wire.credentials import channel_credentials, read_token
+
+    token = None
+    if args.token_file is not None:
+        read_token(args.token_file)  # a file that is no good is a mistake of the request
+
+        def token() -> str:
+            return read_token(args.token_file)
+
+    return {"credentials": channel_credentials(ca=args.tls_ca, cert=args.tls_cert, key=args.tls_key), "token": token}
 
 
 def run(args: argparse.Namespace) -> int:
     """See jdistill.commands."""
-    from jdistill.wire.errors import TeacherError
-
     if args.tokens < 0:
         raise ValueError(f"--tokens {args.tokens}: expected 0 or more")
+    if args.top_k < 0:
+        raise ValueError(f"--top-k {args.top_k}: expected 0 or more")
+    credentials = client_credentials(args)
+    from jdistill.wire.errors import TeacherError, UnavailableError
+
     facts: dict[str, Any] = {"endpoint": args.endpoint, "health": "unreachable"}
+    error: TeacherError | None = None
     try:
-        _ask(args, facts)
+        _ask(args, credentials, facts)
     except TeacherError as e:
-        if args.json:
-            print(json.dumps(facts | {"error": str(e)}))
-        raise
+        error = e
+    if error is None and facts["health"] != "SERVING":
+        error = UnavailableError(f"{args.endpoint} is {facts['health']}: {_why_not_serving(facts)}")
     if args.json:
-        print(json.dumps(facts))
-    else:
+        print(json.dumps(facts if error is None else facts | {"error": str(error)}))
+    elif "state" in facts:
         _print_table(facts)
+    if error is not None:
+        raise error
     return 0
 
 
-def _ask(args: argparse.Namespace, facts: dict[str, Any]) -> None:
+def _why_not_serving(facts: dict[str, Any]) -> str:
+    if facts["state"] == "LOADING":
+        return "it loads its model. Try again in a while; its log says more"
+    if facts["state"] == "SLEEPING":
+        return "it sleeps, and a score does not wake it (--on-sleep refuse): call Wake, or give --wake"
+    if facts["state"] == "DRAINING":
+        return "it is shutting down: calls that run may finish, then it ends"
+    return "Try again in a while; its log says more"
+
+
+def _ask(args: argparse.Namespace, credentials: dict[str, Any], facts: dict[str, Any]) -> None:
     """Fills `facts` as far as it gets."""
     import grpc
 
     from jdistill.client import TeacherClient
-    from jdistill.wire.errors import UnavailableError
+    from jdistill.wire.channel import MAX_MESSAGE_BYTES
+    from jdistill.wire.types import ServerState
 
-    with (
-        TeacherClient([args.endpoint], deadline_s=args.timeout_s) as client,  # also checks the address
+    give_up = time.monotonic() + args.timeout_s
+    options = (("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.enable_http_proxy", 0))
+    tls = credentials["credentials"]
+    with contextlib.ExitStack() as stack:
+        # Opened first: it also checks the address.
+        client = stack.enter_context(TeacherClient([args.endpoint], deadline_s=args.timeout_s, **credentials))
         # Without the client's service config: its health check would keep this channel off a server that loads.
-        grpc.insecure_channel(args.endpoint) as channel,
-    ):
-        status = _health(channel, args.endpoint, args.timeout_s)
-        facts["health"] = status
-        if status != "SERVING":
-            raise UnavailableError(
-                f"{args.endpoint} is {status}: it loads its model or is shutting down. Try again in a while; "
-                "its log says more"
-            )
-        facts["round_trip_ms"] = statistics.median(
-            _timed(lambda: _health(channel, args.endpoint, args.timeout_s)) for _ in range(NUM_PINGS)
-        ) * 1000  # fmt: skip
-        info = client.info()
-        facts |= dataclasses.asdict(info) | {"state": info.state.name, "model": dataclasses.asdict(info.model)}
-        if args.tokens:
-            facts["tokens_per_s"] = _tokens_per_s(client, info.model, args.tokens)
+        if tls is None:
+            channel = grpc.insecure_channel(args.endpoint, options)
+        else:
+            channel = grpc.secure_channel(args.endpoint, tls, options)
+        stack.enter_context(channel)
+
+        def look() -> Any:
+            info = _info(channel, args.endpoint, credentials, give_up - time.monotonic())
+            models = [dataclasses.asdict(model) for model in info.models]
+            facts.update(dataclasses.asdict(info) | {"state": info.state.name, "models": models})
+            facts["model"] = models[0] if models else None
+            facts["health"] = _health(channel, args.endpoint, tls is not None, give_up - time.monotonic())
+            return info
+
+        facts["health"] = _health(channel, args.endpoint, tls is not None, args.timeout_s)
+        facts["round_trip_ms"] = 1000 * statistics.median(
+            _timed(lambda: _health(channel, args.endpoint, tls is not None, args.timeout_s)) for _ in range(NUM_PINGS)
+        )
+        if args.tls_ca is not None:
+            facts["certificate"] = _certificate(args)
+        info = look()
+        if info.state is ServerState.SLEEPING and args.wake:
+            client.wake()
+            info = look()
+        if args.tokens and info.state is ServerState.SERVING:
+            facts["tokens_per_s"] = _tokens_per_s(client, info.model, args.tokens, 0)
+            if args.top_k:
+                facts["top_k"] = args.top_k
+                facts["top_k_tokens_per_s"] = _tokens_per_s(client, info.model, args.tokens, args.top_k)
 
 
-def _health(channel: Any, endpoint: str, timeout_s: float) -> str:
+def _certificate(args: argparse.Namespace) -> dict[str, str] | None:
+    from jdistill.wire.credentials import server_certificate
+
+    try:
+        return dataclasses.asdict(
+            server_certificate(args.endpoint, ca=args.tls_ca, cert=args.tls_cert, key=args.tls_key)
+        )
+    except (OSError, ValueError):  # gRPC, whose opinion counts, has just taken it
+        return None
+
+
+def _info(channel: Any, endpoint: str, credentials: dict[str, Any], timeout_s: float) -> Any:
+    """GetServerInfo, which is answered in every state."""
+    import grpc
+
+    from jdistill.wire import codec, status
+
+    token = credentials["token"]
+    metadata = () if token is None else (("authorization", f"Bearer {token()}"),)
+    try:
+        reply = channel.unary_unary(codec.INFO_METHOD)(b"", timeout=max(0.1, min(timeout_s, 10.0)), metadata=metadata)
+    except grpc.RpcError as e:
+        raise status.from_rpc_error(e, endpoint) from None
+    return codec.decode_server_info(reply)
+
+
+def _health(channel: Any, endpoint: str, tls: bool, timeout_s: float) -> str:
     """The name of the standard health service's answer."""
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     from jdistill.wire.codec import SERVICE
+    from jdistill.wire.credentials import handshake_remedy, why_closed
     from jdistill.wire.errors import UnavailableError
 
     try:
         reply = health_pb2_grpc.HealthStub(channel).Check(
-            health_pb2.HealthCheckRequest(service=SERVICE), timeout=min(timeout_s, 10.0)
+            health_pb2.HealthCheckRequest(service=SERVICE), timeout=max(0.1, min(timeout_s, 10.0))
         )
     except grpc.RpcError as e:
         if e.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED):
             raise UnavailableError(
                 f"{endpoint} speaks gRPC but is no jdistill teacher (no health of {SERVICE}): is the port right?"
             ) from None
+        remedy = handshake_remedy(e.details() or "") or why_closed(endpoint, tls=tls)
         raise UnavailableError(
-            f"cannot reach a teacher at {endpoint} ({e.code().name}: {e.details()}). Is it running "
-            "(jdistill teacher ... --port), are host and port right, is a firewall between?"
+            f"cannot reach a teacher at {endpoint} ({e.code().name}: {e.details()}). "
+            + (remedy or "Is it running (jdistill teacher ... --port), are host and port right, is a firewall between?")
         ) from None
     return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
 
@@ -110,7 +207,7 @@ def _timed(function: Any) -> float:
     return time.perf_counter() - begin
 
 
-def _tokens_per_s(client: Any, model: Any, num_tokens: int) -> float:
+def _tokens_per_s(client: Any, model: Any, num_tokens: int, top_k: int) -> float:
     import numpy as np
 
     from jdistill.client import SequenceToScore
@@ -121,7 +218,7 @@ def _tokens_per_s(client: Any, model: Any, num_tokens: int) -> float:
 
     def score() -> None:
         ids = rng.integers(0, model.vocab_size, (count, length), dtype=np.int32)
-        client.score([SequenceToScore(row) for row in ids])
+        client.score([SequenceToScore(row) for row in ids], top_k=top_k)
 
     score()  # the first request of a shape may compile
     return count * length / _timed(score)
@@ -131,30 +228,49 @@ def _print_table(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    model = facts["model"]
     rows = {
         "health": facts["health"],
-        "engine": f"{facts['engine']} {facts['engine_version']}",
+        "state": facts["state"] + (", woken by a score" if _wakes(facts) else ""),
+        "engine": f"{facts['engine']} {facts['engine_version']}".strip(),
         "jdistill": facts["server_version"],
-        "model": model["model"],
-        "fingerprint": model["fingerprint"],
-        "tokenizer": model["tokenizer_fingerprint"] or "none in the checkpoint",
-        "computes in": model["dtype"],
-        "vocabulary": f"{model['vocab_size']:,}",
-        "longest sequence": f"{model['max_sequence_length']:,} tokens",
-        "top-k": f"up to {model['max_top_k']:,}" if model["max_top_k"] else "no",
-        "candidates": f"up to {model['max_candidate_count']:,}" if model["max_candidate_count"] else "no",
-        "temperature": "any" if model["any_temperature"] else "1 only",
-        "largest request": f"{facts['max_request_bytes'] / 2**20:.0f} MiB"
-        if facts["max_request_bytes"]
-        else "no limit",
+    }
+    if certificate := facts.get("certificate"):
+        rows["certificate"] = f"{certificate['subject']}, until {certificate['expires']}"
+    model = facts["model"]
+    if model is not None:
+        rows |= {
+            "model": model["model"],
+            "fingerprint": model["fingerprint"],
+            "tokenizer": model["tokenizer_fingerprint"] or "none in the checkpoint",
+            "computes in": model["dtype"],
+            "vocabulary": f"{model['vocab_size']:,}",
+            "longest sequence": f"{model['max_sequence_length']:,} tokens",
+            "top-k": f"up to {model['max_top_k']:,}" if model["max_top_k"] else "no",
+            "candidates": f"up to {model['max_candidate_count']:,}" if model["max_candidate_count"] else "no",
+            "temperature": "any" if model["any_temperature"] else "1 only",
+        }
+        for adapter in facts["models"][1:]:
+            rows[f"adapter {adapter['model']}"] = adapter["fingerprint"]
+    size, queue = facts["max_request_bytes"], facts["max_queued_tokens"]
+    rows |= {
+        "largest request": f"{size / 2**20:.0f} MiB" if size else "no limit",
+        "queue": f"{queue:,} tokens" if queue else "no limit",
+        "can sleep": "yes" if facts["can_sleep"] else "no",
         "round trip": f"{facts['round_trip_ms']:.1f} ms",
     }
     if "tokens_per_s" in facts:
         rows["scores"] = f"{facts['tokens_per_s']:,.0f} tokens/s (one request)"
+    elif facts["state"] == "SLEEPING":
+        rows["scores"] = "not measured: it sleeps (--wake)"
+    if "top_k" in facts:
+        rows[f"with top-{facts['top_k']}"] = f"{facts['top_k_tokens_per_s']:,.0f} tokens/s"
     table = Table(title=facts["endpoint"], show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")  # a fingerprint that is cut cannot be compared
     for name, value in rows.items():
         table.add_row(name, value)
     Console(highlight=False).print(table)
+
+
+def _wakes(facts: dict[str, Any]) -> bool:
+    return facts["state"] == "SLEEPING" and facts["wake_on_score"]

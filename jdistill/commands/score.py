@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jdistill.commands import teacher
+from jdistill.commands.probe import add_credentials_arguments, client_credentials
 from jdistill.config import ConfigError, Section, parse
 from jdistill.wire.errors import InvalidRequestError, TeacherError, UnsupportedError, VerificationError
 from jdistill.wire.types import ModelInfo, SequenceToScore, TokenScores
@@ -25,6 +26,7 @@ DESCRIPTION = """\
 Score token sequences from a JSONL file, with a running teacher or an engine in this process.
 
   jdistill score --teacher 127.0.0.1:50051 --input in.jsonl --output out.jsonl
+  jdistill score --teacher gpu7:50051 gpu8:50051 --tls-ca ca.pem --token-file token --input in.jsonl --output out.jsonl
   jdistill score --engine transformers --model checkpoints/Qwen3-0.6B --input in.jsonl --output out.jsonl
 
 Each line of the input is {"token_ids": [..]} and, if wanted,
@@ -93,6 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     remote = parser.add_argument_group("with a running teacher")
     remote.add_argument("--teacher", nargs="+", metavar="HOST:PORT", help="its address; several are replicas")
     remote.add_argument("--deadline-s", type=float, default=600.0, help="how long a teacher may stay away (600)")
+    add_credentials_arguments(parser)
     local = parser.add_argument_group("with an engine in this process")
     teacher.add_config_arguments(local, {name: teacher.HELP[name] for name in ENGINE_FLAGS})
 
@@ -106,6 +109,11 @@ def run(args: argparse.Namespace) -> int:
         )
     if not args.teacher and not local:
         raise ConfigError("give --teacher HOST:PORT (one that runs) or --engine NAME --model DIR (in this process)")
+    given = [name for name in ("tls_ca", "tls_cert", "tls_key", "token_file") if getattr(args, name)]
+    if given and not args.teacher:
+        raise ConfigError(
+            f"--{given[0].replace('_', '-')} is for --teacher: an engine in this process asks for nothing"
+        )
     config = None if args.teacher else teacher.config_of(args, ENGINE_FLAGS, None, [])
     source, target = pathlib.Path(args.input), pathlib.Path(args.output)
     if not source.is_file():
@@ -116,7 +124,8 @@ def run(args: argparse.Namespace) -> int:
         break
     else:
         raise ConfigError(f"--input {source} is empty: expected a JSON object a line, with token_ids")
-    asyncio.run(_run(args, config, source, target))
+    credentials = client_credentials(args)
+    asyncio.run(_run(args, config, credentials, source, target))
     return 0
 
 
@@ -234,7 +243,9 @@ class EngineHere:
 
 
 @contextlib.asynccontextmanager
-async def _teacher(args: argparse.Namespace, config: Any, console: Any) -> AsyncIterator[Teacher]:
+async def _teacher(
+    args: argparse.Namespace, config: Any, credentials: dict[str, Any], console: Any
+) -> AsyncIterator[Teacher]:
     if config is None:
         from jdistill.client import TeacherClient
 
@@ -242,7 +253,7 @@ async def _teacher(args: argparse.Namespace, config: Any, console: Any) -> Async
             if message is not None:
                 console.print(message)
 
-        with TeacherClient(args.teacher, deadline_s=args.deadline_s, on_wait=on_wait) as client:
+        with TeacherClient(args.teacher, deadline_s=args.deadline_s, on_wait=on_wait, **credentials) as client:
             # In a thread: Ctrl-C is to end the wait for a teacher that is not there.
             yield RunningTeacher(client, (await asyncio.to_thread(client.info)).model)
         return
@@ -255,12 +266,14 @@ async def _teacher(args: argparse.Namespace, config: Any, console: Any) -> Async
         await here.close()
 
 
-async def _run(args: argparse.Namespace, config: Any, source: pathlib.Path, target: pathlib.Path) -> None:
+async def _run(
+    args: argparse.Namespace, config: Any, credentials: dict[str, Any], source: pathlib.Path, target: pathlib.Path
+) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True, highlight=False)
-    async with _teacher(args, config, console) as scorer:
+    async with _teacher(args, config, credentials, console) as scorer:
         num_sequences, num_tokens = check(source, scorer.model, args.temperature)
         columns = (
             TextColumn("scoring"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import types
 import typing
 from typing import Any
@@ -17,10 +16,17 @@ Serve a model's token log-probabilities over gRPC.
   jdistill teacher --engine vllm --model checkpoints/Qwen3-14B --tensor-parallel-size 2
   jdistill teacher --engine transformers --model checkpoints/Qwen3-0.6B --port 0 --port-file teacher.port
   jdistill teacher configs/teacher_vllm.yaml model=checkpoints/Qwen3-14B engine_args.gpu_memory_utilization=0.9
+  jdistill teacher --engine vllm --model checkpoints/Qwen3-14B --host 0.0.0.0 \
+      --tls-cert server.pem --tls-key server.key --token-file tokens --metrics-port 9090 --log-format json
 
 The port is bound first and the model loaded then: health (grpc.health.v1) says NOT_SERVING until calls are answered.
 SIGTERM or Ctrl-C ends the sidecar in order: calls that run may finish, new ones are refused. `jdistill probe HOST:PORT`
 says what runs there. Exit codes: 0 stopped, 1 the engine died, 2 it could not start as asked.
+
+Beyond loopback it listens only with TLS or --insecure. Certificate and token files are read again when they change. The
+token file has a token a line, after it an expiry if wanted (2030-01-31T12:00:00Z), and # comments; calls carry one as
+"authorization: Bearer TOKEN", but for those of grpc.health.v1. Metrics are plain HTTP, so they are served on loopback
+only, unless --insecure is given; with --port-file, their port is written to a file of that name with ".metrics" added.
 """
 
 # One line for each field of TeacherServerConfig.
@@ -31,7 +37,7 @@ HELP = {
     "served_name": "name that clients see (default: the directory's name)",
     "adapters": "LoRA adapter: name that clients use, and its PEFT directory; may be repeated",
     "host": "address to listen on",
-    "insecure": "allow a host beyond loopback, without encryption or authentication",
+    "insecure": "allow a host beyond loopback without TLS, and serve metrics there",
     "port": "port to listen on; 0: any free one, see --port-file",
     "port_file": "file to which the port is written once the server answers",
     "dtype": "float32, bfloat16, float16 or auto (the checkpoint's)",
@@ -46,11 +52,11 @@ HELP = {
     "max_queued_tokens": "tokens that may wait; above that calls are refused with RESOURCE_EXHAUSTED",
     "offload": "allow Sleep and Wake, which free the GPU's memory between scoring phases",
     "on_sleep": "what a score that arrives in sleep does: wake or refuse",
-    "tls_cert": "PEM file: this server's certificate; with --tls-key, clients must use TLS",
+    "tls_cert": "PEM file: this server's certificate (chain); with --tls-key, clients must use TLS",
     "tls_key": "PEM file: this server's private key",
     "tls_client_ca": "PEM file: clients must show a certificate signed by this authority (mTLS)",
     "token_file": "file of bearer tokens, one a line, each with an expiry date (ISO 8601) if wanted",
-    "metrics_port": "port for Prometheus metrics over HTTP; 0: any free one (default: none)",
+    "metrics_port": "port for Prometheus metrics at http://HOST:PORT/metrics; 0: any free one (default: none)",
     "log_format": "text or json",
     "drain_timeout_s": "seconds in which running calls may finish after SIGTERM",
     "engine_args": "argument of the engine by its own name, e.g. gpu_memory_utilization=0.9; may be repeated",
@@ -145,16 +151,16 @@ def _plain_type(annotation: Any) -> type:
 
 def run(args: argparse.Namespace) -> int:
     """See jdistill.commands."""
+    if args.config is not None and "=" in args.config:
+        raise ConfigError(f"{args.config}: changes come after a configuration file; without one use flags (--help)")
+    config = config_of(args, HELP, args.config, args.overrides)
+    from jdistill.teacher.logs import configure
+
+    configure(config.log_format, args.log_level)
     from jdistill.teacher.server import exit_soon, exit_with_parent, serve
 
     if args.exit_with_parent is not None:
         exit_with_parent(args.exit_with_parent or None)
-    if args.config is not None and "=" in args.config:
-        raise ConfigError(f"{args.config}: changes come after a configuration file; without one use flags (--help)")
-    config = config_of(args, HELP, args.config, args.overrides)
-    logging.basicConfig(
-        level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
-    )
     code = serve(config)
     exit_soon(code)
     return code

@@ -204,7 +204,7 @@ def why_closed(endpoint: str, *, tls: bool) -> str | None:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # we ask what it speaks, and tell it nothing
     context.set_alpn_protocols(["h2"])
-    shook = False
+    shook = refused = False
     try:
         with (
             socket.create_connection((host.strip("[]"), int(port)), timeout=DIAGNOSIS_TIMEOUT_S) as plain,
@@ -212,18 +212,19 @@ def why_closed(endpoint: str, *, tls: bool) -> str | None:
         ):
             shook = True
             if tls:
-                secure.recv(1)  # in TLS 1.3 a server says only after the handshake that it wants a certificate
+                # In TLS 1.3 a server says only after the handshake that it wanted a certificate: by an alert, or, as
+                # gRPC's does, by hanging up where another one would begin to speak HTTP/2.
+                refused = secure.recv(1) == b""
     except ssl.SSLError as e:
         refused = "ALERT" in (e.reason or "")
-        if tls and refused:
-            return (
-                "this server wants a client certificate that its --tls-client-ca has signed (tls_cert, tls_key): none "
-                "was given, or not such a one, or it has expired"
-            )
-        shook = shook or refused
     except OSError:
         pass
-    if shook and not tls:
+    if tls and refused:
+        return (
+            "this server wants a client certificate that its --tls-client-ca has signed (tls_cert, tls_key): none was "
+            "given, or not such a one, or it has expired"
+        )
+    if not tls and (shook or refused):
         return "this server speaks TLS: give its authority's file (tls_ca)"
     return None
 
