@@ -85,6 +85,8 @@ class BatchedEngine(Engine):
         self._dispatcher: asyncio.Task[None] | None = None
         self._dead: EngineDeadError | None = None
         self._closed = False
+        self._asleep = False
+        self.can_sleep = config.offload
         self._worker = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
 
     @classmethod
@@ -142,6 +144,22 @@ class BatchedEngine(Engine):
                     yield item
         finally:  # closed early, cancelled or failed: what has not begun will not begin
             self._waiting = [work for work in self._waiting if work.call is not call]
+
+    async def sleep(self) -> None:
+        """See Engine.sleep: the weights are let go, and loaded again by `wake`."""
+        if not self.can_sleep:
+            await super().sleep()
+        if not self._asleep:
+            self._asleep = True
+            await self._in_worker(self.unload)
+
+    async def wake(self) -> None:
+        """See Engine.wake; `info` is then that of the checkpoint as it is now."""
+        if not self.can_sleep:
+            await super().wake()
+        if self._asleep:
+            await self._in_worker(self.load)
+            self._asleep = False
 
     async def close(self) -> None:
         """See Engine.close."""

@@ -82,7 +82,7 @@ def test_bfloat16_is_served_when_asked_and_has_another_fingerprint(tmp_path):
         ({"engine_args": {"devise": "cpu"}}, "does not know 'devise'; did you mean 'device'"),
         ({"engine_args": {"device": "abacus"}}, "none that PyTorch knows"),
         ({"engine_args": {"chunk_tokens": 0}}, "positive integer, got 0"),
-        ({"tensor_parallel_size": 2}, "runs on one device, got 2; use the vllm engine"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size: the transformers engine cannot do that"),
         ({"max_sequence_length": 129}, "expected 2 to 128"),
         ({"dtype": "float64"}, "auto or one of float32, bfloat16, float16, got 'float64'"),
     ],

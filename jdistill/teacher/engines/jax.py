@@ -19,7 +19,7 @@ from jax.sharding import AxisType
 
 from jdistill import models
 from jdistill.teacher.batching import BatchedEngine, split_scores
-from jdistill.teacher.engines.options import check_engine_args, model_info
+from jdistill.teacher.engines.options import check_engine_args, check_sizes, model_info
 from jdistill.wire.errors import EngineDeadError
 from jdistill.wire.types import SequenceToScore, TokenScores
 
@@ -47,6 +47,7 @@ class JaxEngine(BatchedEngine):
     """Scores with jdistill.models; top-k, candidates and any temperature, all up to the whole vocabulary."""
 
     name = "jax"
+    _compiled = False
 
     def load(self) -> None:
         """See BatchedEngine.load."""
@@ -57,6 +58,7 @@ class JaxEngine(BatchedEngine):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"engine_args: {name} must be a positive integer, got {value!r}")
         self.version = jax.__version__
+        check_sizes(self.name, config, "tensor_parallel_size")
         self.info = model_info(config)
         devices = jax.devices()
         if config.tensor_parallel_size > len(devices):
@@ -77,6 +79,9 @@ class JaxEngine(BatchedEngine):
             config.model, compute_dtype=self.info.dtype, param_dtype=self.info.dtype, mesh=mesh, remat="none"
         )
         graphdef, self._params = nnx.split(decoder)
+        if self._compiled:
+            return
+        self._compiled = True
         self._hidden = jax.jit(functools.partial(_hidden, graphdef))
         self._take = jax.jit(lambda hidden_BSD, rows_n, columns_n: hidden_BSD[rows_n, columns_n])
         self._project = jax.jit(functools.partial(_project, graphdef), static_argnames="top_k")
@@ -161,7 +166,7 @@ class JaxEngine(BatchedEngine):
 
     def unload(self) -> None:
         """See BatchedEngine.unload."""
-        self._params = self._hidden = self._take = self._project = None
+        self._params = None  # the compiled functions stay: waking costs a read, not a compilation
 
 
 def _padded(values: np.ndarray, size: int) -> np.ndarray:

@@ -37,6 +37,28 @@ def check_engine_args(engine: str, given: Mapping[str, Any], valid: Iterable[str
         raise ValueError(f"engine_args: the {engine} engine does not know {name!r}; {hint}")
 
 
+def check_sizes(engine: str, config: TeacherServerConfig, *supported: str) -> None:
+    """Raises ValueError if the configuration asks for what `engine` has not, naming the field and the remedy.
+
+    Args:
+        engine: its name.
+        config: of the sidecar.
+        supported: which of the fields below this engine knows.
+    """
+    remedies = {
+        "tensor_parallel_size": "use the vllm or sglang engine to spread a model, or one sidecar a GPU as replicas",
+        "pipeline_parallel_size": "use the vllm or sglang engine to spread a model",
+        "data_parallel_size": "start several sidecars and give the client all their addresses",
+        "quantization": "use the vllm or sglang engine, or a checkpoint that is quantised already",
+        "memory_fraction": "leave it out: this engine takes what the model needs; max_batch_tokens bounds the rest",
+        "adapters": "use the vllm engine, or merge the adapter into the checkpoint",
+    }
+    for name, remedy in remedies.items():
+        value = getattr(config, name)
+        if name not in supported and value not in (1, None, {}):
+            raise ValueError(f"{name}: the {engine} engine cannot do that (got {value!r}); {remedy}")
+
+
 def model_info(
     config: TeacherServerConfig,
     *,

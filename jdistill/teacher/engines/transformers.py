@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from jdistill.teacher.batching import BatchedEngine, split_scores
-from jdistill.teacher.engines.options import check_engine_args, model_info
+from jdistill.teacher.engines.options import check_engine_args, check_sizes, model_info
 from jdistill.wire.errors import EngineDeadError
 from jdistill.wire.types import SequenceToScore, TokenScores
 
@@ -40,11 +40,7 @@ class TransformersEngine(BatchedEngine):
         config = self.config
         check_engine_args(self.name, config.engine_args, ENGINE_ARGS)
         args = {**ENGINE_ARGS, **config.engine_args}
-        if config.tensor_parallel_size != 1:
-            raise ValueError(
-                f"tensor_parallel_size: the transformers engine runs on one device, got {config.tensor_parallel_size}; "
-                "use the vllm engine to spread a model, or start one sidecar a GPU as replicas"
-            )
+        check_sizes(self.name, config)
         self.version = transformers.__version__
         self.info = model_info(config)
         chunk_tokens = args["chunk_tokens"]
