@@ -3,6 +3,10 @@
 aiohttp is the client: asynchronous, pooled, and already there wherever vLLM or SGLang is installed. A request that is
 cancelled closes its connection, which is how both servers learn that nobody waits any more.
 
+Nobody tells this process that somebody else's server was started again with other weights under the same name. So a
+server scores a probe before its first sequence, after every failure and after every pause, and it is left out unless it
+is what it was.
+
 Dimension key: P scored positions of one sequence, K top-k, C candidates.
 """
 
@@ -33,13 +37,16 @@ from jdistill.checkpoint_files import (
 from jdistill.config import ConfigError, Section, TeacherServerConfig, parse
 from jdistill.teacher.engines.base import Engine
 from jdistill.teacher.fingerprint import model_fingerprint
-from jdistill.wire.errors import InvalidRequestError, TeacherError, UnavailableError
+from jdistill.wire.errors import FingerprintMismatchError, InvalidRequestError, TeacherError, UnavailableError
 from jdistill.wire.types import ModelInfo, SequenceToScore, TokenScores
 
 logger = logging.getLogger(__name__)
 
 LEFT_OUT_S = 2.0  # how long a server that failed is not asked, unless all have failed
-AGREE_WITHIN = 0.25  # nats between two servers' scores of the probe: rounding of 16 bits, not another model
+# How long a server's last answer vouches for it. Shorter than any start of vLLM or SGLang (7 s at least): a restart is
+# either met by a request, which fails, or falls into a pause of more than this.
+TRUSTED_S = 5.0
+AGREE_WITHIN = 0.25  # nats between two scores of the probe: rounding of 16 bits, not another model
 
 
 class HttpOptions(Section):
@@ -48,7 +55,7 @@ class HttpOptions(Section):
     max_connections: int = pydantic.Field(64, ge=1)  # requests under way at each server
     timeout_s: float = pydantic.Field(600.0, gt=0)  # of one request
     api_key_file: str | None = None  # holds the key that the server asks for (authorization: Bearer)
-    max_top_k: int = pydantic.Field(20, ge=0)  # the server's own limit: vLLM's --max-logprobs
+    max_top_k: int = pydantic.Field(20, ge=0)  # up to the server's own limit (vLLM: --max-logprobs, 20 by default)
 
 
 class Server:
@@ -58,7 +65,9 @@ class Server:
         self.url = url.rstrip("/")
         self.outstanding_tokens = 0
         self.left_out_until = 0.0
+        self.trusted_until = 0.0  # see TRUSTED_S
         self.slots = asyncio.Semaphore(max_connections)
+        self.admission = asyncio.Lock()
 
 
 class ServerRefusedError(TeacherError):
@@ -72,12 +81,18 @@ class HttpFrontEngine(Engine):
 
     max_candidate_count = 0
     options_class: type[HttpOptions] = HttpOptions
+    ways: tuple[str, ...] = (
+        "plain",
+    )  # of scoring, the best first; the last is the one that the others must agree with
 
     def __init__(self, config: TeacherServerConfig, urls: Sequence[str]):
         self._config = config
         self.options = parse(self.options_class, config.engine_args, source=f"engine_args of the {self.name} engine")
         self._servers = [Server(url, self.options.max_connections) for url in urls]
         self._session: aiohttp.ClientSession | None = None
+        self._identity: dict[str, Any] | None = None  # of the first server that answered
+        self._expected: TokenScores | None = None  # of the whole probe, by that server
+        self.way = self.ways[-1]
         self.version = "unknown"
 
     @classmethod
@@ -89,10 +104,14 @@ class HttpFrontEngine(Engine):
         return engine
 
     async def connect(self) -> None:
-        """Asks every server what it is, and scores a probe with each."""
+        """Asks every server what it is, and has each score a probe; one that does not answer is left out for now.
+
+        Raises:
+            ConfigError: none answers, or one is not what the configuration, or another of them, says.
+        """
         headers = {}
         if self.options.api_key_file is not None:
-            headers["Authorization"] = f"Bearer {pathlib.Path(self.options.api_key_file).read_text().strip()}"
+            headers["Authorization"] = f"Bearer {_read_key(self.options.api_key_file)}"
         # No trust_env: http_proxy and its kin are for the internet, the server is a neighbour.
         self._session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=self.options.timeout_s, sock_connect=10.0),
@@ -100,21 +119,47 @@ class HttpFrontEngine(Engine):
             headers=headers,
             raise_for_status=False,
         )
+        failures = []
         try:
-            identities = [await self.identify(server) for server in self._servers]
-            await self._describe(identities)
-            await self._probe()
+            for server in self._servers:
+                try:
+                    await self._admit(server)
+                except UnavailableError as e:
+                    self._leave_out(server)
+                    failures.append(str(e))
+            if len(failures) == len(self._servers):
+                raise ConfigError(f"{'; '.join(failures)}; is the server up, and the URL right?")
+        except FingerprintMismatchError as e:
+            await self.close()
+            raise ConfigError(str(e)) from e
         except BaseException:
             await self.close()
             raise
+        for failure in failures:
+            logger.warning("%s; it is left out until it answers", failure)
+        logger.info(
+            "%d of %d servers: %s %s, scoring by %s, top_k up to %d, %d candidates",
+            len(self._servers) - len(failures),
+            len(self._servers),
+            self.name,
+            self.version,
+            self.way,
+            self.info.max_top_k,
+            self.info.max_candidate_count,
+        )
 
     @abc.abstractmethod
     async def identify(self, server: Server) -> dict[str, Any]:
-        """What the server says of itself: at least "version", "model" (its name), "max_length" (tokens or None).
+        """What the server says of itself: "version", "model" (its name), "max_length" (tokens or None), "root" (path).
 
         Raises:
             ConfigError: it is not such a server, or serves another model than the configuration says.
+            UnavailableError: it does not answer.
         """
+
+    def use(self, way: str) -> None:
+        """From now on `request` and `read` follow `way`, one of `ways`."""
+        self.way = way
 
     @abc.abstractmethod
     def request(self, sequence: SequenceToScore, *, top_k: int, adapter: str = "") -> tuple[str, dict[str, Any]]:
@@ -152,24 +197,30 @@ class HttpFrontEngine(Engine):
             await session.close()
 
     async def get(self, server: Server, path: str) -> Any:
-        """JSON of GET. Raises ConfigError that names the URL."""
+        """JSON of GET.
+
+        Raises:
+            ConfigError: another answer than JSON; names the URL.
+            UnavailableError: no answer, or the server is loading.
+        """
         assert self._session is not None
         try:
             async with self._session.get(server.url + path) as reply:
+                if reply.status in (429, 502, 503, 504):
+                    raise UnavailableError(f"{server.url}{path} answers {reply.status} {reply.reason}")
                 if reply.status != 200:
                     raise ConfigError(
                         f"{server.url}{path} answers {reply.status} {reply.reason}: is a server of the {self.name} "
                         "engine's kind there, and does it want a key (engine_args.api_key_file)?"
                     )
                 return await reply.json(content_type=None)
-        except (aiohttp.ClientError, TimeoutError, ValueError) as e:
-            raise ConfigError(
-                f"cannot reach {server.url}{path} ({type(e).__name__}: {e}); is the server up, and the URL right?"
-            ) from None
+        except ValueError as e:
+            raise ConfigError(f"{server.url}{path} does not answer in JSON: {e}") from None
+        except (aiohttp.ClientError, TimeoutError, OSError) as e:
+            raise UnavailableError(f"cannot reach {server.url}{path} ({type(e).__name__}: {e})") from None
 
     async def _score_one(self, sequence: SequenceToScore, top_k: int, adapter: str) -> TokenScores:
-        path, body = self.request(sequence, top_k=top_k, adapter=adapter)
-        failures: list[str] = []
+        failures: list[TeacherError] = []
         num_tokens = len(sequence.token_ids)
         tried: set[Server] = set()
         while len(tried) < len(self._servers):
@@ -181,15 +232,38 @@ class HttpFrontEngine(Engine):
             server.outstanding_tokens += num_tokens
             try:
                 async with server.slots:
-                    reply = await self._post(server, path, body)
-            except UnavailableError as e:
-                server.left_out_until = time.monotonic() + LEFT_OUT_S
-                failures.append(str(e))
+                    if server.trusted_until < time.monotonic():
+                        async with server.admission:
+                            if server.trusted_until < time.monotonic():  # else another task has just done it
+                                await self._admit(server)
+                    scores = await self._ask(server, sequence, top_k, adapter)
+            except (UnavailableError, FingerprintMismatchError) as e:
+                self._leave_out(server)
+                failures.append(e)
                 continue
             finally:
                 server.outstanding_tokens -= num_tokens
+            server.trusted_until = time.monotonic() + TRUSTED_S
+            return scores
+        changed = all(isinstance(e, FingerprintMismatchError) for e in failures)
+        error = FingerprintMismatchError if changed else UnavailableError
+        raise error("; ".join(map(str, failures)))
+
+    def _leave_out(self, server: Server) -> None:
+        server.left_out_until = time.monotonic() + LEFT_OUT_S
+        server.trusted_until = 0.0
+
+    async def _ask(self, server: Server, sequence: SequenceToScore, top_k: int, adapter: str = "") -> TokenScores:
+        path, body = self.request(sequence, top_k=top_k, adapter=adapter)
+        reply = await self._post(server, path, body)
+        try:
             return self.read(reply, sequence, top_k=top_k)
-        raise UnavailableError("; ".join(failures))
+        except ServerRefusedError as e:
+            raise ServerRefusedError(f"{server.url}: {e}") from None
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+            raise ServerRefusedError(
+                f"{server.url}: a reply that {self.name} cannot read ({type(e).__name__}: {e})"
+            ) from e
 
     async def _post(self, server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
         assert self._session is not None
@@ -200,6 +274,8 @@ class HttpFrontEngine(Engine):
             raise UnavailableError(f"{server.url}: {type(e).__name__}: {e}") from None
         if reply.status in (429, 502, 503, 504):
             raise UnavailableError(f"{server.url} answers {reply.status}: {_excerpt(data)}")
+        if reply.status >= 500 and not await self._healthy(server):  # its engine has died: others may live
+            raise UnavailableError(f"{server.url} answers {reply.status} and is not healthy: {_excerpt(data)}")
         try:
             parsed = json.loads(data)
         except ValueError:
@@ -210,19 +286,67 @@ class HttpFrontEngine(Engine):
             raise ServerRefusedError(f"{server.url} answers {reply.status}: {_excerpt(data)}")
         return parsed
 
-    async def _describe(self, identities: list[dict[str, Any]]) -> None:
-        config, first = self._config, identities[0]
-        for server, identity in zip(self._servers, identities, strict=True):
-            for name in ("model", "max_length"):
-                if identity[name] != first[name]:
-                    raise ConfigError(
-                        f"the servers differ in {name}: {self._servers[0].url} says {first[name]!r}, {server.url} says "
-                        f"{identity[name]!r}; the URLs of one teacher serve the same model"
-                    )
-        self.version = str(first["version"])
+    async def _healthy(self, server: Server) -> bool:
+        assert self._session is not None
+        try:
+            async with self._session.get(server.url + "/health", timeout=aiohttp.ClientTimeout(total=5.0)) as reply:
+                return reply.status == 200
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
+
+    async def _admit(self, server: Server) -> None:
+        """Asks a server what it is and has it score the probe.
+
+        Raises:
+            ConfigError: the first server to answer cannot be used with this configuration.
+            FingerprintMismatchError: it is not what the first one was.
+            UnavailableError: it does not answer.
+        """
+        first = self._identity is None
+        try:
+            identity = await self.identify(server)
+        except ConfigError as e:
+            if first:
+                raise
+            raise FingerprintMismatchError(str(e)) from e
+        if first:
+            self._describe(server, identity)
+            try:
+                await self._choose(server)
+            except ServerRefusedError as e:
+                raise ConfigError(f"{server.url} ({self.version}) does not score a probe: {e}") from e
+            self._identity = identity
+        else:
+            self._compare_identity(server, identity)
+            try:
+                got = await self._ask(server, self._probe(), self._probe_top_k())
+            except (ServerRefusedError, InvalidRequestError) as e:
+                raise FingerprintMismatchError(f"{server.url} does not score the probe any more: {e}") from e
+            off = self._distance(got)
+            if not off <= AGREE_WITHIN:
+                raise FingerprintMismatchError(
+                    f"{server.url} scores the probe {off:.3g} nats from what the first server said at start: other "
+                    "weights. The URLs of one teacher serve one model; restart the sidecar if that was meant"
+                )
+        server.trusted_until = time.monotonic() + TRUSTED_S
+
+    def _compare_identity(self, server: Server, identity: dict[str, Any]) -> None:
+        assert self._identity is not None
+        for name in ("model", "max_length"):
+            if identity[name] != self._identity[name]:
+                raise FingerprintMismatchError(
+                    f"the servers differ in {name}: {server.url} says {identity[name]!r}, at start it was "
+                    f"{self._identity[name]!r}; the URLs of one teacher serve the same model"
+                )
+
+    def _describe(self, server: Server, identity: dict[str, Any]) -> None:
+        """Makes `info` of the files in `config.model` and what the server says; raises ConfigError if they differ."""
+        config = self._config
+        self.version = str(identity["version"])
         path = pathlib.Path(config.model)
         hf_config = read_config(path)
-        longest = min(context_length(hf_config), first["max_length"] or context_length(hf_config))
+        _check_root(server, identity.get("root"), path)
+        longest = min(context_length(hf_config), identity["max_length"] or context_length(hf_config))
         if config.max_sequence_length is not None and not 2 <= config.max_sequence_length <= longest:
             raise ConfigError(
                 f"max_sequence_length: expected 2 to {longest} (the limit of the server), got "
@@ -233,7 +357,7 @@ class HttpFrontEngine(Engine):
             fingerprint = model_fingerprint(path, dtype)
         except (FileNotFoundError, ValueError):  # no weights here: all that can be told apart is what the server says
             dtype = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "unknown")
-            known = json.dumps([hf_config, first["model"], first["max_length"]], sort_keys=True)
+            known = json.dumps([hf_config, identity["model"], identity["max_length"]], sort_keys=True)
             fingerprint = hashlib.sha256(known.encode()).hexdigest()
         size = vocab_size(hf_config)
         self.info = ModelInfo(
@@ -243,49 +367,108 @@ class HttpFrontEngine(Engine):
             vocab_size=size,
             max_sequence_length=config.max_sequence_length or longest,
             max_top_k=min(self.options.max_top_k, size),
-            max_candidate_count=min(self.max_candidate_count, size),
+            max_candidate_count=0,
             any_temperature=False,
             dtype=dtype,
         )
+
+    async def _choose(self, server: Server) -> None:
+        """Takes the first way that gives the last way's scores of the probe; the last one must."""
+        top_k = self._probe_top_k()
+        self.use(self.ways[-1])
+        try:
+            self._expected = await self._ask(server, SequenceToScore(self._probe().token_ids), top_k)
+        except InvalidRequestError as e:
+            raise ServerRefusedError(f"{e}. Does it allow top_k = {top_k} (engine_args.max_top_k)?") from e
+        mass = np.exp(self._expected.top_logprobs.astype(np.float64)).sum(axis=-1).max() if top_k else 1.0
+        if not mass <= 1.01:
+            raise ServerRefusedError(
+                f"the {top_k} most likely tokens have a probability of {mass:.3g} together: it returns something else "
+                "than log-probabilities of the raw logits (vLLM: start it with --logprobs-mode raw_logprobs)"
+            )
+        reasons = []
+        for way in self.ways:
+            self.use(way)
+            self._set_candidates(self.max_candidate_count)
+            try:
+                off = self._distance(await self._ask(server, self._probe(), top_k))
+            except (ServerRefusedError, InvalidRequestError) as e:
+                reasons.append(f"{way}: {e}")
+                continue
+            if off <= AGREE_WITHIN:  # written so that NaN fails
+                break
+            reasons.append(f"{way}: scores the end of a sequence {off:.3g} nats from the whole of it")
+        else:
+            raise ServerRefusedError("; ".join(reasons))
+        if reasons:
+            logger.info("%s does not score by %s", server.url, "; nor by ".join(reasons))
+
+    def _set_candidates(self, count: int) -> None:
+        self.info = dataclasses.replace(self.info, max_candidate_count=min(count, self.info.vocab_size))
         self.adapters = {
             name: dataclasses.replace(
                 self.info,
                 model=name,
                 base_model=self.info.model,
-                fingerprint=hashlib.sha256(f"{fingerprint} {name} {path}".encode()).hexdigest(),
+                fingerprint=hashlib.sha256(f"{self.info.fingerprint} {name} {path}".encode()).hexdigest(),
             )
-            for name, path in config.adapters.items()
+            for name, path in self._config.adapters.items()
         }
 
-    async def _probe(self) -> None:
-        """Each server scores the same short sequence: does this API give what we read out of it, and all the same?"""
+    def _probe(self) -> SequenceToScore:
+        """A short sequence, its second half scored; with two candidates, the whole probe's top-k, where they can be."""
         length = min(12, self.info.max_sequence_length)
         ids = (np.arange(1, length + 1) * max(1, self.info.vocab_size // 13) % self.info.vocab_size).astype(np.int32)
-        probe = SequenceToScore(ids, ((length // 2, length),))
-        top_k = min(2, self.info.max_top_k)
-        expected: np.ndarray | None = None
-        for server in self._servers:
-            path, body = self.request(probe, top_k=top_k)
-            try:
-                got = self.read(await self._post(server, path, body), probe, top_k=top_k).logprobs
-                whole = SequenceToScore(ids)
-                path, body = self.request(whole, top_k=0)
-                all_of_it = self.read(await self._post(server, path, body), whole, top_k=0).logprobs
-            except TeacherError as e:
-                raise ConfigError(
-                    f"{server.url} ({self.version}) does not score a probe as the {self.name} engine needs it: {e}"
-                ) from e
-            if not np.abs(all_of_it[length // 2 - 1 :] - got).max() <= AGREE_WITHIN:
-                raise ConfigError(
-                    f"{server.url} ({self.version}) scores the end of a sequence otherwise than the whole of it: "
-                    "this version is not to be trusted"
-                )
-            if expected is not None and not np.abs(expected - got).max() <= AGREE_WITHIN:
-                raise ConfigError(
-                    f"{server.url} and {self._servers[0].url} score the same sequence differently, by up to "
-                    f"{np.abs(expected - got).max():.3g} nats: they serve different weights"
-                )
-            expected = got if expected is None else expected
+        begin = length // 2
+        candidates = None
+        if self.info.max_candidate_count and self._probe_top_k():
+            assert self._expected is not None and self._expected.top_ids is not None
+            candidates = self._expected.top_ids[begin - 1 :, : min(2, self.info.max_candidate_count)]
+        return SequenceToScore(ids, ((begin, length),), candidates)
+
+    def _probe_top_k(self) -> int:
+        return self.info.max_top_k
+
+    def _distance(self, got: TokenScores) -> float:
+        """Nats between scores of the probe and those of the whole probe at start; NaN if there are NaN."""
+        assert self._expected is not None
+        begin = len(self._expected.logprobs) - len(got.logprobs)
+        pairs = [(got.logprobs, self._expected.logprobs[begin:])]
+        if got.top_logprobs is not None:
+            pairs.append((got.top_logprobs, self._expected.top_logprobs[begin:]))
+        if got.candidate_logprobs is not None:
+            pairs.append(
+                (got.candidate_logprobs, self._expected.top_logprobs[begin:, : got.candidate_logprobs.shape[1]])
+            )
+        return max(float(np.abs(ours - theirs).max()) for ours, theirs in pairs)
+
+
+def _read_key(file: str) -> str:
+    try:
+        key = pathlib.Path(file).read_text().strip()
+    except OSError as e:
+        raise ConfigError(f"engine_args.api_key_file: {file}: {e.strerror}") from None
+    if not key or not key.isprintable() or not key.isascii():
+        raise ConfigError(f"engine_args.api_key_file: {file} holds no key: expected one line of text")
+    return key
+
+
+def _check_root(server: Server, root: Any, path: pathlib.Path) -> None:
+    """Where the server's checkpoint can be read here, it must be the configuration's."""
+    if not isinstance(root, str):
+        return
+    ours = (vocab_size(read_config(path)), tokenizer_fingerprint(path))
+    try:
+        theirs = (vocab_size(read_config(root)), tokenizer_fingerprint(root))
+    except (OSError, ValueError):  # a name on a hub, or a directory of another machine
+        if pathlib.PurePath(root).name != path.resolve().name:
+            logger.warning("%s serves %s; make sure that it is the model of %s", server.url, root, path)
+        return
+    if ours != theirs:
+        raise ConfigError(
+            f"model {path} has another vocabulary or tokenizer than {root}, which {server.url} serves; give the "
+            "directory of the model that the server serves"
+        )
 
 
 def _check_urls(name: str, config: TeacherServerConfig) -> None:
@@ -325,7 +508,7 @@ def finish(
         raise ServerRefusedError("the server scored other tokens than it was asked for")
     return TokenScores(
         logprobs=_clamp(logprobs_P),
-        top_ids=None if top is None else np.asarray(top[0], np.int32),
+        top_ids=None if top is None else _ids(top[0]),
         top_logprobs=None if top is None else _clamp(top[1]),
         candidate_logprobs=None if candidate_logprobs is None else _clamp(candidate_logprobs),
         token_crc=crc,
@@ -333,6 +516,18 @@ def finish(
 
 
 def _clamp(values: Any) -> np.ndarray:
-    """float32; rounding can leave a log-probability a few 1e-7 above 0. JSON's NaN stays, and is refused later."""
-    array = np.asarray(values, np.float32)
-    return np.where(array > 1e-4, array, np.minimum(array, np.float32(0)))
+    """float32; rounding can leave a log-probability a few 1e-7 above 0. What cannot be one is refused."""
+    array = np.asarray(values, np.float32)  # None becomes NaN
+    if not (array <= 1e-4).all():  # NaN too
+        raise ServerRefusedError(
+            "the server returned a log-probability that is missing, NaN or above 0 (are its logprobs those of the raw "
+            "logits? vLLM: --logprobs-mode raw_logprobs)"
+        )
+    return np.minimum(array, np.float32(0))
+
+
+def _ids(values: Any) -> np.ndarray:
+    array = np.asarray(values, np.int64)
+    if ((array < 0) | (array > np.iinfo(np.int32).max)).any():
+        raise ServerRefusedError("the server returned a token id that cannot be one")
+    return array.astype(np.int32)
