@@ -59,6 +59,23 @@ class FlipBit(At):
         out.write(bytes([hit[0] ^ 1 << self.bit]) + rest)
 
 
+class FlipBitOf(Fault):
+    """Flips one bit of the first reply that contains these bytes."""
+
+    def __init__(self, pattern, bit):
+        super().__init__()
+        self.pattern, self.bit = pattern, bit
+
+    async def carry(self, direction, data, out):
+        place = data.find(self.pattern) if direction == DOWN and not self.struck.is_set() else -1
+        if place >= 0:
+            self.struck.set()
+            flipped = bytearray(data)
+            flipped[place + self.bit // 8] ^= 1 << self.bit % 8
+            data = bytes(flipped)
+        await super().carry(direction, data, out)
+
+
 class Drop(At):
     async def strike(self, hit, rest, out):
         out.write(rest)
@@ -151,7 +168,6 @@ class FaultProxy:
         self.fault = fault or Fault()
         self.num_connections = 0
         self.port = 0
-        self._connections: set[asyncio.Task] = set()
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         ready = threading.Event()
@@ -175,14 +191,15 @@ class FaultProxy:
         ready.set()
         await self._stop.wait()
         server.close()
-        for task in list(self._connections):
-            task.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
-        await asyncio.sleep(0)  # transports close in a callback
+        # One that is just being accepted is nobody's yet: all tasks of the loop, until there are none.
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for _ in range(3):  # transports close in callbacks of callbacks
+            await asyncio.sleep(0)
 
     async def _accept(self, reader, writer):
-        task = asyncio.current_task()
-        self._connections.add(task)
         self.num_connections += 1
         other_writer = None
         try:
@@ -205,7 +222,6 @@ class FaultProxy:
                     one.close()
                     with contextlib.suppress(OSError, asyncio.CancelledError):
                         await one.wait_closed()
-            self._connections.discard(task)
 
     async def _pump(self, direction, reader, writer):
         while data := await reader.read(1 << 16):
