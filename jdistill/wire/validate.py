@@ -13,6 +13,8 @@ import numpy as np
 from jdistill.wire.errors import InvalidRequestError, UnsupportedError
 from jdistill.wire.types import ModelInfo, SequenceToScore
 
+MIN_TEMPERATURE = 1e-3  # logits of thousands, divided by less, leave float32: infinite scores, which no one may send
+
 
 def validate_request(
     sequences: Sequence[SequenceToScore], *, info: ModelInfo, top_k: int = 0, temperature: float = 1.0
@@ -44,8 +46,10 @@ def validate_options(*, info: ModelInfo, top_k: int, temperature: float) -> None
             f"vocabulary {info.vocab_size}); ask for fewer, or start the teacher with a higher limit",
             field="top_k",
         )
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise InvalidRequestError(f"temperature = {temperature}, expected a number above 0", field="temperature")
+    if not MIN_TEMPERATURE <= temperature < math.inf:
+        raise InvalidRequestError(
+            f"temperature = {temperature}, expected a number of at least {MIN_TEMPERATURE}", field="temperature"
+        )
     if temperature != 1 and not info.any_temperature:
         raise UnsupportedError(
             f"temperature = {temperature:g}, but the engine of teacher {info.model!r} scores at temperature 1 only; "

@@ -66,7 +66,7 @@ def test_a_bad_sequence_is_refused_with_its_index_and_field(sequence, field, mes
     [
         ({"top_k": 5}, "top_k"),
         ({"top_k": -1}, "top_k"),
-        *(({"temperature": t}, "temperature") for t in (0, -1, np.nan, np.inf)),
+        *(({"temperature": t}, "temperature") for t in (0, -1, 1e-4, np.nan, np.inf)),
     ],
 )
 def test_a_bad_option_is_refused(options, field):
