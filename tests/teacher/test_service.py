@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import logging
 import re
+import types
 
 import grpc
 import numpy as np
@@ -597,6 +598,20 @@ def retry_delay_s(error):
     raise AssertionError("no RetryInfo")
 
 
+def test_a_sequence_that_is_scored_makes_room_before_its_call_is_over():
+    async def main():
+        async with serving(hang_on_token=63, config={"max_running_tokens": 30}) as (service, _, channel):
+            # The last one first; the other never ends.
+            message = Req(sequence_lengths=[20, 10], token_ids=[63] * 20 + [1] * 10)
+            hanging = teacher_pb2_grpc.TeacherServiceStub(channel).ScoreSequences(message)
+            await hanging.read()
+            assert service._admission.running_tokens == 20
+            assert await score(channel, Req(sequence_lengths=[10], token_ids=[2] * 10))
+            hanging.cancel()
+
+    run(main)
+
+
 def test_clients_share_by_the_name_they_give_and_without_one_by_address():
     async def main():
         async with serving(Gated, config={"max_running_tokens": 30}) as (service, engine, channel):
@@ -695,6 +710,8 @@ def test_the_memory_of_a_call_that_fails_is_free_without_the_garbage_collector(e
     def requests_in_memory():
         objects = gc.get_objects()
         big = sum(isinstance(o, service_module._Call) and len(o.request) > 1000 for o in objects)
+        frames = [o for o in objects if isinstance(o, types.FrameType) and "service" in o.f_code.co_filename]
+        big += sum(len(frame.f_locals.get("request") or b"") > 1000 for frame in frames if "self" in frame.f_locals)
         return big + sum(isinstance(o, SequenceToScore) and len(o.token_ids) == 3000 for o in objects)
 
     async def main():
@@ -826,6 +843,22 @@ def test_sleep_waits_for_all_pieces_of_what_runs_and_what_waits_wakes_it_or_is_r
             else:
                 assert await waiting and await late
             assert (engine.num_sleeps, engine.num_wakes) == (1, 1)
+
+    run(main)
+
+
+def test_sleep_does_not_wait_for_a_client_that_reads_slowly():
+    async def main():
+        async with serving(config=OFFLOAD) as (service, engine, channel):
+            message = request(*[1000] * 40, top_k=64)  # 20 MB, more than gRPC buffers
+            call = teacher_pb2_grpc.TeacherServiceStub(channel).ScoreSequences(message)
+            await call.read()
+            await control_of(channel)[0]()
+            assert engine.asleep and service.num_calls == 1
+            scored = 0
+            while (chunk := await call.read()) is not grpc.aio.EOF:
+                scored += len(chunk.logprobs)
+            assert scored > 35 * 999
 
     run(main)
 
