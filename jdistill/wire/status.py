@@ -6,7 +6,9 @@ BadRequest for a wrong request, RetryInfo where a retry makes sense. Any languag
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -126,35 +128,33 @@ def from_rpc_error(error: Any, endpoint: str) -> errors.TeacherError:
         details += " (is this a jdistill teacher, of this version?)"
     text = f"{endpoint}: {details}"
     if kind is errors.InvalidRequestError:
-        sequence = metadata.get("sequence")
+        sequence = metadata.get("sequence", "")
         return errors.InvalidRequestError(
-            text, field=metadata.get("field"), sequence=int(sequence) if sequence is not None else None
+            text, field=metadata.get("field"), sequence=int(sequence) if sequence.isdecimal() else None
         )
     return kind(text)
 
 
 def retry_delay_s(error: Any) -> float | None:
     """RetryInfo's delay of a failed call, in seconds; None if it has none."""
-    for detail in _details(error):
-        retry = error_details_pb2.RetryInfo()
-        if detail.Is(retry.DESCRIPTOR) and detail.Unpack(retry):
-            return retry.retry_delay.ToMilliseconds() / 1000
+    for retry in _details(error, error_details_pb2.RetryInfo):
+        return retry.retry_delay.ToMilliseconds() / 1000
     return None
 
 
 def _error_info(error: Any) -> tuple[str | None, dict[str, str]]:
-    for detail in _details(error):
-        info = error_details_pb2.ErrorInfo()
-        if detail.Is(info.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
+    for info in _details(error, error_details_pb2.ErrorInfo):
+        if info.domain == DOMAIN:
             return info.reason, dict(info.metadata)
     return None, {}
 
 
-def _details(error: Any) -> list[Any]:
+def _details(error: Any, kind: type[message.Message]) -> Iterator[Any]:
+    """The details of that kind, up to where a proxy or the way there has made garbage of them."""
     for key, value in error.trailing_metadata() or ():
         if key == DETAILS_KEY:
-            try:
-                return list(status_pb2.Status.FromString(value).details)
-            except message.DecodeError:
-                return []  # a proxy's garbage: the code alone must do
-    return []
+            with contextlib.suppress(message.DecodeError):  # the code alone must do
+                for detail in status_pb2.Status.FromString(value).details:
+                    found = kind()
+                    if detail.Unpack(found):
+                        yield found

@@ -4,7 +4,7 @@ import concurrent.futures
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2
+from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from jdistill.wire import errors, status
@@ -104,6 +104,23 @@ def test_a_status_without_our_details_is_judged_by_its_code(fail_with, code, tex
     assert f"{code.name}: {text}" in str(got)
 
 
-def test_details_that_cannot_be_read_leave_the_code(fail_with):
-    rpc_error = fail_with((grpc.StatusCode.UNAVAILABLE, "x", ((status.DETAILS_KEY, b"\xff\xff\xff"),)))
+def garbled_detail():
+    message = status_pb2.Status(code=14, message="x")
+    message.details.add(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\n\xff")
+    return message.SerializeToString()
+
+
+@pytest.mark.parametrize("details", [b"\xff\xff\xff", garbled_detail()], ids=["status", "detail"])
+def test_details_that_cannot_be_read_leave_the_code(fail_with, details):
+    rpc_error = fail_with((grpc.StatusCode.UNAVAILABLE, "x", ((status.DETAILS_KEY, details),)))
     assert type(status.from_rpc_error(rpc_error, "h")) is errors.UnavailableError
+    assert status.retry_delay_s(rpc_error) is None
+
+
+@pytest.mark.parametrize("sequence", ["x", "-1", "1.5", ""])
+def test_a_sequence_that_is_no_index_blames_none(fail_with, sequence):
+    message = status_pb2.Status(code=3, message="x")
+    info = error_details_pb2.ErrorInfo(reason="INVALID_REQUEST", domain="jdistill", metadata={"sequence": sequence})
+    message.details.add().Pack(info)
+    rpc_error = fail_with((grpc.StatusCode.INVALID_ARGUMENT, "x", ((status.DETAILS_KEY, message.SerializeToString()),)))
+    assert status.from_rpc_error(rpc_error, "h").sequence is None
