@@ -7,7 +7,7 @@ Target t speaks of token t + 1: `loss_mask_BT[b, t]` asks for log p(tokens[b, t 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,7 +136,7 @@ def to_sequences(
 
 
 def to_batch(
-    scores: Sequence[TokenScores], rows: Sequence[int], loss_mask_BT: np.ndarray, *, top_k: int, candidate_count: int
+    scores: Iterable[TokenScores], rows: Sequence[int], loss_mask_BT: np.ndarray, *, top_k: int, candidate_count: int
 ) -> BatchScores:
     """The inverse of `to_sequences`: scores of `rows` back on the grid."""
     valid_BT = np.array(loss_mask_BT, np.bool_)

@@ -8,27 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import dataclasses
-import functools
 import itertools
 import logging
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from jdistill.client import agreement
 from jdistill.client.calls import Call
 from jdistill.client.jobs import Job, JobQueue
-from jdistill.client.replica import (
-    MAX_BACKOFF_S,
-    MAX_CALL_BYTES,
-    REQUEST_OVERHEAD_BYTES,
-    Replica,
-    with_remedy,
-)
+from jdistill.client.pool import ReplicaPool, Settings
+from jdistill.client.replica import MAX_CALL_BYTES, REQUEST_OVERHEAD_BYTES, Replica, with_remedy
 from jdistill.client.teachers import Teacher
 from jdistill.client.token import BearerToken
 from jdistill.client.verification import Reply
@@ -46,62 +37,36 @@ from jdistill.wire.errors import (
     UnsupportedError,
     VerificationError,
 )
-from jdistill.wire.types import ModelInfo, ServerInfo, TokenScores
+from jdistill.wire.types import TokenScores
 from jdistill.wire.validate import validate_options, validate_sequence
 
 logger = logging.getLogger("jdistill.client")
 
 COALESCE_S = 0.003  # how long a submitted sequence waits for others to share its call
-PROBE_TIMEOUT_S = 10.0  # of one GetServerInfo: it does no work, so a longer silence is a dead server
 MAX_SERVER_FAULTS = 3  # attempts of a sequence that end in an error which nobody has foreseen (INTERNAL, UNKNOWN)
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Arguments of TeacherClient that are the same for all of its teachers; see there."""
-
-    deadline_s: float
-    max_in_flight: int
-    batch_tokens: int
-    hedge_after_s: float | None
-    stall_s: float
-    expected_tokenizer_fingerprint: str | None
-    credentials: grpc.ChannelCredentials | None
-    client_id: str
-
-
 class Dispatcher:
-    """All of TeacherClient that lives on the loop, for one teacher.
-
-    Args:
-        name: of the teacher; "" if there is only one.
-        token: one for all dispatchers of a client, so that a rotated token is asked for once.
-        report: likewise.
-    """
+    """The queue and the calls of one teacher; lives on the loop. The arguments are those of its `ReplicaPool`."""
 
     def __init__(
         self, name: str, teacher: Teacher, settings: Settings, *, token: BearerToken | None, report: WaitReport
     ):
         self._loop = asyncio.get_running_loop()
         self._name = name
-        self._who = f"teacher {name!r}: " if name else ""
         self._model_name = teacher.model
         self._settings = settings
         self._token = token
         self._report = report
-        self._replicas = [
-            Replica(
-                endpoint,
-                model=teacher.model,
-                tls=settings.credentials,
-                token=token,
-                client_id=settings.client_id,
-                max_in_flight=settings.max_in_flight,
-            )
-            for endpoint in teacher.endpoints
-        ]
-        self._model: ModelInfo | None = None  # pinned by the preflight; limits are the tightest of all replicas
-        self._preflight = asyncio.Lock()
+        self.pool = ReplicaPool(
+            name,
+            teacher,
+            settings,
+            token=token,
+            report=report,
+            on_change=self._pump,
+            on_hopeless=self._fail_queue,
+        )
         self._staged: list[Job] = []
         self._staged_tokens = 0
         self._staging: asyncio.TimerHandle | None = None
@@ -124,58 +89,13 @@ class Dispatcher:
             return
         for job in jobs:
             job.order = next(self._orders)
-            job.future.add_done_callback(functools.partial(self._done, job))
+            job.future.add_done_callback(self._when_done(job))
             self._staged_tokens += job.num_tokens
         self._staged += jobs
         if not coalesce or self._staged_tokens >= self._settings.batch_tokens:
             self._flush()
         elif self._staging is None:
             self._staging = self._loop.call_later(COALESCE_S, self._flush)
-
-    async def info(self) -> ServerInfo:
-        """Asks all replicas; see TeacherClient.info."""
-        deadline = self._loop.time() + self._settings.deadline_s
-        async with self._preflight:
-            return await self._agree(deadline)
-
-    async def check_can_sleep(self) -> None:
-        """Raises UnsupportedError if a replica that answers cannot sleep."""
-        await self.info()
-        for replica in self._replicas:
-            replica.check_can_sleep()
-
-    async def sleep(self) -> None:
-        """Puts all replicas that are up to sleep; one that is down has no memory to free."""
-        deadline = self._loop.time() + self._settings.deadline_s
-        await self._ensure_model(deadline)
-        for replica in self._replicas:  # all or none: half a teacher asleep helps nobody
-            replica.check_can_sleep()
-        results = await self._control(self._replicas, Replica.sleep, deadline)
-        for replica, result in results:
-            if isinstance(result, UnavailableError):
-                self._lose(replica, result)
-            elif result is None and not (replica.info is not None and replica.info.wake_on_score):
-                replica.error = f"{replica.endpoint}: was put to sleep by this client"
-                replica.ready = False
-                replica.lost.set()
-        _raise_first(result for _, result in results if not isinstance(result, UnavailableError))
-
-    async def wake(self) -> None:
-        """Wakes all replicas and waits until one at least is ready; those that are down join when they are up."""
-        deadline = self._loop.time() + self._settings.deadline_s
-        failures = 0
-        asleep = list(self._replicas)
-        while True:
-            results = await self._control(asleep, self._wake, deadline)
-            for replica, result in results:
-                if isinstance(result, UnavailableError) and self._model is not None:
-                    self._lose(replica, result)
-            _raise_first(result for _, result in results if not isinstance(result, UnavailableError | DeadlineError))
-            asleep = [replica for replica, result in results if result is not None]
-            if len(asleep) < len(self._replicas):
-                return
-            failures += 1
-            await self._wait_for_anyone(deadline, failures)
 
     async def close(self) -> None:
         """Fails what is under way, ends all tasks, closes the channels."""
@@ -193,151 +113,7 @@ class Dispatcher:
         await asyncio.gather(*tasks, return_exceptions=True)
         for job in [*jobs, *self._queue.take_all()]:
             job.fail(error)
-        for replica in self._replicas:
-            await replica.channel.close()
-
-    # ---- preflight ----
-
-    async def _ensure_model(self, deadline: float) -> None:
-        async with self._preflight:  # first come, first served: the order of submission stays
-            if self._model is None:
-                await self._agree(deadline)
-
-    async def _agree(self, deadline: float) -> ServerInfo:
-        """Waits until a replica answers, then compares all that do with each other and with what the run expects."""
-        failures = 0
-        while True:
-            answers = await self._control(self._replicas, self._ask, deadline)
-            infos = [(r, a) for r, a in answers if isinstance(a, ServerInfo)]
-            if infos:
-                break
-            # Wrong credentials, not a teacher: nobody will put it right while we wait.
-            _raise_first(a for _, a in answers if not isinstance(a, UnavailableError | DeadlineError))
-            failures += 1
-            await self._wait_for_anyone(deadline, failures)
-        self._report.over(self._name)
-        models = [(replica.endpoint, replica.model(info)) for replica, info in infos]
-        model = agreement.agree(models, self._settings.expected_tokenizer_fingerprint)
-        first = infos[0][1]
-        if self._model is None:
-            self._model = model
-            answered = {r for r, _ in infos}
-            for replica in self._replicas:
-                replica.ready = replica in answered
-                if not replica.ready:
-                    logger.warning("teacher %s is left out until it answers: %s", replica.endpoint, replica.error)
-                    replica.lost.set()
-                self._spawn(self._watch(replica))
-        elif problem := agreement.difference(model, self._model):
-            raise FingerprintMismatchError(
-                f"{self._who}the teacher was exchanged since this client's first call: {problem}"
-            )
-        others = tuple(one for one in first.models if one.model != self._model.model)
-        return dataclasses.replace(first, models=(self._model, *others))
-
-    async def _wait_for_anyone(self, deadline: float, failures: int) -> None:
-        now = self._loop.time()
-        if now >= deadline:
-            self._report.over(self._name)
-            raise DeadlineError(
-                f"{self._who}no teacher has answered within {self._settings.deadline_s:g} s: "
-                f"{self._errors_by_endpoint()}. Is it running, and is the address right?"
-            )
-        self._report_waiting(deadline)
-        await asyncio.sleep(min(deadline - now, MAX_BACKOFF_S, 0.1 * 2**failures) * random.uniform(0.5, 1.0))
-
-    # ---- replicas ----
-
-    async def _control(self, replicas: Sequence[Replica], ask: Any, deadline: float) -> list[tuple[Replica, Any]]:
-        """(replica, result or TeacherError) of `await ask(replica, timeout_s)` for each, all at once."""
-        timeout_s = max(0.1, deadline - self._loop.time())
-        results = await asyncio.gather(*(ask(r, timeout_s) for r in replicas), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException) and not isinstance(result, TeacherError):
-                raise result
-        return list(zip(replicas, results, strict=True))
-
-    async def _ask(self, replica: Replica, timeout_s: float) -> ServerInfo:
-        return await replica.ask(min(PROBE_TIMEOUT_S, timeout_s))
-
-    async def _wake(self, replica: Replica, timeout_s: float) -> None:
-        await replica.wake(timeout_s)
-        info = await replica.ask(min(PROBE_TIMEOUT_S, timeout_s))
-        if self._model is not None and not replica.ready:
-            self._consider(replica, info)
-            if replica.refused is not None:
-                raise replica.refused
-
-    async def _watch(self, replica: Replica) -> None:
-        """Brings a lost replica back once it answers as the same model."""
-        while True:
-            await replica.lost.wait()
-            self._report_if_waiting()
-            await asyncio.sleep(replica.backoff_s())
-            if not replica.lost.is_set():
-                continue  # it was woken
-            try:
-                info = await replica.ask(PROBE_TIMEOUT_S)
-            except UnauthenticatedError as e:
-                replica.failures += 1
-                self._refuse(replica, e)
-            except TeacherError:
-                replica.failures += 1
-                replica.refused = None
-            else:
-                self._consider(replica, info)
-
-    def _consider(self, replica: Replica, info: ServerInfo) -> None:
-        """Takes a replica that answers again, unless it is another teacher by now."""
-        assert self._model is not None
-        try:
-            problem = agreement.difference(replica.model(info), self._model)
-        except InvalidRequestError as e:
-            problem = str(e)
-        if problem:
-            replica.failures += 1
-            self._refuse(
-                replica,
-                FingerprintMismatchError(
-                    f"{replica.endpoint}: {problem}; another model than this run began with. Restart that teacher "
-                    "with the first one's checkpoint and dtype, or start a new run"
-                ),
-            )
-            return
-        replica.refused = None
-        replica.ready = True
-        replica.lost.clear()
-        logger.info("teacher %s is back", replica.endpoint)
-        self._pump()
-
-    def _lose(self, replica: Replica, error: TeacherError) -> None:
-        replica.error = str(error)
-        if replica.ready:
-            replica.ready = False
-            replica.failures += 1
-            logger.warning("teacher %s is left out until it answers again: %s", replica.endpoint, error)
-        replica.lost.set()
-
-    def _hold(self, replica: Replica, error: TeacherError) -> None:
-        """Leaves a replica that has failed, but is up, alone for a moment."""
-        logger.warning("teacher %s failed: %s", replica.endpoint, error)
-        replica.error = str(error)
-        replica.failures += 1
-        replica.paused_until = max(replica.paused_until, self._loop.time() + replica.backoff_s())
-
-    def _refuse(self, replica: Replica, error: FingerprintMismatchError | UnauthenticatedError) -> None:
-        """Leaves out a server that is not this run's teacher, or not ours; looks at it again from time to time."""
-        if replica.refused is None:
-            logger.error("teacher left out: %s", error)
-        replica.error = str(error)
-        replica.refused = error
-        replica.ready = False
-        replica.lost.set()
-        if all(r.refused is not None for r in self._replicas):
-            # Nobody is left, dead or alive, who could come back with the right weights on their own.
-            everyone = "; ".join(str(r.refused) for r in self._replicas)
-            for job in self._queue.take_all():
-                job.fail(type(error)(everyone))
+        await self.pool.close()
 
     # ---- from staged to queued ----
 
@@ -346,7 +122,7 @@ class Dispatcher:
             self._staging.cancel()
             self._staging = None
         jobs, self._staged, self._staged_tokens = self._staged, [], 0
-        if self._model is None:
+        if self.pool.model is None:
             self._admitting.update(jobs)
             self._spawn(self._admit_after_preflight(jobs))
         else:
@@ -354,35 +130,33 @@ class Dispatcher:
 
     async def _admit_after_preflight(self, jobs: list[Job]) -> None:
         try:
-            await self._ensure_model(min(job.deadline for job in jobs))
+            await self.pool.ensure_model(min(job.deadline for job in jobs))
         except Exception as e:
-            if not isinstance(e, TeacherError):  # a bug of ours must not leave anybody waiting
-                logger.exception("preflight")
-                e = TeacherError(f"the client failed with {type(e).__name__}: {e}")
+            error = e if isinstance(e, TeacherError) else _our_bug(e)
             for job in jobs:
-                job.fail(e)
+                job.fail(error)
         else:
             self._admit(jobs)
         finally:
             self._admitting.difference_update(jobs)
 
     def _admit(self, jobs: list[Job]) -> None:
-        assert self._model is not None
-        limit = min(r.max_request_bytes for r in self._replicas)
+        assert self.pool.model is not None
+        limit = min(r.max_request_bytes for r in self.pool.replicas)
         for job in jobs:
             if job.future.done():
                 continue  # cancelled, perhaps because another of its group was refused
             try:
-                validate_options(info=self._model, top_k=job.top_k, temperature=job.temperature)
-                validate_sequence(job.sequence, job.index, info=self._model)
+                validate_options(info=self.pool.model, top_k=job.top_k, temperature=job.temperature)
+                validate_sequence(job.sequence, job.index, info=self.pool.model)
                 num_bytes = job.num_bytes + REQUEST_OVERHEAD_BYTES
                 if num_bytes > limit:
                     raise InvalidRequestError(
                         f"sequence {job.index} makes a request of {num_bytes} bytes, the teacher takes {limit}",
                         sequence=job.index,
                     )
-            except TeacherError as e:
-                job.fail(e)
+            except Exception as e:
+                job.fail(e if isinstance(e, TeacherError) else _our_bug(e))
                 for other in job.group:
                     other.future.cancel()  # all or one error: what nobody will get is not sent
             else:
@@ -395,6 +169,12 @@ class Dispatcher:
         """Starts whatever calls can start; to be called whenever something has changed."""
         if self._closed:
             return
+        try:
+            self._pump_once()
+        except Exception as e:
+            self._fail_queue(_our_bug(e))
+
+    def _pump_once(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -416,7 +196,7 @@ class Dispatcher:
         if (job := self._queue.oldest()) is not None:
             yield job.deadline
         if self._queue or self._calls:
-            yield from (r.paused_until for r in self._replicas if r.ready and r.paused_until > now)
+            yield from (r.paused_until for r in self.pool.replicas if r.ready and r.paused_until > now)
         for call in self._calls:
             if not call.given_up:
                 yield call.hung_at(self._settings.stall_s)
@@ -425,7 +205,7 @@ class Dispatcher:
 
     def _start_calls(self, now: float) -> None:
         while self._queue:
-            free = [r for r in self._replicas if r.ready and r.has_room and r.paused_until <= now]
+            free = [r for r in self.pool.replicas if r.ready and r.has_room and r.paused_until <= now]
             # An even share, so that a batch smaller than batch_tokens does not leave other replicas idle.
             share = -(-self._queue.num_tokens // max(1, len(free)))
             for replica in sorted(free, key=lambda r: r.outstanding_tokens):  # stable: ties in the order of endpoints
@@ -440,13 +220,13 @@ class Dispatcher:
 
     def _late_at(self, call: Call) -> float | None:
         """When `call` should be hedged; None: never."""
-        if self._settings.hedge_after_s is None or len(self._replicas) == 1 or call.races:
+        if self._settings.hedge_after_s is None or len(self.pool.replicas) == 1 or call.races:
             return None
         return call.late_at(self._settings.hedge_after_s, self._usual_s_per_token(call.replica))
 
     def _usual_s_per_token(self, but: Replica) -> float | None:
         """Of the fastest of the other replicas."""
-        paces = (r.pace.s_per_token for r in self._replicas if r is not but)
+        paces = (r.pace.s_per_token for r in self.pool.replicas if r is not but)
         return min((pace for pace in paces if pace is not None), default=None)
 
     def _hedge_late_calls(self, now: float) -> None:
@@ -459,7 +239,7 @@ class Dispatcher:
             unknown = self._usual_s_per_token(call.replica) is None
             free = [
                 r
-                for r in self._replicas
+                for r in self.pool.replicas
                 if r.ready and r.paused_until <= now and r not in late_replicas and r.has_room
                 if not (unknown and r.calls) and not any(r.endpoint in job.bad_replies for job in jobs)
             ]
@@ -489,7 +269,7 @@ class Dispatcher:
             calls = [hung]
             if replica.message_at <= hung.progress_at:  # not this call alone: nothing has come at all
                 calls = [call for call in self._calls if call.replica is replica]
-                if any(r is not replica and r.ready and r.paused_until <= now for r in self._replicas):
+                if any(r is not replica and r.ready and r.paused_until <= now for r in self.pool.replicas):
                     replica.left_behind(now, silent_s)
             for call in calls:
                 if call.given_up:
@@ -502,18 +282,23 @@ class Dispatcher:
                 call.task.cancel()
 
     def _start(self, replica: Replica, jobs: list[Job], now: float, *, is_hedge: bool = False) -> None:
-        assert self._model is not None
+        assert self.pool.model is not None
+        try:
+            reply = Reply(
+                [job.sequence for job in jobs],
+                [job.crc for job in jobs],
+                [job.index for job in jobs],
+                endpoint=replica.endpoint,
+                info=self.pool.model,
+                top_k=jobs[0].top_k,
+                temperature=jobs[0].temperature,
+            )
+        except Exception as e:  # no memory, perhaps
+            for job in jobs:
+                job.fail(_our_bug(e))
+            return
         replica.calls += 1
         replica.outstanding_tokens += sum(job.num_tokens for job in jobs)
-        reply = Reply(
-            [job.sequence for job in jobs],
-            [job.crc for job in jobs],
-            [job.index for job in jobs],
-            endpoint=replica.endpoint,
-            info=self._model,
-            top_k=jobs[0].top_k,
-            temperature=jobs[0].temperature,
-        )
         call = Call(replica, jobs, reply, now, replica.outstanding_tokens, is_hedge=is_hedge, races=is_hedge)
         for job in jobs:
             job.calls.add(call)
@@ -551,13 +336,13 @@ class Dispatcher:
 
     async def _stream(self, call: Call) -> None:
         """Sends the request and takes all of the reply."""
-        assert self._model is not None
+        assert self.pool.model is not None
         jobs = call.jobs
         call.token = None if self._token is None else await self._token.get()
         request = codec.encode_request(
             [job.sequence for job in jobs],
             model=self._model_name,
-            expected_fingerprint=self._model.fingerprint,
+            expected_fingerprint=self.pool.model.fingerprint,
             temperature=jobs[0].temperature,
             top_k=jobs[0].top_k,
             request_id=f"{self._settings.client_id}-{next(self._call_ids)}",
@@ -605,13 +390,10 @@ class Dispatcher:
             self._reply_was_bad(call, error)
         elif isinstance(error, FingerprintMismatchError):
             self._requeue(call.jobs)
-            self._refuse(replica, error)
+            self.pool.refuse(replica, error)
         elif isinstance(error, CorruptedError):  # no fault of the teacher's: the way there is bad, or was for a moment
             self._deliver(call)
-            self._lose(replica, error)
-        elif isinstance(error, UnavailableError):  # a message was damaged on its way
-            self._deliver(call)
-            self._hold(replica, error)
+            self.pool.lose(replica, error)
         elif isinstance(error, UnauthenticatedError):  # the token function failed
             for job in call.jobs:
                 job.fail(error)
@@ -620,10 +402,9 @@ class Dispatcher:
             self._deliver(call)  # what was whole when we gave it up
             if call.needless and call.races and not call.is_hedge:
                 self._lost_race(call)
-        else:  # a bug of ours must not leave anybody waiting
-            logger.error("call to teacher %s", replica.endpoint, exc_info=error)
+        else:
             for job in call.jobs:
-                job.fail(TeacherError(f"{replica.endpoint}: the client failed with {type(error).__name__}: {error}"))
+                job.fail(_our_bug(error))
 
     def _deliver(self, call: Call) -> list[Job]:
         """Ends the jobs whose scores are whole; returns the others."""
@@ -657,12 +438,12 @@ class Dispatcher:
         missing = self._deliver(call)
         if isinstance(error, FingerprintMismatchError):
             self._requeue(missing)
-            self._refuse(replica, error)
+            self.pool.refuse(replica, error)
         elif isinstance(error, OverloadedError):
             replica.error = str(error)
             replica.overloaded(self._loop.time(), call.started_at, status.retry_delay_s(e))
         elif isinstance(error, UnavailableError):
-            self._lose(replica, error)
+            self.pool.lose(replica, error)
         elif isinstance(error, DeadlineError):
             replica.error = str(error)  # jobs whose own deadline is over end in the queue
         elif isinstance(error, InvalidRequestError) and error.sequence is not None and error.sequence < len(jobs):
@@ -675,7 +456,7 @@ class Dispatcher:
             for job in missing:
                 job.fail(with_remedy(error))
         else:
-            self._hold(replica, error)
+            self.pool.hold(replica, error)
             for job in missing:
                 job.server_faults += 1
                 if job.server_faults >= MAX_SERVER_FAULTS and not job.calls:
@@ -688,7 +469,7 @@ class Dispatcher:
         blamed = call.jobs if call.reply.blamed is None else [call.jobs[call.reply.blamed]]
         for job in blamed:
             job.bad_replies[call.replica.endpoint] = error
-            if not job.calls and not any(r.ready and r.endpoint not in job.bad_replies for r in self._replicas):
+            if not job.calls and not any(r.ready and r.endpoint not in job.bad_replies for r in self.pool.replicas):
                 job.fail(error)
 
     def _requeue(self, jobs: Sequence[Job]) -> None:
@@ -704,14 +485,21 @@ class Dispatcher:
         attempts = f"{job.attempts} attempt{'' if job.attempts == 1 else 's'}"
         job.fail(
             DeadlineError(
-                f"{self._who}no scores of sequence {job.index} ({job.num_tokens} tokens) within "
-                f"{self._settings.deadline_s:g} s, after {attempts}: {self._errors_by_endpoint()}"
+                f"{self.pool.who}no scores of sequence {job.index} ({job.num_tokens} tokens) within "
+                f"{self._settings.deadline_s:g} s, after {attempts}: {self.pool.errors_by_endpoint()}"
             )
         )
 
-    def _done(self, job: Job, future: concurrent.futures.Future[TokenScores]) -> None:
-        if future.cancelled():  # by whoever holds it, in any thread
-            self._loop.call_soon_threadsafe(self._cancelled, job)
+    def _when_done(self, job: Job | None) -> Callable[[concurrent.futures.Future[TokenScores]], None]:
+        def done(future: concurrent.futures.Future[TokenScores]) -> None:
+            nonlocal job
+            if future.cancelled():  # by whoever holds it, in any thread
+                self._loop.call_soon_threadsafe(self._cancelled, job)
+            # A future keeps its callbacks. Without this it would keep itself, and its scores, until the garbage
+            # collector comes by, which counts objects and not megabytes.
+            job = None
+
+        return done
 
     def _cancelled(self, job: Job) -> None:
         """Ends a call that nobody waits for any more."""
@@ -728,25 +516,12 @@ class Dispatcher:
     # ---- telling people ----
 
     def _report_if_waiting(self) -> None:
-        if (job := self._queue.oldest()) is not None and not any(r.ready for r in self._replicas):
-            self._report_waiting(job.deadline)
+        if (job := self._queue.oldest()) is not None and not any(r.ready for r in self.pool.replicas):
+            self.pool.report_waiting(job.deadline)
 
-    def _report_waiting(self, deadline: float) -> None:
-        now = self._loop.time()
-        if self._report.due(self._name, now):
-            left_s = max(0.0, deadline - now)
-            self._report.waits(
-                self._name,
-                f"{self._who}waiting for a teacher, {left_s:.0f} s at most; no replica is up: "
-                f"{self._errors_by_endpoint()}",
-                now,
-            )
-
-    def _errors_by_endpoint(self) -> str:
-        # Errors of the network begin with their endpoint.
-        return "; ".join(
-            r.error if r.error.startswith(r.endpoint) else f"{r.endpoint}: {r.error}" for r in self._replicas
-        )
+    def _fail_queue(self, error: TeacherError) -> None:
+        for job in self._queue.take_all():
+            job.fail(error)
 
     def _spawn(self, coroutine: Any) -> asyncio.Task[Any]:
         task = self._loop.create_task(coroutine)
@@ -755,7 +530,7 @@ class Dispatcher:
         return task
 
 
-def _raise_first(results: Iterator[Any]) -> None:
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+def _our_bug(error: BaseException) -> TeacherError:
+    """What nobody has foreseen must not leave anybody waiting."""
+    logger.error("unforeseen: please report it", exc_info=error)
+    return TeacherError(f"the client failed with {type(error).__name__}: {error}")

@@ -149,9 +149,9 @@ class Replica:
         """The server had no room for a call that began at `started_at`: fewer at a time, and not before it says."""
         if self.slow_down(now, started_at):
             self.failures += 1
-        # The server knows when it has room: with an exponential backoff of ten clients' own, its engine was idle for two
-        # thirds of the time. Jitter upwards, so that who was refused together does not come back together; and only a
-        # little, since the server keeps a place for a while.
+        # The server knows when it has room: with an exponential backoff instead, ten clients left its engine idle for
+        # two thirds of the time. Jitter upwards, so that who was refused together does not come back together; and only
+        # a little, since the server keeps a place for a while.
         wait_s = self.backoff_s() if retry_after_s is None else retry_after_s * random.uniform(1.0, 1.15)
         self.paused_until = max(self.paused_until, now + wait_s)
 

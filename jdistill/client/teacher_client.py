@@ -22,8 +22,9 @@ import numpy as np
 
 from jdistill.client import alignment
 from jdistill.client.alignment import BatchScores
-from jdistill.client.dispatch import Dispatcher, Settings
+from jdistill.client.dispatch import Dispatcher
 from jdistill.client.jobs import Job, make_job
+from jdistill.client.pool import ReplicaPool, Settings
 from jdistill.client.teachers import Endpoints, choose_teacher, parse_teachers
 from jdistill.client.token import BearerToken
 from jdistill.client.waiting import WaitReport
@@ -132,14 +133,14 @@ class TeacherClient:
                 expected, or the teacher is another one than at the first call.
             DeadlineError: none has answered.
         """
-        return self._run(self._dispatchers[choose_teacher(teacher, list(self._dispatchers))].info())
+        return self._run(self._dispatchers[choose_teacher(teacher, list(self._dispatchers))].pool.info())
 
     def check_can_sleep(self, teacher: str | None = None) -> None:
         """Raises UnsupportedError, with the endpoint, if a replica of that teacher (None: of any) cannot sleep.
 
         To be called before the first step of a run that will need it: not at step 900.
         """
-        self._control(Dispatcher.check_can_sleep, teacher)
+        self._control(ReplicaPool.check_can_sleep, teacher)
 
     def sleep(self, teacher: str | None = None) -> None:
         """Frees the accelerators of all replicas of that teacher (None: of all); returns when it is done.
@@ -151,7 +152,7 @@ class TeacherClient:
             UnsupportedError: a replica cannot, see `check_can_sleep`.
             TeacherError: a replica failed to; names its endpoint.
         """
-        self._control(Dispatcher.sleep, teacher)
+        self._control(ReplicaPool.sleep, teacher)
 
     def wake(self, teacher: str | None = None) -> None:
         """The opposite of `sleep`; returns when the replicas are ready, without those that are down if others are up.
@@ -161,7 +162,7 @@ class TeacherClient:
             FingerprintMismatchError: it woke up with another model.
             DeadlineError: none is up.
         """
-        self._control(Dispatcher.wake, teacher)
+        self._control(ReplicaPool.wake, teacher)
 
     def score(
         self, sequences: Sequence[SequenceToScore], *, top_k: int = 0, temperature: float = 1.0
@@ -240,7 +241,10 @@ class TeacherClient:
         )
         scores = self._score(sequences, rows, top_k, temperature)
         count = 0 if candidates is None else candidates.shape[2]
-        return alignment.to_batch(scores, rows, loss_mask_BT, top_k=top_k, candidate_count=count)
+        scores.reverse()
+        # Each row is let go once it is on the grid: 64 x 32k tokens with top-64 are 1 GB.
+        in_order = (scores.pop() for _ in rows)
+        return alignment.to_batch(in_order, rows, loss_mask_BT, top_k=top_k, candidate_count=count)
 
     def close(self) -> None:
         """Fails what is under way with UnavailableError and closes the connections; idempotent."""
@@ -285,7 +289,7 @@ class TeacherClient:
         finally:
             for future in futures:  # of an error, or of Ctrl-C; does nothing to those that are done
                 future.cancel()
-            for job in jobs:  # a cycle: until the garbage collector finds it, it would hold all scores (1 GB, perhaps)
+            for job in jobs:  # a cycle: it would hold all scores until the garbage collector finds it
                 job.group = ()
 
     def _job(self, sequence: SequenceToScore, index: int, top_k: int, temperature: float) -> tuple[Dispatcher, Job]:
@@ -308,13 +312,15 @@ class TeacherClient:
         )
         return self._dispatchers[copy.teacher], job
 
-    def _control(self, method: Callable[[Dispatcher], Coroutine[Any, Any, None]], teacher: str | None) -> None:
+    def _control(self, method: Callable[[ReplicaPool], Coroutine[Any, Any, None]], teacher: str | None) -> None:
         self._check_open()
         names = list(self._dispatchers)
         chosen = names if teacher is None else [choose_teacher(teacher, names)]
 
         async def all_at_once() -> list[Any]:
-            return await asyncio.gather(*(method(self._dispatchers[name]) for name in chosen), return_exceptions=True)
+            return await asyncio.gather(
+                *(method(self._dispatchers[name].pool) for name in chosen), return_exceptions=True
+            )
 
         for result in self._run(all_at_once()):
             if result is not None:

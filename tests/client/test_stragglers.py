@@ -41,7 +41,7 @@ def hang_after(num_chunks):
 
 def replicas(client):
     (dispatcher,) = client._dispatchers.values()
-    return dispatcher._replicas
+    return dispatcher.pool.replicas
 
 
 def wait_for(condition, timeout_s=5.0):
@@ -82,7 +82,7 @@ def test_only_what_is_still_unscored_is_hedged_and_the_late_call_is_cancelled(st
     slow.faults.append(hang_after(2))
     client = connect(slow, fast, hedge_after_s=0.2)
     asked = [SequenceToScore(np.arange(n) % 97) for n in (10, 11, 12, 13)]
-    client._dispatchers[""]._replicas[1].paused_until = time.monotonic() + 0.3  # all of it begins at the slow one
+    replicas(client)[1].paused_until = time.monotonic() + 0.3  # all of it begins at the slow one
     check(asked, client.score(asked), fast)
     assert [len(s.token_ids) for s in slow.requests[0]] == [10, 11, 12, 13]  # answered from the last to the first
     assert [[len(s.token_ids) for s in call] for call in fast.requests] == [[10, 11]]

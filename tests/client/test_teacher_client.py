@@ -771,3 +771,18 @@ assert not heavy, heavy
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "Error" not in done.stderr.replace("UNIMPLEMENTED", ""), done.stderr
+
+
+@pytest.mark.parametrize("where", ["validate_sequence", "Reply", "JobQueue.take"])
+def test_a_bug_in_the_client_is_an_error_and_not_a_wait_without_end(start_teacher, connect, monkeypatch, where):
+    def broken(*_, **__):
+        raise ZeroDivisionError("our bug")
+
+    from jdistill.client import dispatch
+
+    client = connect(start_teacher())
+    owner, _, name = where.rpartition(".")
+    monkeypatch.setattr(getattr(dispatch, owner) if owner else dispatch, name, broken)
+    for _ in range(2):
+        with pytest.raises(errors.TeacherError, match="the client failed with ZeroDivisionError: our bug"):
+            client.submit(sequences(1)[0]).result(timeout=10)
