@@ -237,14 +237,17 @@ class Admission:
 
     def _finished(self, num_tokens: int) -> None:
         """Tokens have been scored."""
+        self.running_tokens -= num_tokens
+        self._busy_tokens += num_tokens
         now = self._clock()
         passed_s = now - self._measured_at
-        fade = 0.5 ** (passed_s / RATE_HALF_LIFE_S)
-        self._busy_tokens = self._busy_tokens * fade + num_tokens
-        self._busy_s = self._busy_s * fade + passed_s
-        self._measured_at = now
-        self.running_tokens -= num_tokens
-        self._start()
+        if passed_s > 0.01 or not self.running_tokens:  # of the sequences of one batch only the first
+            fade = 0.5 ** (passed_s / RATE_HALF_LIFE_S)
+            self._busy_tokens *= fade
+            self._busy_s = self._busy_s * fade + passed_s
+            self._measured_at = now
+        if self._clients:
+            self._start()
 
     def _ended(self, entry: Entry, num_tokens: int) -> None:
         """A piece has ended, with this many tokens that nobody has scored."""

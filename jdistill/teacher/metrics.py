@@ -100,9 +100,9 @@ class Metrics:
         """The engine has got the first of a call."""
         self._queue_duration.observe(waited_s)
 
-    def sequence_scored(self, num_tokens: int, num_scored: int) -> None:
-        """The engine has scored one sequence."""
-        self._sequences.inc()
+    def sequences_scored(self, num_sequences: int, num_tokens: int, num_scored: int) -> None:
+        """The engine has scored so many sequences, tokens and positions since the last time."""
+        self._sequences.inc(num_sequences)
         self._tokens.inc(num_tokens)
         self._positions.inc(num_scored)
 

@@ -458,6 +458,7 @@ class TeacherService:
             # Waits until the engine's iterators are closed: the work that is left is cancelled when the call is over.
             await asyncio.gather(*pumps, return_exceptions=True)
             call.entry.leave()
+            call.tell(self._metrics)
 
     async def _send(self, context: grpc.aio.ServicerContext, call: _Call, work: _Work) -> None:
         """Writes what has been scored, until all is."""
@@ -473,6 +474,7 @@ class TeacherService:
                 data = codec.encode_response(runs, info=work.info, temperature=options.temperature)
                 await context.write(data)
                 self._metrics.bytes_sent(len(data))
+                call.tell(self._metrics)
 
         while True:
             if not await call.wait(FLUSH_S if pending else None):
@@ -483,8 +485,7 @@ class TeacherService:
                 break
             if isinstance(item, Exception):
                 raise item
-            index, scores = item
-            num_bytes = codec.response_bytes(scores)
+            index, scores, num_bytes = item
             if pending_bytes + num_bytes > chunk_bytes:
                 await flush()
             if num_bytes > chunk_bytes:
@@ -524,10 +525,9 @@ class TeacherService:
                         unscored.remove(index)
                         sequence = sequences[index]
                         check_scores(sequence, scores, top_k=options.top_k, info=info, index=place)
-                        num_tokens, num_scored = len(sequence.token_ids), len(scores.logprobs)
-                        self._metrics.sequence_scored(num_tokens, num_scored)
-                        call.num_scored += num_scored
-                        call.put((place, scores))
+                        num_tokens = len(sequence.token_ids)
+                        call.count_scored(num_tokens, len(scores.logprobs))
+                        call.put((place, scores, codec.response_bytes(scores)))
                         call.entry.scored(number, num_tokens)
             finally:
                 call.entry.done(number)  # after the iterator is closed: what runs no more makes room for others
@@ -565,6 +565,10 @@ class _Work:
     pieces: list[range]
 
 
+# (index of the sequence, its scores, their bytes), an error, or the end.
+_Item = tuple[int, TokenScores, int] | Exception | None
+
+
 class _Call:
     """One call: what is logged of it, and what it waits for: results, an error or the end (None)."""
 
@@ -574,19 +578,34 @@ class _Call:
         self.request = b""
         self.request_id = self.model = ""
         self.num_sequences = self.num_tokens = self.num_scored = 0
+        self._untold = [0, 0, 0]  # sequences, tokens, positions that were scored since `tell`
         self.queue_s: float | None = None  # None: the engine has got nothing of it
         self.num_unfinished = 0  # pieces
         self.entry: Entry | None = None
         self._unsent_bytes = 0
-        self._items: collections.deque[tuple[int, TokenScores] | Exception | None] = collections.deque()
+        self._items: collections.deque[_Item] = collections.deque()
         self._arrived = asyncio.Event()
 
-    def put(self, item: tuple[int, TokenScores] | Exception | None) -> None:
+    def count_scored(self, num_tokens: int, num_scored: int) -> None:
+        """The engine has scored one sequence."""
+        self.num_scored += num_scored
+        untold = self._untold
+        untold[0] += 1
+        untold[1] += num_tokens
+        untold[2] += num_scored
+
+    def tell(self, metrics: Metrics) -> None:
+        """Reports what was scored; once for many sequences, since a counter costs as much as the rest of one."""
+        if self._untold[0]:
+            metrics.sequences_scored(*self._untold)
+            self._untold = [0, 0, 0]
+
+    def put(self, item: _Item) -> None:
         """Never blocks."""
-        if isinstance(item, Exception):
-            self._items.clear()  # what is not yet sent is of no use in a call that fails
+        if isinstance(item, tuple):
+            self._count_unsent(item[2])
         elif item is not None:
-            self._count_unsent(codec.response_bytes(item[1]))
+            self._items.clear()  # what is not yet sent is of no use in a call that fails
         self._items.append(item)
         self._arrived.set()
 
@@ -595,7 +614,7 @@ class _Call:
         if not self._items:
             self._arrived.clear()
         if isinstance(item, tuple):
-            self._count_unsent(-codec.response_bytes(item[1]))
+            self._count_unsent(-item[2])
         return item
 
     async def wait(self, timeout_s: float | None) -> bool:
@@ -610,9 +629,10 @@ class _Call:
 
     def _count_unsent(self, num_bytes: int) -> None:
         self._unsent_bytes += num_bytes
-        assert self.entry is not None
-        if self.entry.held != (self._unsent_bytes > MAX_UNSENT_BYTES):
-            self.entry.hold(not self.entry.held)
+        entry = self.entry
+        assert entry is not None
+        if entry.held != (self._unsent_bytes > MAX_UNSENT_BYTES):
+            entry.hold(not entry.held)
 
     def log(self, method: str, code: str, total_s: float, error: Exception | None) -> None:
         """One record: a traceback for what nobody expected, and nothing of the request's content."""
@@ -675,6 +695,6 @@ def check_scores(sequence: SequenceToScore, scores: TokenScores, *, top_k: int, 
         if name == "top_ids":
             if values.min() < 0 or values.max() >= info.vocab_size:
                 raise EngineResultError(f"the engine returned {name} outside the vocabulary for sequence {index}")
-        # Written so that NaN fails too: every comparison with it is false.
-        elif not (np.isfinite(values).all() and (values <= 0).all()):
+        # Written so that NaN fails too: it is its array's minimum and maximum, and every comparison with it is false.
+        elif not (values.min() > -np.inf and values.max() <= 0):
             raise EngineResultError(f"the engine returned {name} for sequence {index} that are not finite or above 0")

@@ -40,8 +40,8 @@ def test_every_count_arrives_under_its_name_with_its_unit_and_a_help_text(scrape
     metrics.call_ended("ScoreSequences", "RESOURCE_EXHAUSTED", 0.0)
     metrics.call_left_queue(0.3)
     metrics.call_cancelled()
-    metrics.sequence_scored(20, 12)
-    metrics.sequence_scored(30, 29)
+    metrics.sequences_scored(1, 20, 12)
+    metrics.sequences_scored(3, 30, 27)
     metrics.bytes_sent(1000)
     metrics.engine_failed("ENGINE_DEAD")
     metrics.state_changed(ServerState.SLEEPING)
@@ -55,9 +55,9 @@ def test_every_count_arrives_under_its_name_with_its_unit_and_a_help_text(scrape
     assert samples["jdistill_queue_duration_seconds_bucket", (("le", "0.25"),)] == 0
     assert samples["jdistill_queue_duration_seconds_bucket", (("le", "0.5"),)] == 1
     assert samples["jdistill_cancelled_calls_total", ()] == 1
-    assert samples["jdistill_scored_sequences_total", ()] == 2
+    assert samples["jdistill_scored_sequences_total", ()] == 4
     assert samples["jdistill_scored_tokens_total", ()] == 50
-    assert samples["jdistill_scored_positions_total", ()] == 41
+    assert samples["jdistill_scored_positions_total", ()] == 39
     assert samples["jdistill_sent_bytes_total", ()] == 1000
     assert samples["jdistill_engine_errors_total", (("reason", "ENGINE_DEAD"),)] == 1
     assert samples["jdistill_queued_tokens", ()] == 7
