@@ -145,8 +145,8 @@ def _ask(args: argparse.Namespace, credentials: dict[str, Any], facts: dict[str,
         if args.tokens and info.state is ServerState.SERVING:
             facts["tokens_per_s"] = _tokens_per_s(client, info.model, args.tokens, 0)
             if args.top_k:
-                facts["top_k"] = args.top_k
-                facts["top_k_tokens_per_s"] = _tokens_per_s(client, info.model, args.tokens, args.top_k)
+                speed = _tokens_per_s(client, info.model, args.tokens, args.top_k)
+                facts |= {"top_k": args.top_k, "top_k_tokens_per_s": speed}
 
 
 def _certificate(args: argparse.Namespace) -> dict[str, str] | None:
@@ -194,9 +194,11 @@ def _health(channel: Any, endpoint: str, tls: bool, timeout_s: float) -> str:
                 f"{endpoint} speaks gRPC but is no jdistill teacher (no health of {SERVICE}): is the port right?"
             ) from None
         remedy = handshake_remedy(e.details() or "") or why_closed(endpoint, tls=tls)
+        remedy = (
+            remedy or "is it running (jdistill teacher ... --port), are host and port right, is a firewall between?"
+        )
         raise UnavailableError(
-            f"cannot reach a teacher at {endpoint} ({e.code().name}: {e.details()}). "
-            + (remedy or "Is it running (jdistill teacher ... --port), are host and port right, is a firewall between?")
+            f"cannot reach a teacher at {endpoint}: {remedy} ({e.code().name}: {e.details()})"
         ) from None
     return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
 

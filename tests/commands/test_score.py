@@ -17,6 +17,7 @@ from jdistill import cli
 from jdistill.commands import score
 from jdistill.teacher.engines import fake
 from jdistill.wire.types import TokenScores
+from tests.teacher.certificates import Authority
 
 VOCAB = 64
 
@@ -82,6 +83,27 @@ def test_output_is_the_models_numbers_to_the_last_bit_in_input_order(way, tmp_pa
             got = np.array(record[name], np.int64 if name == "top_ids" else np.float32)
             np.testing.assert_array_equal(got, values)
     assert sorted(path.name for path in tmp_path.glob("*.jsonl*")) == ["in.jsonl", "out.jsonl"]
+
+
+def test_credentials_open_a_teacher_and_their_lack_is_told_at_once(tmp_path, start_sidecar, capsys):
+    authority, tokens = Authority(tmp_path), tmp_path / "tokens"
+    tokens.write_text("secret-of-mine\n")
+    sidecar = start_sidecar(*authority.server_flags(), "--token-file", tokens)
+    lines = random_lines(20)
+    source, target = write(tmp_path / "in.jsonl", [line for line, _ in lines]), tmp_path / "out.jsonl"
+    argv = ["score", "--teacher", sidecar.address, "--input", str(source), "--output", str(target)]
+    assert cli.main([*argv, "--tls-ca", authority.ca, "--token-file", str(tokens)]) == 0
+    records = [json.loads(text) for text in target.read_text().splitlines()]
+    for record, (line, positions) in zip(records, lines, strict=True):
+        np.testing.assert_array_equal(
+            np.array(record["logprobs"], np.float32), expected(line, positions, 1.0)["logprobs"]
+        )
+    begin = time.monotonic()
+    assert cli.main([*argv, "--tls-ca", authority.ca]) == 1
+    assert "no token" in capsys.readouterr().err
+    assert cli.main([*argv, "--token-file", str(tokens)]) == 1
+    assert "speaks TLS" in capsys.readouterr().err
+    assert time.monotonic() - begin < 10, "of the 600 s that a teacher may stay away"
 
 
 @given(st.lists(st.floats(max_value=-0.0, width=32, allow_nan=False, allow_infinity=False), min_size=1))
@@ -169,6 +191,8 @@ def test_a_missing_or_empty_input_is_an_error(content, tmp_path, capsys):
         (["--teacher", "localhost:1", "--engine", "fake"], "--teacher and --engine"),
         (["--teacher", "localhost:1", "--model", "m"], "--teacher and --model"),
         (["--engine", "fake"], "--model is missing"),
+        (["--engine", "fake", "--model", "m", "--token-file", "t"], "--token-file is for --teacher"),
+        (["--teacher", "localhost:1", "--tls-key", "t"], "tls_ca"),
         (["--engine", "fkae", "--model", "m"], "did you mean fake?"),
         (["--engine", "fake", "--model", "m", "--temperature", "0"], "temperature = 0"),
         (["--engine", "fake", "--model", "m", "--output", "/no/such/directory/out"], "no directory /no/such"),

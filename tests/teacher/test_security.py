@@ -303,15 +303,29 @@ def test_a_file_that_cannot_be_used_any_more_leaves_the_tokens_as_they_were(star
 
 
 def test_a_token_that_expires_in_mid_run_fails_the_next_call_at_once(start_sidecar, tmp_path):
-    expires = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=3)
-    sidecar = start_sidecar("--token-file", token_file(tmp_path, f"{SECRET} {expires.isoformat()}"))
+    path = token_file(tmp_path, f"{SECRET} 2999-12-31")
+    sidecar = start_sidecar("--token-file", path)
     with client_of(sidecar, token=SECRET) as client:
         score(client)
-        time.sleep(max(0.0, (expires - datetime.datetime.now(datetime.UTC)).total_seconds()))
+        token_file(tmp_path, f"{SECRET} {datetime.datetime.now(datetime.UTC).isoformat()}")
         begin = time.monotonic()
         with pytest.raises(UnauthenticatedError, match=f"{sidecar.address}.*expired token"):
             score(client)
         assert time.monotonic() - begin < FAST_S
+
+
+def test_a_token_expires_at_its_second_though_its_file_does_not_change(tmp_path):
+    expires = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=0.3)
+    tokens = security.BearerTokens(token_file(tmp_path, f"{SECRET} {expires.isoformat()}"))
+    while True:
+        before = datetime.datetime.now(datetime.UTC)
+        try:
+            tokens.check(f"Bearer {SECRET}")
+        except UnauthenticatedError as e:
+            assert "expired token" in str(e) and datetime.datetime.now(datetime.UTC) >= expires
+            break
+        assert before < expires
+        time.sleep(0.01)
 
 
 def test_a_token_file_that_others_can_read_is_a_warning(tmp_path, caplog):

@@ -1,13 +1,17 @@
 """Sidecars as real processes: start, health, signals, ports, parents. Nothing here is simulated but the model."""
 
+import datetime
+import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 
 import grpc
 import numpy as np
@@ -20,8 +24,10 @@ from jdistill.config import ConfigError, TeacherServerConfig
 from jdistill.teacher import server
 from jdistill.teacher.engines import ENGINES, fake
 from jdistill.wire.v1 import teacher_pb2, teacher_pb2_grpc
+from tests.teacher.certificates import Authority
 
 SERVICE = "jdistill.wire.v1.TeacherService"
+CONTROL_SERVICE = "jdistill.wire.v1.TeacherControlService"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -106,10 +112,99 @@ def test_reflection_tells_the_schema_to_any_client(start_sidecar):
         ]
         services, file = stub.ServerReflectionInfo(iter(asked), timeout=10)
     names = {service.name for service in services.list_services_response.service}
-    assert {SERVICE, "grpc.health.v1.Health"} <= names
+    assert {SERVICE, CONTROL_SERVICE, "grpc.health.v1.Health"} <= names
     schema = descriptor_pb2.FileDescriptorProto.FromString(file.file_descriptor_response.file_descriptor_proto[0])
     methods = {method.name: method.server_streaming for method in schema.service[0].method}
     assert methods == {"ScoreSequences": True, "GetServerInfo": False}
+
+
+def test_health_of_a_sleeping_teacher_says_whether_a_score_would_be_served(start_sidecar):
+    for on_sleep, expected in (("wake", SERVING), ("refuse", NOT_SERVING)):
+        sidecar = start_sidecar("--offload", "--on-sleep", on_sleep)
+        with grpc.insecure_channel(sidecar.address) as channel:
+            control = teacher_pb2_grpc.TeacherControlServiceStub(channel)
+            control.Sleep(teacher_pb2.SleepRequest(), timeout=10)
+            for service in ("", SERVICE, CONTROL_SERVICE):
+                assert health_of(sidecar.address, service) == expected
+            control.Wake(teacher_pb2.WakeRequest(), timeout=10)
+            assert health_of(sidecar.address) == health_of(sidecar.address, CONTROL_SERVICE) == SERVING
+
+
+def test_metrics_are_there_from_the_first_second_and_count_what_happens(start_sidecar, tmp_path):
+    tokens = tmp_path / "tokens"
+    tokens.write_text("secret\n")
+    sidecar = start_sidecar("--metrics-port", 0, "--engine-arg", "load_s=1", "--token-file", tokens, wait=False)
+    wait_until(lambda: "metrics at http://" in sidecar.log)
+    url = re.search(r"metrics at (http://127\.0\.0\.1:\d+/metrics)", sidecar.log)[1]
+
+    def values():
+        with urllib.request.urlopen(url, timeout=10) as reply:
+            lines = [line for line in reply.read().decode().splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+    assert values()['jdistill_state{jdistill_state="loading"}'] == 1
+    sidecar.wait_for_port()
+    metrics_file = sidecar.port_file.with_name(sidecar.port_file.name + ".metrics")
+    assert url == f"http://127.0.0.1:{int(metrics_file.read_text())}/metrics"
+    with grpc.insecure_channel(sidecar.address) as channel:
+        stub = teacher_pb2_grpc.TeacherServiceStub(channel)
+        list(stub.ScoreSequences(request(3, 8), metadata=(("authorization", "Bearer secret"),)))
+        for call in (lambda: list(stub.ScoreSequences(request())), lambda: channel.unary_unary("/a.B/strange")(b"")):
+            with pytest.raises(grpc.RpcError):
+                call()
+    got = values()
+    assert got['jdistill_calls_total{code="OK",method="ScoreSequences"}'] == 1
+    assert got['jdistill_calls_total{code="UNAUTHENTICATED",method="ScoreSequences"}'] == 1
+    assert got['jdistill_calls_total{code="UNAUTHENTICATED",method="other"}'] == 1
+    assert got["jdistill_scored_sequences_total"] == 3 and got["jdistill_scored_positions_total"] == 21
+    assert got['jdistill_state{jdistill_state="serving"}'] == 1
+    assert not any("strange" in name for name in got), "strangers must not make time series"
+    assert sidecar.stop() == 0
+    assert not metrics_file.exists()
+
+
+def test_metrics_beyond_loopback_are_served_only_if_strangers_may_know(start_sidecar, tmp_path):
+    authority = Authority(tmp_path)
+    everywhere = ("--host", "0.0.0.0", "--metrics-port", 0, *authority.server_flags())
+    assert "metrics at http://127.0.0.1:" in start_sidecar(*everywhere).log
+    assert "metrics at http://0.0.0.0:" in start_sidecar(*everywhere, "--insecure").log
+
+
+def test_a_metrics_port_in_use_is_named_with_the_remedy_before_anything_is_loaded(start_sidecar):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        sidecar = start_sidecar("--metrics-port", port, "--engine-arg", "load_s=60", wait=False)
+        assert sidecar.process.wait(15) == 2
+    last = sidecar.log.strip().splitlines()[-1]
+    assert f"metrics on 127.0.0.1:{port}: the port is in use" in last and "--metrics-port" in last
+
+
+def test_a_log_in_json_has_one_object_a_line_whatever_happens(start_sidecar, tmp_path):
+    authority = Authority(tmp_path)
+    flags = ("--log-format", "json", "--engine-arg", "fail_on_token=63", *authority.server_flags())
+    sidecar = start_sidecar(*flags)
+    with grpc.insecure_channel(sidecar.address) as channel, pytest.raises(grpc.RpcError):
+        teacher_pb2_grpc.TeacherServiceStub(channel).GetServerInfo(teacher_pb2.GetServerInfoRequest(), timeout=5)
+    trusted = grpc.ssl_channel_credentials(pathlib.Path(authority.ca).read_bytes())
+    with grpc.secure_channel(sidecar.address, trusted) as channel:
+        stub = teacher_pb2_grpc.TeacherServiceStub(channel)
+        good, bad = request(2), teacher_pb2.ScoreSequencesRequest(sequence_lengths=[2], token_ids=[1, 63])
+        good.request_id = bad.request_id = 'run 7, step 3\n"'
+        list(stub.ScoreSequences(good))
+        with pytest.raises(grpc.RpcError):
+            list(stub.ScoreSequences(bad))
+    assert sidecar.stop() == 0
+    lines = [json.loads(line) for line in sidecar.log.splitlines()]
+    for line in lines:
+        assert {"time", "level", "logger", "message"} <= line.keys()
+        assert datetime.datetime.fromisoformat(line["time"]).utcoffset() == datetime.timedelta(0)
+    (scored,) = (line for line in lines if line.get("code") == "OK" and line.get("method") == "ScoreSequences")
+    assert scored["request_id"] == good.request_id and scored["level"] == "INFO"
+    assert (scored["sequences"], scored["tokens"], scored["scored"]) == (2, 16, 14)
+    assert any(line["level"] == "ERROR" and line.get("request_id") == bad.request_id for line in lines)
+    assert lines[-1]["message"] == "ended"
 
 
 def test_sigterm_under_load_finishes_what_runs_refuses_what_comes_and_exits_with_0(start_sidecar):
