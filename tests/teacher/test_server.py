@@ -82,8 +82,9 @@ def test_health_says_not_serving_while_it_loads_and_serving_once_it_answers(star
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    sidecar = start_sidecar("--port", port, "--engine-arg", "load_s=1.5", wait=False)
+    sidecar = start_sidecar("--port", port, "--engine-arg", "load_s=2", wait=False)
     address = f"127.0.0.1:{port}"
+    wait_until(lambda: "listening on" in sidecar.log)  # else the first call's backoff outlasts the loading
     assert health_of(address) == NOT_SERVING
     assert health_of(address, "") == NOT_SERVING
     assert not sidecar.port_file.exists(), "the port file promises a server that answers"
@@ -133,7 +134,7 @@ def test_health_of_a_sleeping_teacher_says_whether_a_score_would_be_served(start
 def test_metrics_are_there_from_the_first_second_and_count_what_happens(start_sidecar, tmp_path):
     tokens = tmp_path / "tokens"
     tokens.write_text("secret\n")
-    sidecar = start_sidecar("--metrics-port", 0, "--engine-arg", "load_s=1", "--token-file", tokens, wait=False)
+    sidecar = start_sidecar("--metrics-port", 0, "--engine-arg", "load_s=2", "--token-file", tokens, wait=False)
     wait_until(lambda: "metrics at http://" in sidecar.log)
     url = re.search(r"metrics at (http://127\.0\.0\.1:\d+/metrics)", sidecar.log)[1]
 
