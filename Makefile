@@ -20,7 +20,7 @@ TEACHER_ENV_jax := $(STUDENT)/.student
 TEACHER_ENV_transformers := $(TORCH)/.transformers
 TEACHER_ENV_vllm := $(VLLM)/.vllm
 
-.PHONY: help demo figure tune warmup test lint proto clean
+.PHONY: help demo figure tune bench-service warmup test lint proto clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -72,6 +72,9 @@ figure: $(STUDENT)/.student  ## the README's picture: every arm over 3 seeds and
 
 tune: $(STUDENT)/.student  ## every arm over the same grid of learning rates
 	@$(STUDENT)/bin/python benchmarks/tune_addition.py
+
+bench-service: $(VLLM)/.vllm  ## the teacher service beside vLLM in process, vLLM's HTTP server and other wires (10 minutes); ARGS=--quick
+	@$(VLLM)/bin/python -m benchmarks.service $(ARGS)
 
 warmup: $(STUDENT)/.student  ## train the demo's teacher and student again from nothing (examples/addition)
 	@$(STUDENT)/bin/python examples/addition/make_models.py runs/warmup
