@@ -354,7 +354,7 @@ class Dispatcher:
             async for data in stream:
                 call.reply.add(data)
                 call.progress_at = call.replica.message_at = self._loop.time()
-                if call.races:
+                if call.races or call.reply.is_whole:  # not only at the end of the stream, which may never come
                     self._deliver(call)
             call.reply.finish()
         finally:
@@ -415,6 +415,8 @@ class Dispatcher:
                 rivals |= job.calls
             else:
                 missing.append(job)
+        if call.reply.is_whole:
+            rivals.discard(call)  # its end is under way; a cancellation would look as if we had given up
         for rival in rivals:
             self._end_if_needless(rival)
         return missing
@@ -436,6 +438,8 @@ class Dispatcher:
             return
         # What came whole, and was verified, before the stream broke is as good as any other answer.
         missing = self._deliver(call)
+        # The server could not read it at all, and what we write can be read: it was damaged on its way.
+        was_garbled = isinstance(error, InvalidRequestError) and error.field == codec.WHOLE_REQUEST
         if isinstance(error, FingerprintMismatchError):
             self._requeue(missing)
             self.pool.refuse(replica, error)
@@ -449,7 +453,7 @@ class Dispatcher:
         elif isinstance(error, InvalidRequestError) and error.sequence is not None and error.sequence < len(jobs):
             blamed = jobs[error.sequence]
             blamed.fail(InvalidRequestError(str(error), field=error.field, sequence=blamed.index))
-        elif isinstance(error, InvalidRequestError | UnsupportedError):
+        elif isinstance(error, InvalidRequestError | UnsupportedError) and not was_garbled:
             for job in missing:
                 job.fail(error)
         elif isinstance(error, UnauthenticatedError):
@@ -463,13 +467,21 @@ class Dispatcher:
                     job.fail(TeacherError(f"{error} (attempt {job.attempts} of sequence {job.index})"))
 
     def _reply_was_bad(self, call: Call, error: VerificationError) -> None:
-        """Uses nothing of a bad reply. The sequence it was bad for goes to another replica, or fails if none is up."""
+        """Uses nothing of a bad reply. The sequence it was bad for goes to another replica, or fails if none is up.
+
+        A reply that is bad as a whole may have been damaged on its way: then the only replica is asked once more.
+        """
         logger.error("bad reply of a teacher: %s", error)
         call.replica.error = str(error)
         blamed = call.jobs if call.reply.blamed is None else [call.jobs[call.reply.blamed]]
         for job in blamed:
             job.bad_replies[call.replica.endpoint] = error
-            if not job.calls and not any(r.ready and r.endpoint not in job.bad_replies for r in self.pool.replicas):
+            if job.calls or any(r.ready and r.endpoint not in job.bad_replies for r in self.pool.replicas):
+                continue
+            job.server_faults += 1
+            if call.reply.blamed is None and job.server_faults == 1:
+                del job.bad_replies[call.replica.endpoint]
+            else:
                 job.fail(error)
 
     def _requeue(self, jobs: Sequence[Job]) -> None:

@@ -86,7 +86,10 @@ class Replica:
 
     async def look(self, timeout_s: float) -> ServerInfo:
         """GetServerInfo, in any state; a TeacherError if it fails."""
-        self.info = codec.decode_server_info(await self._unary(self._info, timeout_s))
+        data = await self._unary(self._info, timeout_s)
+        if data is None:  # gRPC's, when the reply was lost on its way but its end was not
+            raise UnavailableError(f"{self.endpoint}: GetServerInfo ended without a reply")
+        self.info = codec.decode_server_info(data)
         return self.info
 
     async def ask(self, timeout_s: float) -> ServerInfo:
@@ -179,7 +182,7 @@ class Replica:
 
     # ---- inside ----
 
-    async def _unary(self, method: Any, timeout_s: float) -> bytes:
+    async def _unary(self, method: Any, timeout_s: float) -> bytes | None:
         token = await self._token.get() if self._token is not None else None
         try:
             return await method(b"", timeout=timeout_s, metadata=self._headers(token))

@@ -46,6 +46,7 @@ class Reply:
         self._candidate_count = 0 if first is None else first.shape[1]
         self._num_scored_B = [s.num_scored for s in sequences]
         self._received_B = [0] * len(sequences)
+        self._num_missing = sum(self._num_scored_B)
         self._scores_B = [
             TokenScores(
                 logprobs=np.empty(num_scored, np.float32),
@@ -99,6 +100,11 @@ class Reply:
                 raise self._blame(b, f"the stream ended after {received} of {num_scored} scores: truncated")
         return self._scores_B
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all scores are there."""
+        return self._num_missing == 0
+
     def complete(self, b: int) -> TokenScores | None:
         """Scores of sequence `b` if all of them came, else None: what can be kept of a stream that broke."""
         return self._scores_B[b] if self._received_B[b] == self._num_scored_B[b] else None
@@ -122,6 +128,7 @@ class Reply:
             if getattr(whole, name) is not None:
                 getattr(whole, name)[place] = getattr(part, name)
         self._received_B[b] += count
+        self._num_missing -= count
 
     def _check_values(self, chunk: codec.ScoreChunk) -> None:
         for name in ("logprobs", "top_logprobs", "candidate_logprobs"):

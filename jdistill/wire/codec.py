@@ -31,6 +31,7 @@ SERVICE = "jdistill.wire.v1.TeacherService"
 CONTROL_SERVICE = "jdistill.wire.v1.TeacherControlService"
 SCORE_METHOD = f"/{SERVICE}/ScoreSequences"
 INFO_METHOD = f"/{SERVICE}/GetServerInfo"
+WHOLE_REQUEST = "request"  # the `field` of an InvalidRequestError about bytes that are no request
 DEFAULT_CHUNK_BYTES = 1 << 20  # larger messages only delay the first result (measured: 1 MB is as fast as 16 MB)
 
 _LITTLE_U4 = np.dtype("<u4")
@@ -455,7 +456,7 @@ def _decode_spans(
 
 
 def _not_a_request(reason: str) -> InvalidRequestError:
-    return InvalidRequestError(f"not a jdistill.wire.v1.ScoreSequencesRequest: {reason}")
+    return InvalidRequestError(f"not a jdistill.wire.v1.ScoreSequencesRequest: {reason}", field=WHOLE_REQUEST)
 
 
 def _not_a_response(reason: str) -> VerificationError:
