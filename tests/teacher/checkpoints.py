@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -104,3 +105,32 @@ def write_tokenizer(path: str | pathlib.Path, *, vocab_size: int, prefix: str = 
     tokenizer.save(str(path / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_adapter(path: str | pathlib.Path, base: str | pathlib.Path, *, rank: int = 4, seed: int = 1) -> pathlib.Path:
+    """Writes a random LoRA adapter on the attention of a Qwen3 checkpoint, in PEFT's format.
+
+    Beside it, in `path`-merged, the checkpoint with the adapter merged into its weights, which gives the same numbers.
+    """
+    path, base = pathlib.Path(path), pathlib.Path(base)
+    path.mkdir(parents=True)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "bias": "none"}
+    config |= {"target_modules": targets, "base_model_name_or_path": str(base), "lora_dropout": 0.0}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(seed)
+    weights, adapter = load_file(base / "model.safetensors"), {}
+    for name in list(weights):
+        if name.split(".")[-2] not in targets:
+            continue
+        rows, columns = weights[name].shape
+        a = (rng.standard_normal((rank, columns)) * columns**-0.5).astype(np.float32)
+        b = (rng.standard_normal((rows, rank)) * rank**-0.5).astype(np.float32)
+        prefix = "base_model.model." + name.removesuffix(".weight")
+        adapter |= {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
+        weights[name] = weights[name] + 2.0 * (b @ a)  # lora_alpha / r
+    save_file(adapter, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    merged = path.with_name(path.name + "-merged")
+    shutil.copytree(base, merged)
+    save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
+    return path

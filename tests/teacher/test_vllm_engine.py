@@ -53,7 +53,8 @@ def extension(tmp_path_factory, vllm_module):
 
 def by_way(served, way):
     """The same vLLM, another way of scoring."""
-    engine = type(served.engine)(served.engine._llm, served.engine.info, way)
+    config = TeacherServerConfig(engine="vllm", model=str(served.path))
+    engine = type(served.engine)(served.engine._llm, served.engine.info, way, config)
     return dataclasses.replace(served, engine=engine)
 
 

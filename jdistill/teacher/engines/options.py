@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import hashlib
+import json
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from jdistill.checkpoint_files import (
     check_checkpoint,
@@ -15,7 +20,7 @@ from jdistill.checkpoint_files import (
     tokenizer_fingerprint,
     vocab_size,
 )
-from jdistill.config import TeacherServerConfig
+from jdistill.config import ConfigError, TeacherServerConfig
 from jdistill.teacher.fingerprint import model_fingerprint
 from jdistill.wire.types import ModelInfo
 
@@ -57,6 +62,49 @@ def check_sizes(engine: str, config: TeacherServerConfig, *supported: str) -> No
         value = getattr(config, name)
         if name not in supported and value not in (1, None, {}):
             raise ValueError(f"{name}: the {engine} engine cannot do that (got {value!r}); {remedy}")
+
+
+def adapter_rank(path: str | pathlib.Path) -> int:
+    """The rank of a LoRA adapter in PEFT's format. Raises ConfigError if the directory holds none."""
+    file = pathlib.Path(path) / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as e:
+        raise ConfigError(
+            f"adapters: {path} is no LoRA adapter ({type(e).__name__}: {e}); expected a directory that PEFT has saved: "
+            "adapter_config.json, adapter_model.safetensors"
+        ) from None
+    if config.get("peft_type") != "LORA" or not isinstance(config.get("r"), int):
+        raise ConfigError(f"adapters: {file} is of type {config.get('peft_type')!r}, expected LORA with a rank r")
+    modules = [*(config.get("modules_to_save") or ()), *_words(config.get("target_modules"))]
+    if head := [name for name in modules if name.rpartition(".")[2] in ("lm_head", "embed_tokens")]:
+        raise ConfigError(f"adapters: {path} changes {head[0]}, which is not supported; merge it into the checkpoint")
+    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
+
+
+def _words(names: Any) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or ())
+
+
+def write_zero_adapter(path: str | pathlib.Path, to: str | pathlib.Path) -> None:
+    """Writes an adapter of the shapes of the one at `path` that changes nothing."""
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    path, to = pathlib.Path(path), pathlib.Path(to)
+    (to / "adapter_config.json").write_bytes((path / "adapter_config.json").read_bytes())
+    with safe_open(path / "adapter_model.safetensors", framework="numpy") as file:
+        zeros = {name: np.zeros(file.get_slice(name).get_shape(), np.float32) for name in file.keys()}
+    save_file(zeros, to / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def adapter_info(base: ModelInfo, name: str, path: str | pathlib.Path) -> ModelInfo:
+    """What is served under an adapter's name: the base model's limits, a fingerprint over base and adapter files."""
+    digest = hashlib.sha256(base.fingerprint.encode())
+    for file in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+        if (pathlib.Path(path) / file).is_file():
+            digest.update((pathlib.Path(path) / file).read_bytes())
+    return dataclasses.replace(base, model=name, base_model=base.model, fingerprint=digest.hexdigest())
 
 
 def model_info(

@@ -15,10 +15,14 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
+import pathlib
+import tempfile
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -30,6 +34,7 @@ os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 
 import vllm
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -40,7 +45,13 @@ from jdistill.checkpoint_files import read_config
 from jdistill.config import TeacherServerConfig
 from jdistill.teacher.engines import vllm_worker
 from jdistill.teacher.engines.base import Engine
-from jdistill.teacher.engines.options import check_engine_args, model_info
+from jdistill.teacher.engines.options import (
+    adapter_info,
+    adapter_rank,
+    check_engine_args,
+    model_info,
+    write_zero_adapter,
+)
 from jdistill.wire.codec import token_crc
 from jdistill.wire.errors import EngineDeadError, InvalidRequestError, TeacherError, UnavailableError, UnsupportedError
 from jdistill.wire.types import ModelInfo, SequenceToScore, TokenScores
@@ -49,11 +60,18 @@ logger = logging.getLogger(__name__)
 
 # engine_args that would contradict the sidecar's own configuration -> what to set instead.
 RESERVED = {
+    "data_parallel_size": "data_parallel_size",
     "dtype": "dtype",
+    "enable_lora": "adapters",
     "enable_return_routed_experts": None,
+    "enable_sleep_mode": "offload",
+    "gpu_memory_utilization": "memory_fraction",
     "logprobs_mode": None,  # raw_logits would come back in the same field, looking like log-probabilities
     "max_model_len": "max_sequence_length",
+    "max_lora_rank": "adapters",
     "model": "model",
+    "pipeline_parallel_size": "pipeline_parallel_size",
+    "quantization": "quantization",
     "runner": None,
     "served_model_name": "served_name",
     "skip_tokenizer_init": None,
@@ -290,9 +308,16 @@ class VllmEngine(Engine):
 
     name = "vllm"
 
-    def __init__(self, llm: AsyncLLM, info: ModelInfo, way: _Way):
+    def __init__(self, llm: AsyncLLM, info: ModelInfo, way: _Way, config: TeacherServerConfig):
         self.version = vllm.__version__
         self._llm: AsyncLLM | None = llm
+        self.can_sleep = config.offload
+        self._adapters = config.adapters
+        self._base_lora: LoRARequest | None = None
+        self._lora = {
+            name: LoRARequest(name, number, str(pathlib.Path(path).absolute()))
+            for number, (name, path) in enumerate(config.adapters.items(), start=1)
+        }
         self._use(way, info)
 
     def _use(self, way: _Way, info: ModelInfo) -> None:
@@ -303,6 +328,7 @@ class VllmEngine(Engine):
             max_candidate_count=way.max_candidate_count,
             any_temperature=way.any_temperature,
         )
+        self.adapters = {name: adapter_info(self.info, name, path) for name, path in self._adapters.items()}
 
     @property
     def way(self) -> str:
@@ -344,24 +370,63 @@ class VllmEngine(Engine):
             "model": config.model,
             "dtype": info.dtype,
             "tensor_parallel_size": config.tensor_parallel_size,
+            "pipeline_parallel_size": config.pipeline_parallel_size,
+            "data_parallel_size": config.data_parallel_size,
+            "quantization": config.quantization,
             # One more than the longest sequence, since one token is generated.
             "max_model_len": info.max_sequence_length + 1,
             "skip_tokenizer_init": True,
             "logprobs_mode": "raw_logprobs",
         }
+        if config.memory_fraction is not None:
+            args["gpu_memory_utilization"] = config.memory_fraction
+        if config.offload:
+            args["enable_sleep_mode"] = True
+        if config.adapters:
+            ranks = [adapter_rank(path) for path in config.adapters.values()]
+            args |= {"enable_lora": True, "max_lora_rank": _lora_rank(max(ranks)), "max_loras": len(ranks) + 1}
         args["worker_extension_cls"] = f"{vllm_worker.__name__}.{vllm_worker.ScoringWorker.__name__}"
         args = {name: value for name, value in args.items() if name in names}
         _set_environment(config, info, args)
         llm = await asyncio.to_thread(_start, args)
         plain = PlainWay(info.vocab_size, args["max_logprobs"])
-        engine = cls(llm, info, plain)
+        engine = cls(llm, info, plain, config)
+        scratch = contextlib.ExitStack()
+        if config.adapters and current_platform.is_cpu():
+            # In a batch that adapters share, vLLM's CPU kernels (0.32) give the base model's rows the last one: they
+            # index with -1. An adapter of zeros is the base model, and is never -1.
+            path = scratch.enter_context(tempfile.TemporaryDirectory(prefix="jdistill-"))
+            write_zero_adapter(next(iter(config.adapters.values())), path)
+            engine._base_lora = LoRARequest("jdistill-base", len(config.adapters) + 1, path)
         try:
             await llm.collective_rpc("jdistill_end_with", args=(os.getpid(),))
             await engine._choose(scoring, info, args)
+            if engine._lora:
+                await engine._check_adapters(info)
         except BaseException:
             await engine.close()
             raise
+        finally:
+            scratch.close()
         return engine
+
+    async def _check_adapters(self, info: ModelInfo) -> None:
+        """Uses each adapter now, alone and beside the others: what does not fit is found at start, not in step 900."""
+        probe = _probe_sequence(info)
+        loras = [self._base_lora, *self._lora.values()]
+        score = functools.partial(self._score_one, probe, top_k=0, temperature=1.0)
+        alone = [(await score(lora=lora)).logprobs for lora in loras]
+        together = await asyncio.gather(*(score(lora=lora) for lora in loras))
+        for lora, expected, got in zip(loras, alone, together, strict=True):
+            name = "the base model" if lora is self._base_lora else f"adapter {lora.lora_name!r}"
+            worst = float(np.abs(got.logprobs - expected).max())
+            if not worst <= PROBE_TOLERANCE[info.dtype]:
+                raise UnsupportedError(
+                    f"vLLM {self.version} scores {name} otherwise when other adapters share the batch (by up to "
+                    f"{worst:.3g} nats): serve each adapter by a sidecar of its own, or merged"
+                )
+            if lora is not self._base_lora and np.array_equal(expected, alone[0]):
+                logger.warning("%s changes no score of a probe: are its weights those of a trained one?", name)
 
     async def _choose(self, scoring: str, info: ModelInfo, args: dict[str, Any]) -> None:
         """Takes the first way that gives the plain way's numbers."""
@@ -434,8 +499,9 @@ class VllmEngine(Engine):
         if self._llm is None:
             raise UnavailableError("the vllm engine is closed")
         self._refuse(sequences, top_k, temperature)
+        lora = self._lora.get(adapter, self._base_lora)
         tasks = {
-            asyncio.create_task(self._score_one(sequence, top_k=top_k, temperature=temperature)): index
+            asyncio.create_task(self._score_one(sequence, top_k=top_k, temperature=temperature, lora=lora)): index
             for index, sequence in enumerate(sequences)
         }
         pending = set(tasks)
@@ -467,13 +533,38 @@ class VllmEngine(Engine):
                 f"{where}, scores up to {info.max_candidate_count} candidates, asked for {num_candidates}: {remedy}"
             )
 
-    async def _score_one(self, sequence: SequenceToScore, *, top_k: int, temperature: float) -> TokenScores:
+    async def check(self) -> None:
+        """See Engine.check."""
+        if self._llm is None:
+            return
+        try:
+            await self._llm.check_health()
+        except vllm_exceptions.EngineDeadError as e:
+            raise EngineDeadError(f"vLLM's engine process has died ({e}); its log above says why") from e
+
+    async def sleep(self) -> None:
+        """See Engine.sleep: vLLM's level 1, the weights wait in the host's memory and the KV cache is given up."""
+        if not self.can_sleep or self._llm is None:
+            await super().sleep()
+        elif not await self._llm.is_sleeping():
+            await self._llm.sleep(level=1)
+
+    async def wake(self) -> None:
+        """See Engine.wake."""
+        if not self.can_sleep or self._llm is None:
+            await super().wake()
+        elif await self._llm.is_sleeping():
+            await self._llm.wake_up()
+
+    async def _score_one(
+        self, sequence: SequenceToScore, *, top_k: int, temperature: float, lora: LoRARequest | None = None
+    ) -> TokenScores:
         way = self._way
         try:
             params = way.params(sequence, top_k=top_k, temperature=temperature)
             prompt = {"prompt_token_ids": sequence.token_ids.tolist()}
             output = None
-            async for reply in self._llm.generate(prompt, params, request_id=uuid.uuid4().hex):
+            async for reply in self._llm.generate(prompt, params, request_id=uuid.uuid4().hex, lora_request=lora):
                 output = reply
         except vllm_exceptions.EngineDeadError as e:
             raise EngineDeadError(
@@ -500,6 +591,11 @@ class VllmEngine(Engine):
             # In the event loop's thread: elsewhere vLLM's output handler sees its engine go and logs an error.
             self._llm.shutdown()
             self._llm = None  # its destructor fails if it runs at the interpreter's end
+
+
+def _lora_rank(rank: int) -> int:
+    """The smallest rank that vLLM has kernels for and that holds `rank`."""
+    return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank), rank)
 
 
 def _clamp(logprobs: np.ndarray) -> np.ndarray:

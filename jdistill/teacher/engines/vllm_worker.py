@@ -22,6 +22,7 @@ import select
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,8 @@ class _Scorer:
         self._runner = runner
         self._jobs: dict[str, _Job] = {}
         self._finished: dict[str, torch.Tensor] = {}
+        lora_heads = [m for m in runner.model.modules() if type(m).__name__ == "LogitsProcessorWithLoRA"]
+        self._head_lora = lora_heads[0].punica_wrapper if lora_heads else None
         self._chunk = min(4096, max(64, CHUNK_LOGITS // runner.model_config.get_vocab_size()))
         prompt_logprobs, sample_tokens = runner._get_prompt_logprobs_dict, runner.sample_tokens
 
@@ -155,6 +158,19 @@ class _Scorer:
 
         runner._get_prompt_logprobs_dict = score_then_prompt_logprobs
         runner.sample_tokens = sample_tokens_then_attach
+
+    @contextlib.contextmanager
+    def _without_lora_on_the_head(self) -> Iterator[None]:
+        """With adapters vLLM maps rows of logits to requests, one each; ours are more. Adapters of it are refused."""
+        if self._head_lora is None:
+            yield
+            return
+        add = self._head_lora.add_lora_logits
+        self._head_lora.add_lora_logits = lambda logits, *args, **kwargs: logits
+        try:
+            yield
+        finally:
+            self._head_lora.add_lora_logits = add
 
     def _step(self, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> None:
         """Scores the rows of one step; a long prompt comes in several."""
@@ -199,7 +215,8 @@ class _Scorer:
         results = []
         for start in range(0, len(rows), self._chunk):
             chunk = slice(start, start + self._chunk)
-            logits_nV = self._runner.model.compute_logits(hidden_states[rows_N[chunk]])
+            with self._without_lora_on_the_head():
+                logits_nV = self._runner.model.compute_logits(hidden_states[rows_N[chunk]])
             if logits_nV is None:  # tensor parallel: only one rank holds them, and only its output is used
                 continue
             logits_nV = logits_nV.to(torch.float32) / temperatures_N1[chunk]
