@@ -1,0 +1,109 @@
+"""On-policy distillation in plain JAX and optax, with a student of its own: of jdistill it uses TeacherClient alone.
+
+  jdistill teacher --engine jax --model examples/addition/teacher --port 50051
+  python examples/plain_jax_loop.py 127.0.0.1:50051
+
+The student writes answers to 3-digit additions; the teacher says how likely it finds those tokens that the student
+finds most likely there; the student moves towards it (reverse KL; the rest of the vocabulary is one more outcome).
+
+Dimension key: B sequences, S tokens, T = S - 1 targets (target t is token t + 1), V vocabulary, C candidates, W window.
+"""
+
+import argparse
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jdistill.client import TeacherClient
+
+IDS = json.loads((pathlib.Path(__file__).parent / "addition/teacher/tokenizer.json").read_text())["model"]["vocab"]
+V, W, S, PROMPT, END = len(IDS), 24, 41, 8, IDS["<end>"]  # "850+636=" and 33 tokens of response
+
+
+def init(key):
+    """Parameters of an MLP that sees the last W tokens and its position."""
+    keys = jax.random.split(key, 3)
+    shapes = {"embed": (V + 1, 16), "hidden": (W * 16, 256), "out": (256, V)}
+    params = {name: jax.random.normal(k, s) / s[0] ** 0.5 for k, (name, s) in zip(keys, shapes.items(), strict=True)}
+    return params | {"position": jnp.zeros((S - 1, 256))}
+
+
+def predict(params, window_W, position):
+    """Log-probabilities [V] of the next token, given the last W tokens and how many came in all; any leading axes."""
+    inputs = params["embed"][window_W].reshape(*window_W.shape[:-1], -1)
+    hidden = jax.nn.gelu(inputs @ params["hidden"] + params["position"][position - 1])
+    return jax.nn.log_softmax(hidden @ params["out"])
+
+
+def log_probs(params, tokens_BS):
+    """float32 [B, T, V]: of every token as the next one."""
+    padded = jnp.pad(tokens_BS, ((0, 0), (W - 1, 0)), constant_values=V)
+    windows_BTW = jnp.stack([padded[:, i : i + S - 1] for i in range(W)], axis=-1)
+    return predict(params, windows_BTW, jnp.arange(1, S))
+
+
+@jax.jit
+def sample(params, prompts_BP, key):
+    """Tokens [B, S], and a mask [B, T] of those that the student has sampled, up to <end>."""
+
+    def step(t, padded):
+        logprobs_BV = predict(params, jax.lax.dynamic_slice_in_dim(padded, t, W, axis=1), t)
+        return padded.at[:, W + t].set(jax.random.categorical(jax.random.fold_in(key, t), logprobs_BV))
+
+    padded = jnp.pad(prompts_BP, ((0, 0), (W, S - PROMPT)), constant_values=V)
+    tokens_BS = jax.lax.fori_loop(PROMPT, S, step, padded)[:, W:]
+    ended_BS = jnp.cumsum(tokens_BS == END, axis=1) > 0
+    return tokens_BS, (jnp.arange(1, S) >= PROMPT) & ~ended_BS[:, :-1]
+
+
+def reverse_kl(logprobs_BTC, teacher_logprobs_BTC):
+    """KL(student || teacher) [B, T] over the candidates and one more outcome: none of them."""
+
+    def with_tail(logprobs_BTC):
+        rest = jnp.maximum(1 - jnp.exp(logprobs_BTC).sum(-1, keepdims=True), 1e-6)  # of all 16 it is 0, or just below
+        return jnp.concatenate([logprobs_BTC, jnp.log(rest)], axis=-1)
+
+    own, teachers = with_tail(logprobs_BTC), with_tail(teacher_logprobs_BTC)
+    return (jnp.exp(own) * (own - teachers)).sum(-1)
+
+
+@jax.jit
+@jax.value_and_grad
+def loss_and_gradient(params, tokens_BS, mask_BT, candidate_ids_BTC, teacher_logprobs_BTC):
+    """Mean over the sampled tokens, in nats."""
+    own_BTC = jnp.take_along_axis(log_probs(params, tokens_BS), candidate_ids_BTC, axis=-1)
+    # where() before the product: what was not scored is NaN in the teacher's array, lest it pass for a score.
+    teacher_BTC = jnp.where(mask_BT[..., None], teacher_logprobs_BTC, own_BTC)
+    return reverse_kl(own_BTC, teacher_BTC).mean(where=mask_BT)
+
+
+def train(teacher, params, *, num_steps=300, batch_size=64, num_candidates=4, seed=0, log=print):
+    """Returns the parameters after `num_steps`."""
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3, b2=0.95))
+    rng, state = np.random.default_rng(seed), optimizer.init(params)
+    for step in range(num_steps):
+        prompts_BP = np.array([[IDS[c] for c in f"{a:03}+{b:03}="] for a, b in rng.integers(0, 1000, (batch_size, 2))])
+        tokens_BS, mask_BT = sample(params, prompts_BP, jax.random.key(rng.integers(2**31)))
+        candidate_ids_BTC = jax.lax.top_k(log_probs(params, tokens_BS), num_candidates)[1]
+        scores = teacher.score_batch(tokens_BS, mask_BT, candidate_ids_BTC=candidate_ids_BTC)
+        value, gradient = loss_and_gradient(params, tokens_BS, mask_BT, candidate_ids_BTC, scores.candidate_logprobs)
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        if step % 25 == 0:
+            log(f"step {step:4}  reverse KL {value:.3f}  {''.join(CHARACTERS[i] for i in np.asarray(tokens_BS[0]))}")
+    return params
+
+
+CHARACTERS = {i: c if len(c) == 1 else "." for c, i in IDS.items()}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher", nargs="?", default="127.0.0.1:50051", metavar="HOST:PORT")
+    parser.add_argument("--steps", type=int, default=300)
+    args = parser.parse_args()
+    with TeacherClient([args.teacher]) as client:
+        train(client, init(jax.random.key(0)), num_steps=args.steps)
