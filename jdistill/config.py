@@ -72,6 +72,12 @@ class TeacherSection(Section):
     deadline_s: float = 600.0  # over all attempts of one batch: how long a dead teacher may stay away
     max_in_flight: int = 4  # calls in flight for each endpoint
     batch_tokens: int = 16384  # tokens of one call
+    model: str = ""  # which of the sidecar's models: an adapter's or the served name; "": the base model
+    offload: bool = False  # the teacher frees its GPU memory except while a finished rollout is scored
+    tls_ca: str | None = None  # PEM file: the authority that signed the sidecars' certificates
+    tls_cert: str | None = None  # PEM file: our own certificate, where the sidecar asks for one (mTLS)
+    tls_key: str | None = None
+    token_file: str | None = None  # holds the bearer token; read again when the teacher refuses it
 
     @pydantic.model_validator(mode="after")
     def _one_way(self) -> TeacherSection:
@@ -79,6 +85,14 @@ class TeacherSection(Section):
             raise ValueError(
                 "give exactly one of teacher.endpoints (sidecars that run) and teacher.spawn (the trainer starts one)"
             )
+        credentials = [name for name in ("tls_ca", "tls_cert", "tls_key", "token_file") if getattr(self, name)]
+        if self.spawn is not None and credentials:
+            raise ValueError(
+                f"teacher.{credentials[0]} is for teacher.endpoints; a sidecar that the trainer starts is reached over "
+                "loopback, without TLS or token"
+            )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("teacher.tls_cert and teacher.tls_key belong together: give both or none")
         return self
 
 

@@ -17,7 +17,7 @@ from types import TracebackType
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from jdistill.config import SpawnSection
+from jdistill.config import EngineSection, SpawnSection
 from jdistill.wire.errors import UnavailableError
 
 logger = logging.getLogger(__name__)
@@ -84,17 +84,13 @@ class TeacherProcess:
         self._kill_group()
 
     def _command(self) -> list[str]:
-        spawn = self._spawn
-        command = [spawn.python or sys.executable, "-m", "jdistill.cli", "teacher"]
-        command += ["--engine", spawn.engine, "--model", spawn.model, "--dtype", spawn.dtype]
-        command += ["--host", "127.0.0.1", "--port", str(self._port), "--port-file", str(self._port_file)]
-        command += ["--tensor-parallel-size", str(spawn.tensor_parallel_size)]
-        command += ["--exit-with-parent", str(os.getpid())]
-        if spawn.max_sequence_length is not None:
-            command += ["--max-sequence-length", str(spawn.max_sequence_length)]
-        for name, value in spawn.engine_args.items():
-            command += ["--engine-arg", f"{name}={json.dumps(value)}"]
-        return command
+        """The command line; what to serve is in a file beside the log, from which it can be started by hand too."""
+        fields = {name: getattr(self._spawn, name) for name in EngineSection.model_fields}
+        config_path = self._log_path.with_suffix(".yaml")  # JSON, which is YAML
+        config_path.write_text(json.dumps(fields, indent=2) + "\n")
+        command = [self._spawn.python or sys.executable, "-m", "jdistill.cli", "teacher", str(config_path)]
+        command += [f"port={self._port}", f"port_file={json.dumps(str(self._port_file))}"]
+        return [*command, "--exit-with-parent", str(os.getpid())]
 
     def _start(self) -> None:
         self._port_file.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from jdistill import checkpoint_files, models, tasks
-from jdistill.client import TeacherClient
+from jdistill.client import Teacher, TeacherClient
 from jdistill.config import ConfigError, TrainConfig
 from jdistill.losses import advantages
 from jdistill.student import sharding
@@ -33,6 +33,7 @@ from jdistill.student.progress import Progress
 from jdistill.student.rollout import Completion, Sampler
 from jdistill.student.step import init_state, make_train_step
 from jdistill.student.teacher_process import TeacherProcess
+from jdistill.wire import credentials
 from jdistill.wire.types import SequenceToScore, ServerInfo, TokenScores
 
 logger = logging.getLogger(__name__)
@@ -144,12 +145,18 @@ class _Trainer:
         assert teacher is not None
         endpoints = teacher.endpoints
         if teacher.spawn is not None:
-            sidecar = stack.enter_context(TeacherProcess(teacher.spawn, run_dir / "teacher.log"))
+            spawn = teacher.spawn.model_copy(update={"offload": teacher.offload or teacher.spawn.offload})
+            sidecar = stack.enter_context(TeacherProcess(spawn, run_dir / "teacher.log"))
             endpoints = [sidecar.endpoint]
         assert endpoints is not None
+        token_file = teacher.token_file
         self.client = stack.enter_context(
             TeacherClient(
-                endpoints,
+                Teacher(endpoints, model=teacher.model),
+                credentials=credentials.channel_credentials(
+                    ca=teacher.tls_ca, cert=teacher.tls_cert, key=teacher.tls_key
+                ),
+                token=None if token_file is None else lambda: credentials.read_token(token_file),
                 deadline_s=teacher.deadline_s,
                 max_in_flight=teacher.max_in_flight,
                 batch_tokens=teacher.batch_tokens,
@@ -176,6 +183,9 @@ class _Trainer:
                 num_candidates,
             )
         check_teacher(self.config, self.model_config, info)
+        if teacher.offload:
+            self.client.check_can_sleep()  # now rather than after the first rollout
+            self.client.sleep()  # before the student takes its memory
 
     def run(self, stop: _StopSignals) -> None:
         config = self.config
@@ -238,6 +248,8 @@ class _Trainer:
         completions: list[Completion | None] = [None] * len(rows)
         rewards_B = np.zeros(len(rows), np.float32)
         futures: dict[int, Future[TokenScores]] = {}
+        # An offloaded teacher has no memory while the student samples: it scores the finished rollout at once.
+        offload = self.config.teacher is not None and self.config.teacher.offload
         for completion in self.sampler.sample(
             self.state.params,
             [problem.prompt_ids for problem in rows],
@@ -247,16 +259,19 @@ class _Trainer:
             index, start = completion.index, completion.prompt_length
             completions[index] = completion
             rewards_B[index] = self.task.reward(rows[index], completion.token_ids[start:])
-            if self.client is not None:
-                sequence = SequenceToScore(
-                    completion.token_ids, ((start, len(completion.token_ids)),), completion.candidate_ids
-                )
-                futures[index] = self.client.submit(sequence, temperature=rollout.temperature)
+            if self.client is not None and not offload:
+                futures[index] = self.client.submit(_to_score(completion), temperature=rollout.temperature)
         sampled = time.monotonic()
         finished = [completion for completion in completions if completion is not None]
         assert len(finished) == len(rows)
         scores: list[TokenScores] | None = None
-        if self.client is not None:
+        if self.client is not None and offload:
+            self.progress.phase("waking the teacher")
+            self.client.wake()
+            self.progress.phase("waiting for the teacher")
+            scores = self.client.score([_to_score(c) for c in finished], temperature=rollout.temperature)
+            self.client.sleep()
+        elif self.client is not None:
             self.progress.phase("waiting for the teacher")
             scores = [futures[index].result() for index in range(len(rows))]
         scored = time.monotonic()
@@ -337,6 +352,11 @@ def check_teacher(config: TrainConfig, model_config: models.DecoderConfig, info:
             f"rollout.temperature = {config.rollout.temperature}, but {info.engine} {info.engine_version} gives "
             "log-probabilities at temperature 1 only: set rollout.temperature: 1, or use an engine with any_temperature"
         )
+
+
+def _to_score(completion: Completion) -> SequenceToScore:
+    span = (completion.prompt_length, len(completion.token_ids))
+    return SequenceToScore(completion.token_ids, (span,), completion.candidate_ids)
 
 
 def _seeds(seed: int, step: int, num: int) -> np.ndarray:

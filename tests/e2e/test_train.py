@@ -71,8 +71,8 @@ def num_lines(run_dir: pathlib.Path) -> int:
 
 
 def sidecar_pid(run_dir: pathlib.Path) -> int:
-    """The process that runs `jdistill teacher` with this run's port file."""
-    wanted = str(run_dir / "teacher.port").encode()
+    """The process that runs `jdistill teacher` with this run's file."""
+    wanted = str(run_dir / "teacher.yaml").encode()
     for proc in pathlib.Path("/proc").iterdir():
         if proc.name.isdigit():
             try:
@@ -175,6 +175,49 @@ def test_a_teacher_that_dies_is_restarted_and_changes_no_number(
     assert (run_dir / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
 
 
+def test_a_teacher_that_sleeps_between_its_scoring_phases_changes_no_number(
+    uninterrupted: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    run_dir = tmp_path / "offload"
+    finish(start(run_dir, "teacher.offload=true", "num_steps=3"))
+    for got, expected in zip(metrics(run_dir)[1:], metrics(uninterrupted)[1:4], strict=True):
+        for name in ("loss", "reverse_kl", "reward"):
+            assert got[name] == pytest.approx(expected[name], abs=1e-5)
+    log = (run_dir / "teacher.log").read_text()
+    assert log.count("sleeping after") == 1 + 3, "once before the first rollout, and after each scoring phase"
+
+
+def test_a_teacher_that_cannot_sleep_says_so_before_the_first_step(tmp_path: pathlib.Path) -> None:
+    run_dir = tmp_path / "run"
+    with_teacher = start_teacher(tmp_path)
+    try:
+        process = start(
+            run_dir, "teacher.spawn=null", f"teacher.endpoints=['{with_teacher[1]}']", "teacher.offload=true"
+        )
+        output = finish(process, code=1)
+    finally:
+        with_teacher[0].terminate()
+        with_teacher[0].wait()
+    assert "offload" in output and with_teacher[1] in output
+    assert num_lines(run_dir) == 0
+
+
+def start_teacher(directory: pathlib.Path) -> tuple[subprocess.Popen[bytes], str]:
+    """A sidecar that the trainer did not start, and its address."""
+    port_file = directory / "port"
+    teacher = subprocess.Popen(
+        [sys.executable, "-m", "jdistill.cli", "teacher", "--engine", "jax", "--model", "examples/addition/teacher"]
+        + ["--dtype", "float32", "--port", "0", "--port-file", str(port_file)],
+        cwd=REPO,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not port_file.exists():
+        assert teacher.poll() is None
+        time.sleep(0.1)
+    return teacher, f"127.0.0.1:{port_file.read_text().strip()}"
+
+
 def test_sigterm_saves_the_state_and_takes_the_sidecar_down(tmp_path: pathlib.Path) -> None:
     run_dir = tmp_path / "terminated"
     process = start(run_dir)
@@ -189,21 +232,10 @@ def test_sigterm_saves_the_state_and_takes_the_sidecar_down(tmp_path: pathlib.Pa
 
 
 def test_a_teacher_that_stays_away_stops_the_run_with_its_state_saved(tmp_path: pathlib.Path) -> None:
-    port_file = tmp_path / "port"
-    teacher = subprocess.Popen(
-        [sys.executable, "-m", "jdistill.cli", "teacher", "--engine", "jax", "--model", "examples/addition/teacher"]
-        + ["--dtype", "float32", "--port", "0", "--port-file", str(port_file)],
-        cwd=REPO,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    teacher, endpoint = start_teacher(tmp_path)
     try:
-        while not port_file.exists():
-            assert teacher.poll() is None
-            time.sleep(0.1)
-        endpoint = f"127.0.0.1:{port_file.read_text().strip()}"
         run_dir = tmp_path / "abandoned"
-        process = start(run_dir, "teacher.spawn=null", f"teacher.endpoints=['{endpoint}']", "teacher.deadline_s=3")
+        process = start(run_dir, "teacher.spawn=null", f"teacher.endpoints=['{endpoint}']", "teacher.deadline_s=10")
         wait_for_step(process, run_dir, 2)
     finally:
         teacher.kill()
