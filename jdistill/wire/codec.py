@@ -1,13 +1,6 @@
-"""numpy <-> bytes of the wire's messages, with no Python per token.
+"""numpy <-> the wire's messages, with no Python per token.
 
-A packed `repeated fixed32` or `repeated float` has, on the wire, the very bytes of a little-endian array. protobuf's
-Python API nevertheless hands such a field over element by element (150 ms for two million floats on the runtimes that
-vLLM still accepts). So this module builds, at import, private mirror messages from the real descriptor in which those
-fields are `repeated bytes`: same wire format, and an array goes in and out with one copy at most.
-
-The mirror is not protobuf's equal in two cases that the format allows, and both are handled: a packed field that an
-encoder has split in pieces (hence `repeated`: the pieces are joined) and an unpacked one (the mirror sees unknown
-fields: such a message is read again through the real class). Counts are checked always.
+What a request and a response hold, and whether their counts agree; how that lies in bytes is `columns`' business.
 
 Dimension key: B sequences, S tokens, E entries of a reply, N scored positions of a reply, K top-k, C candidates.
 """
@@ -15,14 +8,14 @@ Dimension key: B sequences, S tokens, E entries of a reply, N scored positions o
 from __future__ import annotations
 
 import dataclasses
-import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory, unknown_fields
+from google.protobuf import message
 
+from jdistill.wire.columns import CRC_FIELD, MessageColumns
 from jdistill.wire.errors import CorruptedError, InvalidRequestError, VerificationError
 from jdistill.wire.types import ModelInfo, SequenceToScore, ServerInfo, ServerState, TokenScores
 from jdistill.wire.v1 import teacher_pb2
@@ -35,29 +28,12 @@ WHOLE_REQUEST = "request"  # the `field` of an InvalidRequestError about bytes t
 DEFAULT_CHUNK_BYTES = 1 << 20  # larger messages only delay the first result (measured: 1 MB is as fast as 16 MB)
 
 _LITTLE_U4 = np.dtype("<u4")
+_LITTLE_I4 = np.dtype("<i4")
 _LITTLE_F4 = np.dtype("<f4")
 _Columns = Mapping[str, np.ndarray]  # packed fields by name
-_FIELD = descriptor_pb2.FieldDescriptorProto
-
-
-def _mirror_classes() -> tuple[type[message.Message], type[message.Message]]:
-    """The request and response messages with every packed fixed-width field declared as `repeated bytes`."""
-    file = descriptor_pb2.FileDescriptorProto()
-    teacher_pb2.DESCRIPTOR.CopyToProto(file)
-    for message_type in file.message_type:
-        for field in message_type.field:
-            if field.label == _FIELD.LABEL_REPEATED and field.type in (_FIELD.TYPE_FIXED32, _FIELD.TYPE_FLOAT):
-                field.type = _FIELD.TYPE_BYTES
-    pool = descriptor_pool.DescriptorPool()  # its own: the default pool already has these names
-    pool.Add(file)
-    request, response = (
-        message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{file.package}.{name}"))
-        for name in ("ScoreSequencesRequest", "ScoreSequencesResponse")
-    )
-    return request, response
-
-
-_MirrorRequest, _MirrorResponse = _mirror_classes()
+_REQUEST = MessageColumns(teacher_pb2.ScoreSequencesRequest)
+_RESPONSE = MessageColumns(teacher_pb2.ScoreSequencesResponse)
+SHORT_BYTES = 16 << 10  # see _join
 
 
 class RequestOptions(NamedTuple):
@@ -152,32 +128,33 @@ def encode_request(
             "send them in separate requests",
             field="candidate_ids",
         )
-    mirror: Any = _MirrorRequest(
-        model=model,
-        expected_fingerprint=expected_fingerprint,
-        temperature=temperature,
-        top_k=top_k,
-        request_id=request_id,
-        max_chunk_bytes=max_chunk_bytes,
-        candidate_count=counts_C.pop() if counts_C else 0,
-    )
+    scalars = {
+        "model": model,
+        "expected_fingerprint": expected_fingerprint,
+        "temperature": temperature,
+        "top_k": top_k,
+        "request_id": request_id,
+        "max_chunk_bytes": max_chunk_bytes,
+        "candidate_count": counts_C.pop() if counts_C else 0,
+    }
     lengths_B = [len(s.token_ids) for s in sequences]
-    columns: dict[str, Any] = {
-        "sequence_lengths": lengths_B,
-        "token_ids": _concatenate([s.token_ids for s in sequences]),
+    columns = {
+        "sequence_lengths": [_words(lengths_B)],
+        "token_ids": _join([s.token_ids for s in sequences], _LITTLE_I4),
     }
     if any(s.spans != ((1, length),) for s, length in zip(sequences, lengths_B, strict=True)):
-        spans = np.array([span for s in sequences for span in s.spans], _LITTLE_U4).reshape(-1, 2)
-        columns["span_counts"] = [len(s.spans) for s in sequences]
-        columns["span_starts"], columns["span_ends"] = spans[:, 0], spans[:, 1]
-    if mirror.candidate_count:
-        columns["candidate_ids"] = _concatenate([s.candidate_ids.ravel() for s in sequences])  # type: ignore[union-attr]
+        spans = [span for s in sequences for span in s.spans]
+        columns["span_counts"] = [_words([len(s.spans) for s in sequences])]
+        columns["span_starts"] = [_words([start for start, _ in spans])]
+        columns["span_ends"] = [_words([stop for _, stop in spans])]
+    if scalars["candidate_count"]:
+        columns["candidate_ids"] = _join([s.candidate_ids for s in sequences], _LITTLE_I4)
     if any(s.teacher_prefix is not None for s in sequences):
-        prefixes = [np.empty(0, "<i4") if s.teacher_prefix is None else s.teacher_prefix for s in sequences]
-        columns["prefix_lengths"] = [len(prefix) for prefix in prefixes]
-        columns["prefix_replaced"] = [s.num_replaced for s in sequences]
-        columns["prefix_token_ids"] = _concatenate(prefixes)
-    return _serialize(mirror, columns)
+        prefixes = [np.empty(0, _LITTLE_I4) if s.teacher_prefix is None else s.teacher_prefix for s in sequences]
+        columns["prefix_lengths"] = [_words([len(prefix) for prefix in prefixes])]
+        columns["prefix_replaced"] = [_words([s.num_replaced for s in sequences])]
+        columns["prefix_token_ids"] = _join(prefixes, _LITTLE_I4)
+    return _REQUEST.encode(scalars, columns)
 
 
 def decode_request(data: bytes) -> tuple[list[SequenceToScore], RequestOptions]:
@@ -189,7 +166,7 @@ def decode_request(data: bytes) -> tuple[list[SequenceToScore], RequestOptions]:
         CorruptedError: it has a payload_crc, but not the one it says.
         InvalidRequestError: not a ScoreSequencesRequest, or its counts contradict each other.
     """
-    mirror, columns = _parse(_MirrorRequest, teacher_pb2.ScoreSequencesRequest, data, _not_a_request)
+    scalars, columns = _decode(_REQUEST, data, _not_a_request)
     lengths_B = _counts(columns, "sequence_lengths")
     token_ids = columns["token_ids"].view("<i4").astype(np.int32)
     if lengths_B.sum() != len(token_ids):
@@ -199,7 +176,7 @@ def decode_request(data: bytes) -> tuple[list[SequenceToScore], RequestOptions]:
     prefixes_B, replaced_B = _decode_prefixes(columns, lengths_B)
     spans_B = _decode_spans(columns, lengths_B, replaced_B)
     num_scored_B = np.array([sum(stop - start for start, stop in spans) for spans in spans_B], np.int64)
-    count_C = mirror.candidate_count
+    count_C = scalars["candidate_count"]
     candidate_ids = columns["candidate_ids"].view("<i4").astype(np.int32)
     if num_scored_B.sum() * count_C != len(candidate_ids):
         raise InvalidRequestError(
@@ -230,12 +207,12 @@ def decode_request(data: bytes) -> tuple[list[SequenceToScore], RequestOptions]:
         )
     ]
     options = RequestOptions(
-        model=mirror.model,
-        expected_fingerprint=mirror.expected_fingerprint,
-        temperature=mirror.temperature if mirror.HasField("temperature") else 1.0,
-        top_k=mirror.top_k,
-        request_id=mirror.request_id,
-        max_chunk_bytes=mirror.max_chunk_bytes,
+        model=scalars["model"],
+        expected_fingerprint=scalars["expected_fingerprint"],
+        temperature=1.0 if scalars["temperature"] is None else scalars["temperature"],
+        top_k=scalars["top_k"],
+        request_id=scalars["request_id"],
+        max_chunk_bytes=scalars["max_chunk_bytes"],
     )
     return sequences, options
 
@@ -269,30 +246,29 @@ def encode_response(
     runs: Sequence[ScoredRun | tuple[int, int, TokenScores]], *, info: ModelInfo, temperature: float
 ) -> bytes:
     """The bytes of one ScoreSequencesResponse that holds `runs`: (sequence index, first target, scores) each."""
-    mirror: Any = _MirrorResponse(
-        model=info.model,
-        fingerprint=info.fingerprint,
-        tokenizer_fingerprint=info.tokenizer_fingerprint,
-        temperature=temperature,
-    )
-    columns: dict[str, Any] = {
-        "sequence_indexes": [index for index, _, _ in runs],
-        "first_targets": [first for _, first, _ in runs],
-        "target_counts": [len(scores.logprobs) for _, _, scores in runs],
-        "token_crcs": [scores.token_crc for _, _, scores in runs],
+    scalars = {
+        "model": info.model,
+        "fingerprint": info.fingerprint,
+        "tokenizer_fingerprint": info.tokenizer_fingerprint,
+        "temperature": temperature,
     }
-    scores_E = [scores for _, _, scores in runs]
+    columns = {
+        "sequence_indexes": [_words([index for index, _, _ in runs])],
+        "first_targets": [_words([first for _, first, _ in runs])],
+        "target_counts": [_words([len(scores.logprobs) for _, _, scores in runs])],
+        "token_crcs": [_words([scores.token_crc for _, _, scores in runs])],
+    }
     for name, dtype in (
         ("logprobs", _LITTLE_F4),
-        ("top_ids", _LITTLE_U4),
+        ("top_ids", _LITTLE_I4),
         ("top_logprobs", _LITTLE_F4),
         ("candidate_logprobs", _LITTLE_F4),
     ):
-        parts = [getattr(scores, name) for scores in scores_E]
+        parts = [getattr(scores, name) for _, _, scores in runs]
         if any(part is not None for part in parts):
             assert all(part is not None for part in parts), f"some runs have {name}, others none"
-            columns[name] = _concatenate([part.ravel() for part in parts], dtype)
-    return _serialize(mirror, columns)
+            columns[name] = _join(parts, dtype)
+    return _RESPONSE.encode(scalars, columns)
 
 
 def decode_response(data: bytes, *, top_k: int, candidate_count: int) -> ScoreChunk:
@@ -302,8 +278,8 @@ def decode_response(data: bytes, *, top_k: int, candidate_count: int) -> ScoreCh
         CorruptedError: it has not the payload_crc that it says.
         VerificationError: not a ScoreSequencesResponse, or more or fewer values than its counts say.
     """
-    mirror, columns = _parse(_MirrorResponse, teacher_pb2.ScoreSequencesResponse, data, _not_a_response)
-    if not mirror.HasField("payload_crc"):
+    scalars, columns = _decode(_RESPONSE, data, _not_a_response)
+    if scalars[CRC_FIELD] is None:
         raise _not_a_response("no payload_crc, which every teacher sends")
     sequence_indexes, first_targets, target_counts, token_crcs = (
         columns[name].astype(np.int64) for name in ("sequence_indexes", "first_targets", "target_counts", "token_crcs")
@@ -330,7 +306,7 @@ def decode_response(data: bytes, *, top_k: int, candidate_count: int) -> ScoreCh
         return got.view(dtype)
 
     logprobs = values("logprobs", 1, _LITTLE_F4)
-    top_ids = values("top_ids", top_k, np.dtype("<i4"))
+    top_ids = values("top_ids", top_k, _LITTLE_I4)
     top_logprobs = values("top_logprobs", top_k, _LITTLE_F4)
     candidate_logprobs = values("candidate_logprobs", candidate_count, _LITTLE_F4)
     return ScoreChunk(
@@ -342,10 +318,10 @@ def decode_response(data: bytes, *, top_k: int, candidate_count: int) -> ScoreCh
         top_ids=top_ids.reshape(num_targets, top_k) if top_k else None,
         top_logprobs=top_logprobs.reshape(num_targets, top_k) if top_k else None,
         candidate_logprobs=candidate_logprobs.reshape(num_targets, candidate_count) if candidate_count else None,
-        model=mirror.model,
-        fingerprint=mirror.fingerprint,
-        tokenizer_fingerprint=mirror.tokenizer_fingerprint,
-        temperature=mirror.temperature,
+        model=scalars["model"],
+        fingerprint=scalars["fingerprint"],
+        tokenizer_fingerprint=scalars["tokenizer_fingerprint"],
+        temperature=scalars["temperature"],
     )
 
 
@@ -463,76 +439,35 @@ def _not_a_response(reason: str) -> VerificationError:
     return VerificationError(f"not a jdistill.wire.v1.ScoreSequencesResponse: {reason}")
 
 
-def _parse(
-    mirror_class: type[message.Message], real_class: type[message.Message], data: bytes, error: Any
-) -> tuple[Any, _Columns]:
-    """The mirror of `data` and its packed fields as uint32 arrays; the payload_crc, if it has one, is right.
-
-    An unpacked encoding is first brought into the packed one through the real class.
-    """
-    packed = {f.number: f.name for f in mirror_class.DESCRIPTOR.fields if f.type == f.TYPE_BYTES}
+def _decode(kind: MessageColumns, data: bytes, error: Any) -> tuple[dict[str, Any], _Columns]:
+    """Scalars and columns of a message; the payload_crc, if it has one, is right."""
     try:
-        mirror: Any = mirror_class.FromString(data)
-        if any(field.field_number in packed for field in unknown_fields.UnknownFieldSet(mirror)):
-            mirror = mirror_class.FromString(real_class.FromString(data).SerializeToString())
+        scalars, columns, crc = kind.decode(data)
     except message.DecodeError as e:
         raise error(str(e)) from None
-    columns = {}
-    for name in packed.values():
-        pieces = getattr(mirror, name)
-        column = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        if len(column) % 4:
-            raise error(f"{name} has {len(column)} bytes, which is not a multiple of 4")
-        columns[name] = np.frombuffer(column, _LITTLE_U4)
-    if mirror.HasField("payload_crc") and (got := _payload_crc(mirror, columns)) != mirror.payload_crc:
+    said = scalars[CRC_FIELD]
+    if said is not None and said != crc:
         raise CorruptedError(
-            f"a {mirror_class.DESCRIPTOR.name} was changed on its way: it says that its CRC-32 is "
-            f"{mirror.payload_crc:#010x}, it is {got:#010x}. A bad cable, or a proxy that rewrites? TLS finds that too"
+            f"a {kind.name} was changed on its way: it says that its CRC-32 is {said:#010x}, it is {crc:#010x}. A bad "
+            "cable, or a proxy that rewrites? TLS finds that too"
         )
-    return mirror, columns
-
-
-def _serialize(mirror: Any, columns: Mapping[str, Any]) -> bytes:
-    """The bytes of `mirror` with these packed fields and its payload_crc."""
-    arrays = {}
-    for name, values in columns.items():
-        array = np.ascontiguousarray(values, None if isinstance(values, np.ndarray) else _LITTLE_U4)
-        if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and not np.little_endian):
-            array = array.astype(array.dtype.newbyteorder("<"))
-        assert array.dtype.itemsize == 4, f"packed field from {array.dtype}"
-        arrays[name] = array
-        if array.size:  # protobuf leaves an empty packed field out, and so do we: byte-identical
-            getattr(mirror, name).append(array.tobytes())
-    mirror.payload_crc = _payload_crc(mirror, arrays)
-    return mirror.SerializeToString()
-
-
-def _payload_crc(mirror: Any, columns: _Columns) -> int:
-    """CRC-32 over all fields before payload_crc, as the proto's "Checksums" says. 4 GB/s (measured)."""
-    crc = 0
-    for field in mirror.DESCRIPTOR.fields:  # in the order of the proto, which is that of their numbers
-        value: Any
-        if field.name == "payload_crc":
-            break
-        if field.type == _FIELD.TYPE_BYTES:
-            value = columns.get(field.name, b"")
-        elif field.has_presence and not mirror.HasField(field.name):
-            value = b""
-        elif field.type == _FIELD.TYPE_STRING:
-            value = getattr(mirror, field.name).encode()
-        else:
-            value = struct.pack("<f" if field.type == _FIELD.TYPE_FLOAT else "<I", getattr(mirror, field.name))
-        num_bytes = value.nbytes if isinstance(value, np.ndarray) else len(value)
-        crc = zlib.crc32(value, zlib.crc32(struct.pack("<I", num_bytes), crc))
-    return crc
+    return scalars, columns
 
 
 def _counts(columns: _Columns, name: str) -> np.ndarray:
     return columns[name].astype(np.int64)  # sums of uint32 would wrap around
 
 
-def _concatenate(arrays: list[np.ndarray], dtype: Any = "<i4") -> np.ndarray:
-    return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(0, dtype)
+def _words(numbers: Sequence[int]) -> np.ndarray:
+    return np.array(numbers, _LITTLE_U4)
+
+
+def _join(arrays: Sequence[np.ndarray], dtype: np.dtype) -> list[np.ndarray]:
+    """One column. Short arrays are put together first: each piece costs a microsecond, a large one only its copy."""
+    arrays = [np.asarray(array, dtype) for array in arrays]
+    if len(arrays) > 1 and sum([array.nbytes for array in arrays]) < len(arrays) * SHORT_BYTES:
+        return [np.concatenate([array.ravel() for array in arrays])]
+    return arrays
 
 
 def _target_bytes(scores: TokenScores) -> int:
