@@ -7,7 +7,7 @@ Target t speaks of token t + 1: `loss_mask_BT[b, t]` asks for log p(tokens[b, t 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -135,25 +135,38 @@ def to_sequences(
     return rows, sequences
 
 
-def to_batch(
-    scores: Iterable[TokenScores], rows: Sequence[int], loss_mask_BT: np.ndarray, *, top_k: int, candidate_count: int
-) -> BatchScores:
-    """The inverse of `to_sequences`: scores of `rows` back on the grid."""
-    valid_BT = np.array(loss_mask_BT, np.bool_)
+class BatchBuilder:
+    """Puts scores back on the grid, row by row as they come; the inverse of `to_sequences`.
 
-    def grid(width: int | None, fill: float, dtype: type) -> np.ndarray:
-        return np.full(valid_BT.shape if width is None else (*valid_BT.shape, width), fill, dtype)
+    The grid is made for the first row: until then nobody knows that the teacher takes such a top_k.
+    """
 
-    batch = BatchScores(
-        valid=valid_BT,
-        logprobs=grid(None, np.nan, np.float32),
-        candidate_logprobs=grid(candidate_count, np.nan, np.float32) if candidate_count else None,
-        top_ids=grid(top_k, -1, np.int32) if top_k else None,
-        top_logprobs=grid(top_k, np.nan, np.float32) if top_k else None,
-    )
-    for b, row_scores in zip(rows, scores, strict=True):
+    def __init__(self, loss_mask_BT: np.ndarray, *, top_k: int, candidate_count: int):
+        self._valid_BT = np.array(loss_mask_BT, np.bool_)
+        self._top_k, self._candidate_count = top_k, candidate_count
+        self._batch: BatchScores | None = None
+
+    def put(self, b: int, scores: TokenScores) -> None:
+        """The scores of row `b`."""
+        batch = self.finish()
         for name in ("logprobs", "candidate_logprobs", "top_ids", "top_logprobs"):
             column = getattr(batch, name)
             if column is not None:
-                column[b, valid_BT[b]] = getattr(row_scores, name)
-    return batch
+                column[b, self._valid_BT[b]] = getattr(scores, name)
+
+    def finish(self) -> BatchScores:
+        """The batch; what no row was put into holds NaN (ids: -1)."""
+        if self._batch is None:
+
+            def grid(width: int | None, fill: float, dtype: type) -> np.ndarray:
+                shape = self._valid_BT.shape
+                return np.full(shape if width is None else (*shape, width), fill, dtype)
+
+            self._batch = BatchScores(
+                valid=self._valid_BT,
+                logprobs=grid(None, np.nan, np.float32),
+                candidate_logprobs=grid(self._candidate_count, np.nan, np.float32) if self._candidate_count else None,
+                top_ids=grid(self._top_k, -1, np.int32) if self._top_k else None,
+                top_logprobs=grid(self._top_k, np.nan, np.float32) if self._top_k else None,
+            )
+        return self._batch

@@ -9,7 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jdistill.wire import codec
@@ -28,6 +28,8 @@ class Job:
         order: of submission; set by the dispatcher.
         group: of one call of `score`: all of them or one error.
         bad_replies: by endpoint; those replicas are not asked again.
+        sink: takes the scores instead of the future, in the loop's thread, so that they need not be kept until all of
+            a batch are there.
         calls: that carry it now; two, and never more, if it is hedged.
         stalls: times that a server was given up over it.
     """
@@ -40,9 +42,10 @@ class Job:
     crc: int
     num_tokens: int
     num_bytes: int
-    future: concurrent.futures.Future[TokenScores] = dataclasses.field(default_factory=concurrent.futures.Future)
+    future: concurrent.futures.Future[Any] = dataclasses.field(default_factory=concurrent.futures.Future)
     order: int = 0
     group: Sequence[Job] = ()
+    sink: Callable[[TokenScores], None] | None = None
     attempts: int = 0
     server_faults: int = 0
     token_renewed: bool = False
@@ -65,7 +68,15 @@ class Job:
     def succeed(self, scores: TokenScores) -> None:
         """Ends the job; a job that has ended stays as it is."""
         if not self.future.done() and self.future.set_running_or_notify_cancel():
-            self.future.set_result(scores)
+            if self.sink is None:
+                self.future.set_result(scores)
+                return
+            try:
+                self.sink(scores)
+            except Exception as e:  # no memory for the batch, perhaps
+                self.future.set_exception(e)
+            else:
+                self.future.set_result(None)
 
     def fail(self, error: TeacherError) -> None:
         """Ends the job; a job that has ended stays as it is."""

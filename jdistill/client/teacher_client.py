@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import functools
 import itertools
 import math
 import threading
@@ -239,12 +240,12 @@ class TeacherClient:
             teacher_prefixes_B=teacher_prefixes_B,
             num_replaced_B=None if num_replaced_B is None else np.asarray(num_replaced_B),
         )
-        scores = self._score(sequences, rows, top_k, temperature)
         count = 0 if candidates is None else candidates.shape[2]
-        scores.reverse()
-        # Each row is let go once it is on the grid: 64 x 32k tokens with top-64 are 1 GB.
-        in_order = (scores.pop() for _ in rows)
-        return alignment.to_batch(in_order, rows, loss_mask_BT, top_k=top_k, candidate_count=count)
+        builder = alignment.BatchBuilder(loss_mask_BT, top_k=top_k, candidate_count=count)
+        # Each row goes to the grid when it comes: 64 x 32k tokens with top-64 are 1 GB, and would be 2 GB otherwise.
+        sinks = [functools.partial(builder.put, b) for b in rows]
+        self._score(sequences, rows, top_k, temperature, sinks)
+        return builder.finish()
 
     def close(self) -> None:
         """Fails what is under way with UnavailableError and closes the connections; idempotent."""
@@ -261,14 +262,21 @@ class TeacherClient:
         self.close()
 
     def _score(
-        self, sequences: Sequence[SequenceToScore], indexes: Sequence[int], top_k: int, temperature: float
-    ) -> list[TokenScores]:
+        self,
+        sequences: Sequence[SequenceToScore],
+        indexes: Sequence[int],
+        top_k: int,
+        temperature: float,
+        sinks: Sequence[Callable[[TokenScores], None]] | None = None,
+    ) -> list[Any]:
         self._check_open()
         self._check_thread()
         work = [self._job(s, i, top_k, temperature) for s, i in zip(sequences, indexes, strict=True)]
         if not work:
             return []
         jobs = [job for _, job in work]
+        for job, sink in zip(jobs, sinks or [None] * len(jobs), strict=True):
+            job.sink = sink
         by_dispatcher: dict[Dispatcher, list[Job]] = {}
         for dispatcher, job in work:
             job.group = jobs

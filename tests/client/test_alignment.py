@@ -46,9 +46,10 @@ def batches(draw):
 
 def align(tokens_BS, mask_BT, lengths_B, candidates_BTC, top_k):
     rows, sequences = alignment.to_sequences(tokens_BS, mask_BT, lengths_B=lengths_B, candidate_ids_BTC=candidates_BTC)
-    scores = [score(s, top_k) for s in sequences]
-    count = 0 if candidates_BTC is None else 3
-    return alignment.to_batch(scores, rows, mask_BT, top_k=top_k, candidate_count=count)
+    builder = alignment.BatchBuilder(mask_BT, top_k=top_k, candidate_count=0 if candidates_BTC is None else 3)
+    for b, sequence in reversed(list(zip(rows, sequences, strict=True))):  # as they come, in any order
+        builder.put(b, score(sequence, top_k))
+    return builder.finish()
 
 
 @settings(max_examples=200, deadline=None)

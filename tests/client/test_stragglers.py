@@ -62,19 +62,17 @@ def assert_idle(client):
 def test_a_straggler_is_hedged_and_each_sequence_is_scored_once_in_the_result(start_teacher, connect):
     teachers = [start_teacher() for _ in range(4)]
     for teacher in teachers:
-        teacher.delay_s = 0.002
-    teachers[1].delay_s = 0.16
+        teacher.delay_s = 0.005
+    teachers[1].delay_s = 0.4  # a call of 8 sequences takes it 3.2 s
     asked = sequences(128)
-    took_s = {}
-    for hedge_after_s in (None, 0.1):
-        client = connect(*teachers, batch_tokens=320, hedge_after_s=hedge_after_s)
-        client.info()
-        start = time.monotonic()
-        check(asked, client.score(asked), teachers[0])
-        took_s[hedge_after_s] = time.monotonic() - start
-        assert_idle(client)
-    print(f"one of four replicas 80 times slower: {took_s[None]:.2f} s, hedged {took_s[0.1]:.2f} s")
-    assert took_s[0.1] < took_s[None] / 2
+    client = connect(*teachers, batch_tokens=320, hedge_after_s=0.1)
+    client.info()
+    start = time.monotonic()
+    check(asked, client.score(asked), teachers[0])
+    took_s = time.monotonic() - start
+    print(f"one of four replicas 80 times slower: {took_s:.2f} s")
+    assert teachers[1].requests and took_s < 1.6  # about 0.4 s on a quiet machine
+    assert_idle(client)
 
 
 def test_only_what_is_still_unscored_is_hedged_and_the_late_call_is_cancelled(start_teacher, connect):
