@@ -106,7 +106,7 @@ def test_bytes_that_are_lost_repeated_swapped_or_overwritten_never_give_a_wrong_
         at = int(rng.integers(PREFLIGHT_BYTES, stream_bytes[direction] - size))
         return getattr(faults, kind)(direction, at, size)
 
-    outcomes(steady_sidecar, range(NUM_SEEDS // 10), fault, deadline_s=3.0)
+    outcomes(steady_sidecar, range(NUM_SEEDS // 10), fault, deadline_s=2.0)
 
 
 @pytest.mark.parametrize("reset", [False, True])

@@ -78,13 +78,13 @@ def test_sigterm_under_load_ends_what_runs_sends_new_work_elsewhere_and_nothing_
 ):
     fleet = [start_sidecar("--engine-arg", "delay_s=0.01") for _ in range(2)]
     clients = [connect(*fleet, batch_tokens=200) for _ in range(2)]
-    batches = [batch(150, seed=seed) for seed in range(4)]
+    batches = [batch(300, seed=seed) for seed in range(4)]
     futures = [in_background(client.score, asked) for client, asked in zip(clients * 2, batches, strict=True)]
     wait_until(lambda: good_calls(fleet[0]) >= 2)
-    fleet[0].process.send_signal(signal.SIGTERM)
-    assert fleet[0].process.wait(20) == 0
-    assert not all(future.done() for future in futures), "the load was over before the signal"
     before = good_calls(fleet[1])
+    fleet[0].process.send_signal(signal.SIGTERM)
+    assert not any(future.done() for future in futures), "the load was over before the signal"
+    assert fleet[0].process.wait(20) == 0
     for future, asked in zip(futures, batches, strict=True):
         assert_scores(future.result(timeout=20), asked)
     assert good_calls(fleet[1]) > before

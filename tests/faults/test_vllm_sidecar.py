@@ -1,0 +1,177 @@
+"""A real vLLM behind a real sidecar: bad requests do not reach it, lost clients leave it, and its death is told."""
+
+import importlib.util
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed: run these with the Python of its environment", allow_module_level=True)
+from jdistill.client import SequenceToScore
+from jdistill.wire.v1 import teacher_pb2_grpc
+from tests.faults.bad_requests import BAD, MAX_LENGTH, VOCAB, assert_refused
+from tests.faults.harness import WATCHED, metrics, wait_until
+from tests.teacher import sidecar as sidecars
+from tests.teacher.checkpoints import write_checkpoint
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """One vLLM for the module: the first tests leave it as it was, the last one kills it."""
+    directory = tmp_path_factory.mktemp("vllm")
+    path = write_checkpoint(directory / "tiny")
+    # The largest context, so that there is work that a lost client can leave behind.
+    args = ("--engine", "vllm", "--model", path, "--max-sequence-length", MAX_LENGTH)
+    one = sidecars.launch(directory, *WATCHED, *args, wait=False)
+    try:
+        one.wait_for_port(180)
+        yield one
+    finally:
+        one.process.terminate()
+        try:
+            one.process.wait(30)
+        except subprocess.TimeoutExpired:
+            one.process.kill()
+            one.process.wait()
+
+
+def random_sequences(num, length, seed=0):
+    rng = np.random.default_rng(seed)
+    return [SequenceToScore(rng.integers(0, VOCAB, length).astype(np.int32)) for _ in range(num)]
+
+
+def family(pid):
+    """The processes under `pid`, itself included."""
+    parents = {}
+    for entry in pathlib.Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int(entry.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue  # it has just ended
+    found, new = set(), {pid}
+    while new:
+        found |= new
+        new = {child for child, parent in parents.items() if parent in new} - found
+    return found
+
+
+def cpu_s(pids):
+    total = 0.0
+    for pid in pids:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def test_what_cannot_be_scored_never_reaches_vllm_and_the_rest_goes_on(teacher, connect):
+    client = connect(teacher)
+    asked = random_sequences(8, 60)
+    before = client.score(asked, top_k=2)
+    stop, rounds = threading.Event(), []
+
+    def meanwhile():
+        while not stop.is_set():
+            rounds.append(client.score(asked, top_k=2))
+
+    thread = threading.Thread(target=meanwhile)
+    thread.start()
+    try:
+        with grpc.insecure_channel(teacher.address) as channel:
+            for name, (message, *_) in BAD.items():
+                with pytest.raises(grpc.RpcError) as caught:
+                    list(teacher_pb2_grpc.TeacherServiceStub(channel).ScoreSequences(message, timeout=30))
+                assert_refused(caught.value, name)
+        seen = len(rounds)
+        wait_until(lambda: len(rounds) > seen, 30)
+    finally:
+        stop.set()
+        thread.join(60)
+    for scores in rounds:
+        for got, expected in zip(scores, before, strict=True):
+            # Other batch mates, other rounding: float32.
+            np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-4)
+            assert (got.logprobs <= 0).all() and np.ptp(got.logprobs) > 1
+    assert teacher.process.poll() is None and sidecars.health(teacher.address) == sidecars.SERVING
+
+
+CLIENT = """
+import sys, numpy as np
+from jdistill.client import SequenceToScore, TeacherClient
+rng = np.random.default_rng(0)
+with TeacherClient([sys.argv[1]], deadline_s=300, max_in_flight=8) as client:
+    client.score([SequenceToScore(rng.integers(0, 512, 128).astype(np.int32)) for _ in range(20_000)], top_k=20)
+"""
+
+
+def engine_core(teacher):
+    """The process id of vLLM's scheduler."""
+    for pid in family(teacher.process.pid):
+        if "EngineCore" in "".join(pathlib.Path(f"/proc/{pid}/{name}").read_text() for name in ("comm", "cmdline")):
+            return pid
+    raise AssertionError("no process is called EngineCore")
+
+
+def busy(pids, during_s):
+    """Cores that these processes use."""
+    before_s, begin = cpu_s(pids), time.monotonic()
+    time.sleep(during_s)
+    return (cpu_s(pids) - before_s) / (time.monotonic() - begin)
+
+
+def test_the_work_of_a_client_that_vanishes_is_gone_from_vllm_within_a_second(teacher, connect):
+    everyone, scheduler = family(teacher.process.pid), engine_core(teacher)
+    process = subprocess.Popen([sys.executable, "-c", CLIENT, teacher.address])
+    try:
+        wait_until(lambda: metrics(teacher)["jdistill_running_tokens"] > 100_000, 60)
+        assert busy([scheduler], 0.5) > 0.1
+        process.kill()
+        begin = time.monotonic()
+        process.wait()
+        wait_until(lambda: not metrics(teacher)["jdistill_open_calls"], 1.0, what="the end of its calls")
+    finally:
+        process.kill()
+        process.wait()
+    time.sleep(max(0.0, begin + 0.6 - time.monotonic()))
+    still = busy([scheduler], 0.4)
+    assert still < 0.1, f"vLLM's scheduler still uses {still:.2f} cores"
+    time.sleep(1.5)  # a worker of vLLM waits for the next step in a busy loop, for a second
+    assert busy(everyone, 0.5) < 0.3
+    (scores,) = connect(teacher).score(random_sequences(1, 30))
+    assert len(scores.logprobs) == 29
+
+
+def test_the_death_of_vllms_engine_process_is_told_at_once_and_ends_the_sidecar_with_1(teacher, connect):
+    """The last test: there is no vLLM afterwards."""
+    everyone = family(teacher.process.pid)
+    statuses, first = [], threading.Event()
+
+    def watch():
+        with grpc.insecure_channel(teacher.address) as channel:
+            try:
+                for reply in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
+                    statuses.append(reply.status)
+                    first.set()
+            except grpc.RpcError:
+                pass  # it has ended
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    assert first.wait(10)
+    os.kill(engine_core(teacher), signal.SIGKILL)
+    assert teacher.process.wait(30) == 1
+    watcher.join(10)
+    assert statuses == [sidecars.SERVING, sidecars.NOT_SERVING]
+    assert "died" in teacher.log or "dead" in teacher.log
+    wait_until(lambda: not any(pathlib.Path(f"/proc/{pid}").exists() for pid in everyone), 15, what="the end of vLLM")
