@@ -36,6 +36,7 @@ from jdistill.checkpoint_files import (
 )
 from jdistill.config import ConfigError, Section, TeacherServerConfig, parse
 from jdistill.teacher.engines.base import Engine
+from jdistill.teacher.engines.options import adapter_info
 from jdistill.teacher.fingerprint import model_fingerprint
 from jdistill.wire.errors import FingerprintMismatchError, InvalidRequestError, TeacherError, UnavailableError
 from jdistill.wire.types import ModelInfo, SequenceToScore, TokenScores
@@ -92,6 +93,7 @@ class HttpFrontEngine(Engine):
         self._session: aiohttp.ClientSession | None = None
         self._identity: dict[str, Any] | None = None  # of the first server that answered
         self._expected: TokenScores | None = None  # of the whole probe, by that server
+        self._farewells: set[asyncio.Task[None]] = set()
         self.way = self.ways[-1]
         self.version = "unknown"
 
@@ -115,7 +117,8 @@ class HttpFrontEngine(Engine):
         # No trust_env: http_proxy and its kin are for the internet, the server is a neighbour.
         self._session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=self.options.timeout_s, sock_connect=10.0),
-            connector=aiohttp.TCPConnector(limit=0),
+            # vLLM's and SGLang's servers close a connection that was idle for 5 s: not the moment to use it again.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
             headers=headers,
             raise_for_status=False,
         )
@@ -150,7 +153,8 @@ class HttpFrontEngine(Engine):
 
     @abc.abstractmethod
     async def identify(self, server: Server) -> dict[str, Any]:
-        """What the server says of itself: "version", "model" (its name), "max_length" (tokens or None), "root" (path).
+        """What the server says of itself: "version", "model" (its name), "max_length" (tokens or None), "root" (path),
+        "revision" (of the weights).
 
         Raises:
             ConfigError: it is not such a server, or serves another model than the configuration says.
@@ -168,6 +172,9 @@ class HttpFrontEngine(Engine):
     @abc.abstractmethod
     def read(self, reply: dict[str, Any], sequence: SequenceToScore, *, top_k: int) -> TokenScores:
         """The scores in the server's reply, found by token id. Raises ServerRefusedError if they are not there."""
+
+    async def abandon(self, server: Server, body: dict[str, Any]) -> None:
+        """Tells the server that nobody waits for this request; for servers that notice a closed connection late."""
 
     async def score(
         self, sequences: Sequence[SequenceToScore], *, top_k: int = 0, temperature: float = 1.0, adapter: str = ""
@@ -193,6 +200,8 @@ class HttpFrontEngine(Engine):
     async def close(self) -> None:
         """See Engine.close."""
         if self._session is not None:
+            if self._farewells:
+                await asyncio.wait(self._farewells, timeout=1.0)
             session, self._session = self._session, None
             await session.close()
 
@@ -268,9 +277,21 @@ class HttpFrontEngine(Engine):
     async def _post(self, server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
         assert self._session is not None
         try:
-            async with self._session.post(server.url + path, json=body) as reply:
-                data = await reply.read()
-        except (aiohttp.ClientError, TimeoutError, OSError) as e:
+            try:
+                async with self._session.post(server.url + path, json=body) as reply:
+                    data = await reply.read()
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as e:
+                if isinstance(e, aiohttp.ClientConnectorError):
+                    raise
+                # Most likely an idle connection that the server closed just now; scoring twice does no harm.
+                async with self._session.post(server.url + path, json=body) as reply:
+                    data = await reply.read()
+        except (aiohttp.ClientError, asyncio.CancelledError, TimeoutError, OSError) as e:
+            farewell = asyncio.create_task(self.abandon(server, body))
+            self._farewells.add(farewell)
+            farewell.add_done_callback(self._farewells.discard)
+            if isinstance(e, asyncio.CancelledError):
+                raise
             raise UnavailableError(f"{server.url}: {type(e).__name__}: {e}") from None
         if reply.status in (429, 502, 503, 504):
             raise UnavailableError(f"{server.url} answers {reply.status}: {_excerpt(data)}")
@@ -332,11 +353,11 @@ class HttpFrontEngine(Engine):
 
     def _compare_identity(self, server: Server, identity: dict[str, Any]) -> None:
         assert self._identity is not None
-        for name in ("model", "max_length"):
-            if identity[name] != self._identity[name]:
+        for name in ("model", "max_length", "revision"):
+            if identity.get(name) != self._identity.get(name):
                 raise FingerprintMismatchError(
-                    f"the servers differ in {name}: {server.url} says {identity[name]!r}, at start it was "
-                    f"{self._identity[name]!r}; the URLs of one teacher serve the same model"
+                    f"the servers differ in {name}: {server.url} says {identity.get(name)!r}, at start it was "
+                    f"{self._identity.get(name)!r}; the URLs of one teacher serve the same model"
                 )
 
     def _describe(self, server: Server, identity: dict[str, Any]) -> None:
@@ -405,15 +426,15 @@ class HttpFrontEngine(Engine):
 
     def _set_candidates(self, count: int) -> None:
         self.info = dataclasses.replace(self.info, max_candidate_count=min(count, self.info.vocab_size))
-        self.adapters = {
-            name: dataclasses.replace(
-                self.info,
-                model=name,
-                base_model=self.info.model,
-                fingerprint=hashlib.sha256(f"{self.info.fingerprint} {name} {path}".encode()).hexdigest(),
-            )
-            for name, path in self._config.adapters.items()
-        }
+        self.adapters = {name: self._adapter_info(name, path) for name, path in self._config.adapters.items()}
+
+    def _adapter_info(self, name: str, path: str) -> ModelInfo:
+        info = adapter_info(self.info, name, path)
+        if (pathlib.Path(path) / "adapter_config.json").is_file():
+            return info
+        # Its files are with the server only: all that tells it from another is what it is called.
+        known = f"{self.info.fingerprint} {name} {path}"
+        return dataclasses.replace(info, fingerprint=hashlib.sha256(known.encode()).hexdigest())
 
     def _probe(self) -> SequenceToScore:
         """A short sequence, its second half scored; with two candidates, the whole probe's top-k, where they can be."""
