@@ -15,6 +15,7 @@ from tests.faults import proxy as faults
 from tests.faults.harness import FULL, assert_scores, batch, expected, good_calls, wait_until
 from tests.faults.proxy import DOWN, UP
 
+pytestmark = pytest.mark.timeout(3600 if FULL else 120)
 TOP_K, TEMPERATURE = 3, 0.5
 ASKED = batch(40, candidates=2)
 PREFLIGHT_BYTES = 200  # of the connection and GetServerInfo, at least, either way

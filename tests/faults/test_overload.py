@@ -10,6 +10,7 @@ import numpy as np
 
 from tests.faults.harness import FULL, metrics, num_fds, rss_bytes
 
+pytestmark = pytest.mark.timeout(3600 if FULL else 120)
 TOKENS_PER_S = 20_000
 OVERLOAD_S = 60.0 if FULL else 8.0
 NUM_CLIENTS = 5  # processes

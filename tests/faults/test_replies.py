@@ -14,6 +14,7 @@ from tests.client.conftest import FakeTeacher
 from tests.faults.harness import FULL
 from tests.faults.test_requests import change_bytes
 
+pytestmark = pytest.mark.timeout(3600 if FULL else 120)
 NUM_SEEDS = 1000 if FULL else 60
 ASKED = [SequenceToScore(np.arange(3 + i, dtype=np.int32) % 97) for i in range(12)]
 

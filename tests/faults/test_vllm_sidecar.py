@@ -170,7 +170,10 @@ def test_the_death_of_vllms_engine_process_is_told_at_once_and_ends_the_sidecar_
     watcher.start()
     assert first.wait(10)
     os.kill(engine_core(teacher), signal.SIGKILL)
+    killed_at = time.monotonic()
+    wait_until(lambda: len(statuses) > 1, 5.0, what="NOT_SERVING")
     assert teacher.process.wait(30) == 1
+    print(f"ended {time.monotonic() - killed_at:.1f} s after its engine")
     watcher.join(10)
     assert statuses == [sidecars.SERVING, sidecars.NOT_SERVING]
     assert "died" in teacher.log or "dead" in teacher.log
