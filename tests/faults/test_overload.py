@@ -7,6 +7,7 @@ import threading
 import time
 
 import numpy as np
+import pytest
 
 from tests.faults.harness import FULL, metrics, num_fds, rss_bytes
 
@@ -20,6 +21,7 @@ SEQUENCE_TOKENS = 100
 CLIENT = """
 import json, sys, time
 import numpy as np
+import pytest
 from tests.faults.harness import assert_scores, batch
 from jdistill.client import TeacherClient
 address, seed, num = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -118,6 +120,7 @@ def test_overload_at_ten_times_capacity_keeps_memory_bounded_loses_nothing_and_w
 SOAK = """
 import json, os, sys, time
 import numpy as np
+import pytest
 from tests.faults.harness import assert_scores, batch, num_fds, rss_bytes
 from jdistill.client import TeacherClient
 from jdistill.wire.errors import InvalidRequestError
