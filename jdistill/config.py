@@ -72,6 +72,8 @@ class TeacherSection(Section):
     deadline_s: float = 600.0  # over all attempts of one batch: how long a dead teacher may stay away
     max_in_flight: int = 4  # calls in flight for each endpoint
     batch_tokens: int = 16384  # tokens of one call
+    hedge_after_s: float | None = 1.0  # a call later than this, and far later than others, goes to a second replica too
+    stall_s: float = 120.0  # a replica that is silent for so long while it has work is given up
     model: str = ""  # which of the sidecar's models: an adapter's or the served name; "": the base model
     offload: bool = False  # the teacher frees its GPU memory except while a finished rollout is scored
     tls_ca: str | None = None  # PEM file: the authority that signed the sidecars' certificates

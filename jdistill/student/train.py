@@ -160,10 +160,15 @@ class _Trainer:
                 deadline_s=teacher.deadline_s,
                 max_in_flight=teacher.max_in_flight,
                 batch_tokens=teacher.batch_tokens,
+                hedge_after_s=teacher.hedge_after_s,
+                stall_s=teacher.stall_s,
                 expected_tokenizer_fingerprint=checkpoint_files.tokenizer_fingerprint(self.config.model.path),
                 on_wait=lambda message: self.progress.say(message or "the teacher is back"),
             )
         )
+        if teacher.offload:
+            self.client.wake()  # a run that was killed may have left it asleep
+            self.client.check_can_sleep()  # now rather than after the first rollout
         info = self.client.info()
         num_candidates = min(objective.distill_top_k, self.model_config.vocab_size)
         can = info.model.max_candidate_count >= num_candidates
@@ -184,7 +189,6 @@ class _Trainer:
             )
         check_teacher(self.config, self.model_config, info)
         if teacher.offload:
-            self.client.check_can_sleep()  # now rather than after the first rollout
             self.client.sleep()  # before the student takes its memory
 
     def run(self, stop: _StopSignals) -> None:
