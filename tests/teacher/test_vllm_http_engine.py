@@ -73,8 +73,8 @@ def test_the_fields_way_asks_as_the_engine_in_process_does_and_reads_vllm_s_own_
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest, GenerateTokensResponse
-        from vllm.utils.torch_utils import make_ndarray_with_pad
         from vllm.utils.serial_utils import numpy2base64
+        from vllm.utils.torch_utils import make_ndarray_with_pad
 
         from jdistill.teacher.engines.vllm import FieldsWay
 
