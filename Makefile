@@ -87,8 +87,8 @@ warmup: $(STUDENT)/.student  ## train the demo's teacher and student again from 
 # Two at a time, a file each: compiling for JAX keeps one core busy. vLLM and SGLang keep both.
 test: $(STUDENT)/.dev $(VLLM)/.vllm $(SGLANG)/.sglang  ## all tests, real vLLM and real SGLang included
 	@JDISTILL_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(STUDENT)/bin/python -m pytest -n 2 --dist loadfile
-	@$(VLLM)/bin/python -m pytest -m vllm tests
-	@$(SGLANG)/bin/python -m pytest -m sglang tests/teacher
+	@$(VLLM)/bin/python -m pytest -m vllm $$(grep -rl --include='*.py' pytest.mark.vllm tests)
+	@$(SGLANG)/bin/python -m pytest -m sglang $$(grep -rl --include='*.py' pytest.mark.sglang tests)
 
 lint: $(STUDENT)/.dev  ## ruff, import-linter, buf
 	@$(STUDENT)/bin/ruff check . && $(STUDENT)/bin/ruff format --check .
