@@ -15,7 +15,7 @@ Serve a model's token log-probabilities over gRPC.
 
   jdistill teacher --engine vllm --model checkpoints/Qwen3-14B --tensor-parallel-size 2
   jdistill teacher --engine transformers --model checkpoints/Qwen3-0.6B --port 0 --port-file teacher.port
-  jdistill teacher configs/teacher_vllm.yaml model=checkpoints/Qwen3-14B engine_args.gpu_memory_utilization=0.9
+  jdistill teacher configs/teacher_vllm.yaml model=checkpoints/Qwen3-14B memory_fraction=0.8
   jdistill teacher --engine vllm --model checkpoints/Qwen3-14B --host 0.0.0.0 \
       --tls-cert server.pem --tls-key server.key --token-file tokens --metrics-port 9090 --log-format json
 
@@ -59,7 +59,7 @@ HELP = {
     "metrics_port": "port for Prometheus metrics at http://HOST:PORT/metrics; 0: any free one (default: none)",
     "log_format": "text or json",
     "drain_timeout_s": "seconds in which running calls may finish after SIGTERM",
-    "engine_args": "argument of the engine by its own name, e.g. gpu_memory_utilization=0.9; may be repeated",
+    "engine_args": "argument of the engine by its own name, e.g. max_num_seqs=64; may be repeated",
 }
 
 
