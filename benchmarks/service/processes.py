@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 START_TIMEOUT_S = 180.0
+ROOT = pathlib.Path(__file__).parents[2]  # where `python -m benchmarks.service...` works
 
 
 class Process:
@@ -29,7 +30,7 @@ class Process:
         with log_path.open("ab") as log:
             kwargs = {"stdin": subprocess.DEVNULL, "stdout": log, **kwargs}
             self.popen = subprocess.Popen(
-                command, stderr=log, env={**os.environ, **(env or {})}, start_new_session=True, **kwargs
+                command, stderr=log, cwd=ROOT, env={**os.environ, **(env or {})}, start_new_session=True, **kwargs
             )
 
     def wait_until(self, ready: Any) -> None:
