@@ -1,9 +1,10 @@
-"""From concurrent calls to padded batches: the base of the engines that score one batch at a time (transformers, jax).
+"""From concurrent calls to batches: the base of the engines that score one batch at a time (transformers, jax).
 
-Sequences of all calls wait in one queue. A batch is led by the longest sequence that is left of the oldest call, so no
-call waits for ever and a single call is cut into the same batches every time; it is filled with sequences of similar
-length, the oldest call's first, up to a budget of padded tokens. One worker thread loads, scores and frees, so that an
-engine may keep thread-local state (a mesh, an inference mode) and never sees two batches at once.
+Sequences of all calls wait in one queue. A padded batch is led by the longest sequence that is left of the oldest call,
+so no call waits for ever and a single call is cut into the same batches every time; it is filled with sequences of
+similar length, the oldest call's first, up to a budget of padded tokens. A packed batch has no padding: it is filled in
+order of arrival, up to a budget of tokens. One worker thread loads, scores and frees, so that an engine may keep
+thread-local state (a mesh, an inference mode) and never sees two batches at once.
 
 Dimension key: N scored positions of a whole batch, sequence after sequence; K teacher top-k; C candidates.
 """
@@ -36,7 +37,7 @@ E = TypeVar("E", bound="BatchedEngine")
 class _Call:
     """One call of `score`; its results go to `results`."""
 
-    key: tuple[int, float]  # top_k, temperature
+    key: tuple[int, float, str]  # top_k, temperature, adapter
     results: asyncio.Queue[list[tuple[int, TokenScores]] | BaseException]
 
 
@@ -47,7 +48,7 @@ class Work:
     call: object
     index: int
     sequence: SequenceToScore
-    key: tuple[int, float, int]  # top_k, temperature, candidates a position
+    key: tuple[int, float, str, int]  # top_k, temperature, adapter, candidates a position
 
     @property
     def num_tokens(self) -> int:
@@ -55,11 +56,19 @@ class Work:
         return len(self.sequence.token_ids)
 
 
-def form_batch(waiting: Sequence[Work], max_batch_tokens: int) -> list[Work]:
+def form_batch(waiting: Sequence[Work], max_batch_tokens: int, *, packed: bool = False) -> list[Work]:
     """Chooses the next batch out of `waiting` (in order of arrival; not changed).
 
-    Its padded size, sequences x longest, is at most `max_batch_tokens`, unless a single sequence is longer than that.
+    Its padded size, sequences x longest, or if `packed` its number of tokens, is at most `max_batch_tokens`, unless a
+    single sequence is longer than that.
     """
+    if packed:
+        batch, room = waiting[:1], max_batch_tokens - waiting[0].num_tokens
+        for work in waiting[1:]:
+            if work.key == batch[0].key and work.num_tokens <= room:
+                batch.append(work)
+                room -= work.num_tokens
+        return batch
     oldest = waiting[0].call
     leader = max((work for work in waiting if work.call is oldest), key=lambda work: work.num_tokens)
     room = max(1, max_batch_tokens // leader.num_tokens)
@@ -72,11 +81,14 @@ def form_batch(waiting: Sequence[Work], max_batch_tokens: int) -> list[Work]:
 
 
 class BatchedEngine(Engine):
-    """An engine that scores one padded batch at a time, in a thread of its own.
+    """An engine that scores one batch at a time, in a thread of its own.
 
-    A subclass implements `load` (blocking; sets `version` and `info`) and `score_batch`, and `unload` if it holds
-    something; all three run in the one worker thread. `await SubClass.create(config)` makes it ready.
+    A subclass implements `load` (blocking; sets `version`, `info`, and `packs` if it takes packed batches) and
+    `score_batch`, and `unload` if it holds something; all three run in the one worker thread. `await
+    SubClass.create(config)` makes it ready.
     """
+
+    packs = False
 
     def __init__(self, config: TeacherServerConfig):
         self.config = config
@@ -109,8 +121,10 @@ class BatchedEngine(Engine):
         """Loads the model and sets `version` and `info`."""
 
     @abc.abstractmethod
-    def score_batch(self, sequences: list[SequenceToScore], *, top_k: int, temperature: float) -> list[TokenScores]:
-        """Scores sequences of similar length that all have the same number of candidates (or none); in order.
+    def score_batch(
+        self, sequences: list[SequenceToScore], *, top_k: int, temperature: float, adapter: str
+    ) -> list[TokenScores]:
+        """Scores a batch of form_batch, whose sequences all have the same number of candidates (or none); in order.
 
         Raises:
             EngineDeadError: the engine is gone for good. Any other exception fails these sequences only.
@@ -123,11 +137,13 @@ class BatchedEngine(Engine):
         self, sequences: Sequence[SequenceToScore], *, top_k: int = 0, temperature: float = 1.0, adapter: str = ""
     ) -> AsyncIterator[tuple[int, TokenScores]]:
         """See Engine.score."""
-        call = _Call((top_k, temperature), asyncio.Queue())
+        call = _Call((top_k, temperature, adapter), asyncio.Queue())
         if self._dead is not None:
             raise self._dead
         if self._closed:
             raise UnavailableError(f"the {self.name} engine is closed")
+        if self._asleep:
+            raise UnavailableError(f"the {self.name} engine is asleep: wake it first")
         for index, sequence in enumerate(sequences):
             num_candidates = 0 if sequence.candidate_ids is None else sequence.candidate_ids.shape[1]
             self._waiting.append(Work(call, index, sequence, (*call.key, num_candidates)))
@@ -177,7 +193,7 @@ class BatchedEngine(Engine):
 
     async def _dispatch(self) -> None:
         while self._waiting and self._dead is None:
-            batch = form_batch(self._waiting, self._max_batch_tokens)
+            batch = form_batch(self._waiting, self._max_batch_tokens, packed=self.packs)
             taken = set(map(id, batch))
             self._waiting = [work for work in self._waiting if id(work) not in taken]
             try:
@@ -199,8 +215,10 @@ class BatchedEngine(Engine):
                 call.results.put_nowait(items)
 
     def _score(self, batch: list[Work]) -> list[TokenScores]:
-        top_k, temperature, _ = batch[0].key
-        scores = self.score_batch([work.sequence for work in batch], top_k=top_k, temperature=temperature)
+        top_k, temperature, adapter, _ = batch[0].key
+        scores = self.score_batch(
+            [work.sequence for work in batch], top_k=top_k, temperature=temperature, adapter=adapter
+        )
         if len(scores) != len(batch):
             raise TeacherError(f"the {self.name} engine returned {len(scores)} scores for {len(batch)} sequences")
         return scores

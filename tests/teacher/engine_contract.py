@@ -24,9 +24,10 @@ from jdistill.teacher.engines import engine_class
 from jdistill.teacher.engines.base import Engine
 from jdistill.teacher.fingerprint import model_fingerprint
 from jdistill.wire.codec import token_crc
-from jdistill.wire.errors import InvalidRequestError, TeacherError, UnsupportedError
+from jdistill.wire.errors import InvalidRequestError, TeacherError, UnavailableError, UnsupportedError
 from jdistill.wire.types import SequenceToScore, TokenScores
 from jdistill.wire.validate import validate_request
+from tests.teacher.checkpoints import write_adapter, write_checkpoint
 
 # float32 on both sides; measured differences are about 1e-5.
 TOLERANCE = 1e-4
@@ -247,9 +248,79 @@ class EngineContract:
         (got,) = served.score([SequenceToScore(ids)])
         self.check(served, 4, (), got)
 
+    def test_a_healthy_engine_says_so(self, served):
+        assert served.runner.run(served.engine.check()) is None
+
+    def test_sleep_and_wake_bring_back_the_same_model_or_are_refused(self, served):
+        engine, sequence = served.engine, SequenceToScore(served.token_ids[3])
+
+        async def twice(change):
+            await change()
+            await change()  # twice is as good as once
+
+        if not engine.can_sleep:
+            for change in (engine.sleep, engine.wake):
+                with pytest.raises(UnsupportedError, match=f"the {engine.name} engine"):
+                    served.runner.run(change())
+            return
+        info, (before,) = engine.info, served.score([sequence], top_k=2)
+        served.runner.run(twice(engine.sleep))
+        with pytest.raises(UnavailableError, match="asleep"):
+            served.score([sequence])
+        served.runner.run(twice(engine.wake))
+        (after,) = served.score([sequence], top_k=2)
+        assert engine.info == info
+        np.testing.assert_array_equal(after.logprobs, before.logprobs)
+        np.testing.assert_array_equal(after.top_ids, before.top_ids)
+
     def test_info_describes_the_checkpoint(self, served):
         info = served.engine.info
         assert info.fingerprint == model_fingerprint(served.path, "float32")
         assert info.tokenizer_fingerprint == tokenizer_fingerprint(served.path) != ""
         assert (info.vocab_size, info.max_sequence_length, info.dtype) == (512, 128, "float32")
         assert info.model == served.path.name
+
+
+def serve_adapters(name: str, directory: pathlib.Path, **config: Any):
+    """Like serve(), with two adapters, "math" and "code", of other ranks; each also merged, in NAME-merged."""
+    base = write_checkpoint(directory / "tiny")
+    adapters = {
+        adapter: str(write_adapter(directory / adapter, base, rank=rank, seed=rank))
+        for adapter, rank in (("math", 4), ("code", 9))
+    }
+    yield from serve(name, base, directory, adapters=adapters, **config)
+
+
+class AdapterContract:
+    """What every engine that serves adapters has to do; a subclass's fixture `with_adapters` is by serve_adapters()."""
+
+    def test_each_adapter_gives_the_numbers_of_the_checkpoint_it_is_merged_into_and_the_base_its_own(
+        self, with_adapters, tmp_path
+    ):
+        engine, ids = with_adapters.engine, with_adapters.token_ids[3]
+        rng = np.random.default_rng(3)
+        candidates = rng.integers(0, 512, (63, 3)).astype(np.int32)
+        sequence = SequenceToScore(ids, (), candidates)
+        names = ["", "math", "code", "math", ""]
+
+        async def together():
+            return await asyncio.gather(*(score_all(engine, [sequence], top_k=2, adapter=name) for name in names))
+
+        scores = [score for (score,) in with_adapters.runner.run(together())]
+        logits = {"": with_adapters.logits[3]}
+        for name in ("math", "code"):
+            merged = with_adapters.path.with_name(f"{name}-merged")
+            (logits[name],) = reference_logits(merged, [ids], tmp_path / f"{name}.npz")
+            assert np.abs(logits[name] - logits[""]).max() > 0.5
+        for name, got in zip(names, scores, strict=True):
+            served = dataclasses.replace(with_adapters, token_ids=[ids], logits=[logits[name]])
+            EngineContract().check(served, 0, (), got, candidates=candidates)
+
+    def test_adapters_are_models_of_their_own(self, with_adapters):
+        engine = with_adapters.engine
+        assert list(engine.adapters) == ["math", "code"]
+        fingerprints = {info.fingerprint for info in (engine.info, *engine.adapters.values())}
+        assert len(fingerprints) == 3
+        for name, info in engine.adapters.items():
+            assert (info.model, info.base_model) == (name, engine.info.model)
+            assert info.max_candidate_count == engine.info.max_candidate_count

@@ -28,11 +28,12 @@ class RecordingEngine(BatchedEngine):
 
     def load(self):
         self.load_thread = threading.current_thread()
-        self.batches, self.threads, self.gate = [], set(), None
+        self.batches, self.threads, self.gate, self.adapters_used = [], set(), None, []
         self.unloaded = False
 
-    def score_batch(self, sequences, *, top_k, temperature):
+    def score_batch(self, sequences, *, top_k, temperature, adapter):
         self.threads.add(threading.current_thread())
+        self.adapters_used.append(adapter)
         self.batches.append([(len(s.token_ids), int(s.token_ids[0])) for s in sequences])
         if self.gate is not None:
             assert self.gate.wait(10)
@@ -66,31 +67,38 @@ async def collect(engine, sequences, **options):
 
 
 works = st.lists(
-    st.tuples(st.integers(2, 3000), st.integers(0, 3), st.sampled_from([(0, 1.0, 0), (4, 1.0, 0), (0, 0.5, 8)])),
+    st.tuples(
+        st.integers(2, 3000),
+        st.integers(0, 3),
+        st.sampled_from([(0, 1.0, "", 0), (4, 1.0, "", 0), (0, 0.5, "", 8), (0, 1.0, "math", 0)]),
+    ),
     min_size=1,
     max_size=60,
 )
 
 
 @settings(deadline=None, max_examples=200)
-@given(works, st.integers(1, 8192))
-def test_every_batch_fits_the_budget_and_is_alike_and_everything_is_scored_once(items, budget):
+@given(works, st.integers(1, 8192), st.booleans())
+def test_every_batch_fits_the_budget_and_is_alike_and_everything_is_scored_once(items, budget, packed):
     calls = sorted({call for _, call, _ in items})
     waiting = [
         Work(calls.index(call), i, sequence(length), key)
         for i, (length, call, key) in enumerate(sorted(items, key=lambda item: item[1]))
     ]
-    # A call has one top_k, temperature and number of candidates.
+    # A call has one top_k, temperature, adapter and number of candidates.
     keys = {work.call: work.key for work in waiting}
     waiting = [Work(w.call, w.index, w.sequence, keys[w.call]) for w in waiting]
     left, seen = list(waiting), []
     while left:
-        batch = form_batch(left, budget)
-        assert batch == form_batch(list(left), budget)
+        batch = form_batch(left, budget, packed=packed)
+        assert batch == form_batch(list(left), budget, packed=packed)
         lengths = [work.num_tokens for work in batch]
-        assert len(batch) == 1 or len(batch) * max(lengths) <= budget
+        assert len(batch) == 1 or (sum(lengths) if packed else len(batch) * max(lengths)) <= budget
         assert len({work.key for work in batch}) == 1
-        assert max(lengths) <= LENGTH_FLOOR or 2 * min(lengths) >= max(lengths) - 1
+        if packed:
+            assert batch[0] is left[0]
+        else:
+            assert max(lengths) <= LENGTH_FLOOR or 2 * min(lengths) >= max(lengths) - 1
         assert any(work.call == left[0].call for work in batch), "the oldest call was passed over"
         seen += batch
         left = [work for work in left if work not in batch]
@@ -107,6 +115,16 @@ def test_a_single_call_is_cut_into_batches_of_similar_length_longest_first():
 
     batches = run_with_engine(test, max_batch_tokens=2000)
     assert batches == [[(1000, 0), (990, 0)], [(310, 0), (300, 0)], [(120, 0), (100, 0)]]
+
+
+def test_a_packed_batch_is_filled_in_order_of_arrival_past_what_has_no_room():
+    waiting = [Work(0, i, sequence(n), (0, 1.0, "", 0)) for i, n in enumerate([100, 1000, 300, 990, 310, 120])]
+    batches = []
+    while waiting:
+        batch = form_batch(waiting, 1500, packed=True)
+        batches.append([work.num_tokens for work in batch])
+        waiting = [work for work in waiting if work not in batch]
+    assert batches == [[100, 1000, 300], [990, 310, 120]]
 
 
 def test_concurrent_calls_share_a_batch_and_each_gets_its_own_scores():
@@ -137,8 +155,10 @@ def test_calls_with_other_options_never_share_a_batch():
             collect(engine, [sequence(4)], top_k=2),
             collect(engine, [sequence(4)], temperature=0.5),
             collect(engine, [sequence(4, candidates=3)]),
+            collect(engine, [sequence(4)], adapter="math"),
         )
-        assert [len(batch) for batch in engine.batches] == [1, 1, 1, 1]
+        assert [len(batch) for batch in engine.batches] == [1, 1, 1, 1, 1]
+        assert engine.adapters_used == ["", "", "", "", "math"]
 
     run_with_engine(test)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from tests.teacher.engine_contract import EngineContract, score_all, serve
 
 pytest.importorskip("jax", reason="the jax engine needs JAX: pip install 'jdistill[student]'")
 pytest.importorskip("torch", reason="the reference is transformers with PyTorch")
+
+import jax
 
 from jdistill.teacher.engines.jax import JaxEngine, bucket_length
 
@@ -30,6 +34,7 @@ def served(tmp_path_factory):
         write_checkpoint(tmp_path / "tiny"),
         tmp_path,
         max_batch_tokens=300,
+        offload=True,
         engine_args={"pass_tokens": 256, "chunk_tokens": 7},
     )
 
@@ -43,6 +48,18 @@ class TestJaxEngine(EngineContract):
             np.testing.assert_array_equal(got.logprobs, alone[i].logprobs)
             np.testing.assert_array_equal(got.top_ids, alone[i].top_ids)
             np.testing.assert_array_equal(got.top_logprobs, alone[i].top_logprobs)
+
+    def test_sleep_frees_the_weights_and_wakes_without_compiling(self, served):
+        served.score([SequenceToScore(np.arange(40, dtype=np.int32))])
+        compiled = served.engine._hidden._cache_size()
+        weights = [weakref.ref(array) for array in jax.tree.leaves(served.engine._params)]
+        assert len(weights) > 5
+        served.runner.run(served.engine.sleep())
+        gc.collect()
+        assert not [array for array in weights if array() is not None]
+        served.runner.run(served.engine.wake())
+        served.score([SequenceToScore(np.arange(40, dtype=np.int32))])
+        assert served.engine._hidden._cache_size() == compiled
 
     def test_lengths_of_one_bucket_compile_once(self, served):
         served.score([SequenceToScore(np.arange(40, dtype=np.int32))])
@@ -67,6 +84,14 @@ def test_buckets_hold_every_length_and_waste_at_most_a_third():
         ({"engine_args": {"chunk_token": 4}}, "does not know 'chunk_token'; did you mean 'chunk_tokens'"),
         ({"engine_args": {"pass_tokens": 0}}, "pass_tokens must be a positive integer, got 0"),
         ({"engine_args": {"chunk_tokens": True}}, "chunk_tokens must be a positive integer, got True"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size: the jax engine cannot do that .*vllm or sglang"),
+        ({"data_parallel_size": 2}, "data_parallel_size: the jax engine cannot do that .*start several sidecars"),
+        ({"quantization": "fp8"}, r"quantization: the jax engine cannot do that \(got 'fp8'\)"),
+        ({"memory_fraction": 0.5}, "memory_fraction: the jax engine cannot do that"),
+        (
+            {"adapters": {"math": "somewhere"}},
+            "adapters: the jax engine cannot do that .*use the vllm engine, or merge",
+        ),
         ({"tensor_parallel_size": 4096}, r"tensor_parallel_size = 4096, but JAX sees \d+ \w+ device"),
     ],
 )

@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 
-import numpy as np
 import pytest
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: run these with the Python of its environment", allow_module_level=True)
 from jdistill.config import ConfigError, TeacherServerConfig
 from jdistill.teacher.engines import create_engine
-from jdistill.wire.types import SequenceToScore
-from tests.teacher.checkpoints import write_adapter, write_checkpoint
-from tests.teacher.engine_contract import EngineContract, reference_logits, score_all, serve
+from tests.teacher.checkpoints import write_checkpoint
+from tests.teacher.engine_contract import AdapterContract, EngineContract, serve, serve_adapters
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
@@ -35,47 +33,12 @@ def test_two_workers_give_the_numbers_of_one(tmp_path, size):
 
 @pytest.fixture(scope="module")
 def with_adapters(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("adapters")
-    base = write_checkpoint(directory / "tiny")
-    adapters = {
-        name: str(write_adapter(directory / name, base, rank=rank, seed=rank))
-        for name, rank in (("math", 4), ("code", 9))
-    }
-    yield from serve("vllm", base, directory, adapters=adapters)
+    yield from serve_adapters("vllm", tmp_path_factory.mktemp("adapters"))
 
 
-def test_each_adapter_gives_the_numbers_of_the_checkpoint_it_is_merged_into_and_the_base_its_own(
-    with_adapters, tmp_path
-):
-    engine = with_adapters.engine
-    assert engine.way == "extension"
-    rng = np.random.default_rng(3)
-    candidates = rng.integers(0, 512, (63, 3)).astype(np.int32)
-    sequence = SequenceToScore(with_adapters.token_ids[3], (), candidates)
-
-    async def together():
-        names = ["", "math", "code", "math"]
-        return await asyncio.gather(*(score_all(engine, [sequence], top_k=2, adapter=name) for name in names))
-
-    (base,), (math,), (code,), (again,) = with_adapters.runner.run(together())
-    contract = EngineContract()
-    contract.check(with_adapters, 3, (), base, candidates=candidates)
-    np.testing.assert_array_equal(math.logprobs, again.logprobs)
-    for name, got in (("math", math), ("code", code)):
-        merged = with_adapters.path.with_name(f"{name}-merged")
-        with_adapters.logits[3] = reference_logits(merged, [with_adapters.token_ids[3]], tmp_path / f"{name}.npz")[0]
-        contract.check(with_adapters, 3, (), got, candidates=candidates)
-        assert np.abs(got.logprobs - base.logprobs).max() > 0.1
-
-
-def test_adapters_are_models_of_their_own(with_adapters):
-    engine = with_adapters.engine
-    assert list(engine.adapters) == ["math", "code"]
-    fingerprints = {info.fingerprint for info in (engine.info, *engine.adapters.values())}
-    assert len(fingerprints) == 3
-    for name, info in engine.adapters.items():
-        assert (info.model, info.base_model) == (name, engine.info.model)
-        assert info.max_candidate_count == engine.info.max_candidate_count
+class TestAdapters(AdapterContract):
+    def test_they_are_scored_by_the_extension(self, with_adapters):
+        assert with_adapters.engine.way == "extension"
 
 
 @pytest.mark.parametrize(

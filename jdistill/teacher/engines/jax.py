@@ -86,7 +86,9 @@ class JaxEngine(BatchedEngine):
         self._take = jax.jit(lambda hidden_BSD, rows_n, columns_n: hidden_BSD[rows_n, columns_n])
         self._project = jax.jit(functools.partial(_project, graphdef), static_argnames="top_k")
 
-    def score_batch(self, sequences: list[SequenceToScore], *, top_k: int, temperature: float) -> list[TokenScores]:
+    def score_batch(
+        self, sequences: list[SequenceToScore], *, top_k: int, temperature: float, adapter: str = ""
+    ) -> list[TokenScores]:
         """See BatchedEngine.score_batch."""
         by_bucket: dict[int, list[int]] = {}
         for i, sequence in enumerate(sequences):
