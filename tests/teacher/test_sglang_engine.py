@@ -31,7 +31,8 @@ from tests.teacher.checkpoints import write_adapter, write_checkpoint
 from tests.teacher.engine_contract import EngineContract, reference_logits, score_all, serve
 from tests.teacher.sidecar import launch
 
-pytestmark = [pytest.mark.sglang, pytest.mark.filterwarnings("default")]
+# The shared server starts in 40 s on two quiet cores, in 170 s on busy ones.
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]
 
 STUBS = str(pathlib.Path(__file__).parent / "sglang_stubs")
 CPU = {"device": "cpu", "max_total_tokens": 16384, "max_connections": 32}
