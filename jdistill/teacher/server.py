@@ -144,28 +144,25 @@ class _Sidecar:
         self._name = config.served_name or pathlib.Path(config.model).resolve().name
         self._engine: Engine | None = None
         self._num_signals = 0
+        self._closing = False
 
     async def run(self) -> int:
         """See `serve`."""
         loop = asyncio.get_running_loop()
-        self._stop, self._hurry = asyncio.Event(), asyncio.Event()
+        self._stop, self._hurry, self._lost_port = asyncio.Event(), asyncio.Event(), asyncio.Event()
         metrics = Metrics()
         self._service = TeacherService(self._name, self._config, metrics=metrics, on_state=self._on_state)
         self._health = health.aio.HealthServicer()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        interceptors = []
+        self._interceptors = []
         if self._tokens is not None:
-            interceptors.append(TokenInterceptor(self._tokens, lambda method: _count_refusal(metrics, method)))
-        server = grpc.aio.server(options=channel.SERVER_OPTIONS, interceptors=interceptors)
-        server.add_generic_rpc_handlers(self._service.handlers())
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (*METHODS, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
-        port = _bind(server, self._config, self._tls)
+            self._interceptors.append(TokenInterceptor(self._tokens, lambda method: _count_refusal(metrics, method)))
+        self._server, port = self._bind_server(self._config)
         self._metrics_port = self._serve_metrics(metrics)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
-        await server.start()
+        await self._server.start()
+        listening = asyncio.ensure_future(self._keep_listening(port))
         logger.info(
             "listening on %s, loading %s with the %s engine",
             _address(self._config.host, port),
@@ -186,12 +183,54 @@ class _Sidecar:
         finally:
             self._guards.enter_context(exit_within(3 * CLOSE_TIMEOUT_S, code))
             self._remove_port_files(port)
+            self._closing = True
             await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
             await self._service.close()
-            await server.stop(grace=0.5)  # health watches never end by themselves
+            await self._server.stop(grace=0.5)  # health watches never end by themselves
+            await listening  # not cancelled: that would cancel the stop itself
             await self._close_engine()
         logger.info("ended")
         return code
+
+    def _bind_server(self, config: TeacherServerConfig) -> tuple[grpc.aio.Server, int]:
+        """A gRPC server with all services, not yet started, and its port."""
+        server = grpc.aio.server(options=channel.SERVER_OPTIONS, interceptors=self._interceptors)
+        server.add_generic_rpc_handlers(self._service.handlers())
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (*METHODS, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        return server, _bind(server, config, self._tls)
+
+    async def _keep_listening(self, port: int) -> None:
+        """Starts another gRPC server whenever one ends by itself; ends the sidecar (code 1) if that cannot be.
+
+        grpc.aio's ends for good, and leaves the process behind, when anybody calls a method whose name is not UTF-8:
+        one flipped bit of a request's header is enough. The engine knows nothing of it, and loading it takes minutes.
+        """
+        config = self._config.model_copy(update={"port": port})
+        while True:
+            try:
+                await self._server.wait_for_termination()
+                why = "nobody knows why"
+            except Exception as e:
+                why = f"{type(e).__name__}: {e}"
+            if self._closing:
+                return
+            logger.error("gRPC's server has ended: %s", why)
+            give_up_at = time.monotonic() + CLOSE_TIMEOUT_S
+            while not self._closing:
+                try:
+                    self._server, _ = self._bind_server(config)
+                except ConfigError as e:  # its port is closed a moment later than it
+                    if time.monotonic() > give_up_at:
+                        logger.error("%s", e)
+                        self._lost_port.set()
+                        return
+                    await asyncio.sleep(0.05)
+                else:
+                    await self._server.start()
+                    logger.info("listening again on %s", _address(self._config.host, port))
+                    break
 
     def _serve_metrics(self, metrics: Metrics) -> int | None:
         """Begins to serve the metrics, if they are wanted; returns the port."""
@@ -277,15 +316,13 @@ class _Sidecar:
                     path.unlink()
 
     async def _serve_until_stopped(self) -> int:
-        stop = asyncio.ensure_future(self._stop.wait())
-        dead = asyncio.ensure_future(self._service.dead.wait())
-        await asyncio.wait({stop, dead}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (stop, dead):
+        ends = [asyncio.ensure_future(event.wait()) for event in (self._stop, self._service.dead, self._lost_port)]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for task in ends:
             task.cancel()
         if self._service.dead.is_set():
             logger.error("the engine has died; the sidecar ends so that it can be started again")
-            return 1
-        return 0
+        return 1 if self._service.dead.is_set() or self._lost_port.is_set() else 0
 
     async def _drain(self) -> None:
         if not self._service.dead.is_set():
