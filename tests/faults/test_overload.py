@@ -58,9 +58,10 @@ class Watch:
 
 
 def test_overload_at_ten_times_capacity_keeps_memory_bounded_loses_nothing_and_wastes_no_capacity(start_sidecar):
-    # Work for OVERLOAD_S; the engine and the queue take a tenth of it together, the rest is turned away at first.
+    # Work for OVERLOAD_S, all of it ready at once. Engine and queue have room for a tenth of what the clients have in
+    # flight (8 calls of 2,000 tokens each), the rest is turned away at first.
     num_sequences = int(TOKENS_PER_S * OVERLOAD_S / SEQUENCE_TOKENS / NUM_CLIENTS)
-    room = int(TOKENS_PER_S * OVERLOAD_S / 20)
+    room = NUM_CLIENTS * 8 * 2000 // 10
     sidecar = start_sidecar(
         *("--engine-arg", f"tokens_per_s={TOKENS_PER_S}"),
         *("--max-running-tokens", room // 2, "--max-queued-tokens", room // 2),
@@ -111,7 +112,7 @@ def test_overload_at_ten_times_capacity_keeps_memory_bounded_loses_nothing_and_w
     assert max(queued) <= room // 2
     assert grown_bytes < 40e6
     assert throughput > 0.9 * TOKENS_PER_S
-    assert took_s < total / TOKENS_PER_S + 5, "who was turned away came back late"
+    assert took_s < 1.15 * total / TOKENS_PER_S + 5, "who was turned away came back late"
     # Exactly the work that was asked for: nothing twice, nothing left.
     assert state["jdistill_scored_sequences_total"] == NUM_CLIENTS * num_sequences
     assert state["jdistill_open_calls"] == 0
