@@ -1,4 +1,4 @@
-"""Which model is this: a hash over configuration, weights (sampled when large) and compute dtype."""
+"""Which model is this: a hash over configuration, weights (sampled when large) and compute dtype; adapters' too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pathlib
 
 from jdistill.checkpoint_files import read_config, stored_tensors, tokenizer_fingerprint
 
-__all__ = ["model_fingerprint", "tokenizer_fingerprint"]
+__all__ = ["adapter_fingerprint", "model_fingerprint", "tokenizer_fingerprint"]
 
 # Of config.json, what no log-probability depends on: who wrote it, how it is stored, how it generates or trains.
 IRRELEVANT_KEYS = frozenset(
@@ -27,6 +27,10 @@ IRRELEVANT_KEYS = frozenset(
         "transformers_version",
         "use_cache",
     }
+)
+# Of adapter_config.json.
+IRRELEVANT_ADAPTER_KEYS = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision"}
 )
 WHOLE_BYTES = 64 << 20  # smaller checkpoints are hashed whole: 0.05 s
 STRIDE_BYTES = 1 << 20  # of larger ones a sample every so many bytes of each tensor: 110 MB of a 14B model in bfloat16
@@ -68,4 +72,21 @@ def model_fingerprint(path: str | os.PathLike[str], dtype: str) -> str:
     finally:
         for descriptor in files.values():
             os.close(descriptor)
+    return digest.hexdigest()
+
+
+def adapter_fingerprint(base: str, path: str | os.PathLike[str]) -> str:
+    """sha256 (hex) of a LoRA adapter on the model of fingerprint `base`; wherever adapter and base model lie.
+
+    Args:
+        base: of model_fingerprint, which tells the dtype too.
+        path: directory that PEFT has saved.
+    """
+    path = pathlib.Path(path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in IRRELEVANT_ADAPTER_KEYS}
+    digest = hashlib.sha256(json.dumps([base, config], sort_keys=True).encode())
+    with open(path / "adapter_model.safetensors", "rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
     return digest.hexdigest()

@@ -17,9 +17,11 @@ from jdistill.checkpoint_files import (
     tokenizer_fingerprint,
     vocab_size,
 )
+from jdistill.config import ConfigError
 from jdistill.teacher import fingerprint
-from jdistill.teacher.fingerprint import model_fingerprint
-from tests.teacher.checkpoints import write_checkpoint, write_tokenizer
+from jdistill.teacher.engines.options import adapter_rank
+from jdistill.teacher.fingerprint import adapter_fingerprint, model_fingerprint
+from tests.teacher.checkpoints import write_adapter, write_checkpoint, write_tokenizer
 
 
 @pytest.fixture
@@ -176,3 +178,45 @@ def test_the_tokenizer_table_is_the_one_of_transformers(tiny, monkeypatch):
 
     vocab = AutoTokenizer.from_pretrained(str(tiny)).get_vocab()
     assert checkpoint_files._token_table(tiny) == {token_id: token for token, token_id in vocab.items()}
+
+
+def test_an_adapter_is_known_by_its_base_its_weights_and_its_scale_and_not_by_where_it_lies(tiny, tmp_path):
+    adapter = write_adapter(tmp_path / "math", tiny)
+    moved = tmp_path / "moved"
+    shutil.copytree(adapter, moved)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
+    known = adapter_fingerprint("base", adapter)
+    assert adapter_fingerprint("base", moved) == known
+    others = {adapter_fingerprint("another base", adapter)}
+    (moved / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] + 1}))
+    others.add(adapter_fingerprint("base", moved))
+    others.add(adapter_fingerprint("base", write_adapter(tmp_path / "code", tiny, seed=2)))
+    assert len(others | {known}) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "is of type 'IA3', expected LORA"),
+        ({"r": None}, "expected LORA with a rank r"),
+        ({"modules_to_save": ["lm_head"]}, "changes lm_head, which is not supported; merge it into the checkpoint"),
+        ({"target_modules": ["q_proj", "model.embed_tokens"]}, "changes model.embed_tokens"),
+    ],
+)
+def test_an_adapter_that_is_not_plain_lora_on_the_body_is_refused(tiny, tmp_path, change, message):
+    adapter = write_adapter(tmp_path / "math", tiny, rank=6)
+    assert adapter_rank(adapter) == 6
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {"q_proj": 9}}))
+    assert adapter_rank(adapter) == 9
+    (adapter / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ConfigError, match=message):
+        adapter_rank(adapter)
+
+
+def test_a_pickled_adapter_is_not_read(tiny, tmp_path):
+    adapter = write_adapter(tmp_path / "math", tiny)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(ConfigError, match=r"no adapter_model\.safetensors; save the adapter as safetensors"):
+        adapter_rank(adapter)

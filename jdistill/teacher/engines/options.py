@@ -21,7 +21,7 @@ from jdistill.checkpoint_files import (
     vocab_size,
 )
 from jdistill.config import ConfigError, TeacherServerConfig
-from jdistill.teacher.fingerprint import model_fingerprint
+from jdistill.teacher.fingerprint import adapter_fingerprint, model_fingerprint
 from jdistill.wire.types import ModelInfo
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -76,6 +76,11 @@ def adapter_rank(path: str | pathlib.Path) -> int:
         ) from None
     if config.get("peft_type") != "LORA" or not isinstance(config.get("r"), int):
         raise ConfigError(f"adapters: {file} is of type {config.get('peft_type')!r}, expected LORA with a rank r")
+    if not (file.parent / "adapter_model.safetensors").is_file():
+        raise ConfigError(
+            f"adapters: {path} has no adapter_model.safetensors; save the adapter as safetensors (a .bin file is a "
+            "pickle, which can run code, and is not read)"
+        )
     modules = [*(config.get("modules_to_save") or ()), *_words(config.get("target_modules"))]
     if head := [name for name in modules if name.rpartition(".")[2] in ("lm_head", "embed_tokens")]:
         raise ConfigError(f"adapters: {path} changes {head[0]}, which is not supported; merge it into the checkpoint")
@@ -100,11 +105,11 @@ def write_zero_adapter(path: str | pathlib.Path, to: str | pathlib.Path) -> None
 
 def adapter_info(base: ModelInfo, name: str, path: str | pathlib.Path) -> ModelInfo:
     """What is served under an adapter's name: the base model's limits, a fingerprint over base and adapter files."""
-    digest = hashlib.sha256(base.fingerprint.encode())
-    for file in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
-        if (pathlib.Path(path) / file).is_file():
-            digest.update((pathlib.Path(path) / file).read_bytes())
-    return dataclasses.replace(base, model=name, base_model=base.model, fingerprint=digest.hexdigest())
+    if (pathlib.Path(path) / "adapter_model.safetensors").is_file():
+        fingerprint = adapter_fingerprint(base.fingerprint, path)
+    else:  # with the server only that an HTTP engine is in front of: all that tells it apart is what it is called
+        fingerprint = hashlib.sha256(f"{base.fingerprint} {name} {path}".encode()).hexdigest()
+    return dataclasses.replace(base, model=name, base_model=base.model, fingerprint=fingerprint)
 
 
 def model_info(
