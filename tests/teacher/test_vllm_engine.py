@@ -246,10 +246,77 @@ def test_workers_end_with_a_sidecar_that_was_killed_even_before_anyone_waits_for
         worker.stdout.close()
 
 
+class Sleeper:
+    """Real vLLM, whose sleep mode needs a GPU, with that stood in for: it records what is asked."""
+
+    def __init__(self, llm):
+        self._llm, self.asked, self._asleep = llm, [], False
+
+    def __getattr__(self, name):
+        return getattr(self._llm, name)
+
+    async def is_sleeping(self):
+        return self._asleep
+
+    async def sleep(self, level):
+        self._asleep = True
+        self.asked.append(("sleep", level))
+
+    async def wake_up(self, tags=("weights", "kv_cache")):
+        self._asleep = "kv_cache" not in tags
+        self.asked += [("wake", tag) for tag in tags]
+
+    async def collective_rpc(self, method):
+        self.asked.append(("rpc", method))
+
+
+@pytest.mark.parametrize(
+    ("level", "asked"),
+    [
+        (1, [("sleep", 1), ("wake", "weights"), ("wake", "kv_cache")]),
+        (2, [("sleep", 2), ("wake", "weights"), ("rpc", "reload_weights"), ("wake", "kv_cache")]),
+    ],
+)
+def test_sleep_and_wake_are_vllms_own_and_the_numbers_are_compared_after_it(extension, vllm_module, level, asked):
+    config = TeacherServerConfig(
+        engine="vllm", model=str(extension.path), offload=True, engine_args={"sleep_level": level}
+    )
+    engine = vllm_module.VllmEngine(
+        Sleeper(extension.engine._llm), extension.engine.info, vllm_module.ExtensionWay(512), config
+    )
+    engine._at_start = extension.engine._at_start
+
+    async def twice():
+        await engine.sleep()
+        await engine.sleep()
+        await engine.wake()
+        await engine.wake()
+
+    extension.runner.run(twice())
+    assert engine._llm.asked == asked
+    assert engine.info == extension.engine.info
+    engine._at_start = dataclasses.replace(engine._at_start, logprobs=engine._at_start.logprobs - 0.1)
+    with pytest.raises(EngineDeadError, match="woke with other numbers than it began with"):
+        extension.runner.run(twice())
+
+
 def test_a_dead_engine_says_so_now_and_later(extension):
     """The last test: it kills vLLM's engine process."""
     (process,) = extension.engine._llm.engine_core.resources.engine_manager.processes
-    os.kill(process.pid, signal.SIGKILL)
+
+    async def kill_while_scoring():
+        running = asyncio.create_task(
+            score_all(extension.engine, [SequenceToScore(ids) for ids in extension.token_ids * 200])
+        )
+        await asyncio.sleep(0)  # its requests are made
+        await extension.engine.check()
+        os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(EngineDeadError, match="has died"):
+            await asyncio.wait_for(running, 20)
+        with pytest.raises(EngineDeadError, match="has died"):
+            await extension.engine.check()
+
+    extension.runner.run(kill_while_scoring())
     for _ in range(2):
         with pytest.raises(EngineDeadError, match=r"has died .* has to be restarted"):
             extension.runner.run(score_all(extension.engine, [SequenceToScore(extension.token_ids[1])]))

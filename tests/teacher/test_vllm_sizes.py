@@ -17,7 +17,7 @@ from tests.teacher.engine_contract import AdapterContract, EngineContract, serve
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
 
-@pytest.mark.parametrize("size", ["tensor_parallel_size", "data_parallel_size"])
+@pytest.mark.parametrize("size", ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"])
 def test_two_workers_give_the_numbers_of_one(tmp_path, size):
     served_by_two = serve("vllm", write_checkpoint(tmp_path / "tiny"), tmp_path, **{size: 2})
     served = next(served_by_two)
@@ -44,7 +44,14 @@ class TestAdapters(AdapterContract):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"offload": True}, "(?i)sleep mode"),
+        ({"offload": True}, r"offload: vLLM .* has no sleep mode on this platform \(cpu\); leave offload out"),
+        ({"offload": True, "engine_args": {"sleep_level": 3}}, "sleep_level: expected 1 or 2, got 3"),
+        ({"engine_args": {"sleep_level": 2}}, "sleep_level is for offload"),
+        (
+            {"offload": True, "engine_args": {"sleep_level": 2}, "adapters": {"math": "somewhere"}},
+            "sleep_level 2 forgets the adapters",
+        ),
+        ({"engine_args": {"max_loras": 4}}, "set adapters instead"),
         ({"adapters": {"math": "no/such/adapter"}}, "is no LoRA adapter"),
         ({"engine_args": {"pipeline_parallel_size": 2}}, "set pipeline_parallel_size instead"),
         ({"engine_args": {"gpu_memory_utilization": 0.5}}, "set memory_fraction instead"),

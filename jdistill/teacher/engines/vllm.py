@@ -69,6 +69,7 @@ RESERVED = {
     "logprobs_mode": None,  # raw_logits would come back in the same field, looking like log-probabilities
     "max_model_len": "max_sequence_length",
     "max_lora_rank": "adapters",
+    "max_loras": "adapters",
     "model": "model",
     "pipeline_parallel_size": "pipeline_parallel_size",
     "quantization": "quantization",
@@ -312,7 +313,9 @@ class VllmEngine(Engine):
         self.version = vllm.__version__
         self._llm: AsyncLLM | None = llm
         self.can_sleep = config.offload
+        self._config = config
         self._adapters = config.adapters
+        self._at_start: TokenScores | None = None  # of a probe, to be compared after a sleep
         self._base_lora: LoRARequest | None = None
         self._lora = {
             name: LoRARequest(name, number, str(pathlib.Path(path).absolute()))
@@ -339,7 +342,8 @@ class VllmEngine(Engine):
     async def create(cls, config: TeacherServerConfig) -> VllmEngine:
         """Starts vLLM and chooses the way of scoring.
 
-        `config.engine_args` goes to vLLM by name, apart from `scoring`: auto (the default), fields, extension or plain.
+        `config.engine_args` goes to vLLM by name, apart from `scoring`: auto (the default), fields, extension or plain;
+        and `sleep_level`: 1 (the default; weights wait in the host's memory) or 2 (they are read again from the disk).
 
         Raises:
             FileNotFoundError, ValueError: the checkpoint or an engine argument cannot be used.
@@ -351,7 +355,8 @@ class VllmEngine(Engine):
         if scoring not in ways:
             raise ValueError(f"engine_args: scoring: expected one of {', '.join(ways)}, got {scoring!r}")
         names = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
-        check_engine_args("vllm", args, names | {"scoring"})
+        check_engine_args("vllm", args, names | {"scoring", "sleep_level"})
+        _check_sleep(config, args.pop("sleep_level", 1))
         for name in RESERVED.keys() & args:
             instead = f"; set {RESERVED[name]} instead" if RESERVED[name] else ""
             raise ValueError(f"engine_args: {name} is set by the sidecar itself{instead}")
@@ -400,9 +405,11 @@ class VllmEngine(Engine):
             engine._base_lora = LoRARequest("jdistill-base", len(config.adapters) + 1, path)
         try:
             await llm.collective_rpc("jdistill_end_with", args=(os.getpid(),))
+            await llm.collective_rpc("jdistill_prepare")
             await engine._choose(scoring, info, args)
             if engine._lora:
                 await engine._check_adapters(info)
+            engine._at_start = await engine._score_one(_probe_sequence(info), top_k=2, temperature=1.0)
         except BaseException:
             await engine.close()
             raise
@@ -446,7 +453,9 @@ class VllmEngine(Engine):
                     if problems:
                         raise UnsupportedError("; ".join(sorted(problems)))
                 self._use(way, info)
-                await self._compare(probe, expected, info.dtype)
+                # At once, since vLLM spreads requests over data-parallel engines: each of them gets one.
+                num_engines = self._config.data_parallel_size
+                await asyncio.gather(*(self._compare(probe, expected, info.dtype) for _ in range(num_engines)))
             except EngineDeadError:
                 raise
             except Exception as e:  # whatever a private interface throws: this way is not for here
@@ -543,18 +552,35 @@ class VllmEngine(Engine):
             raise EngineDeadError(f"vLLM's engine process has died ({e}); its log above says why") from e
 
     async def sleep(self) -> None:
-        """See Engine.sleep: vLLM's level 1, the weights wait in the host's memory and the KV cache is given up."""
+        """See Engine.sleep."""
         if not self.can_sleep or self._llm is None:
             await super().sleep()
         elif not await self._llm.is_sleeping():
-            await self._llm.sleep(level=1)
+            await self._llm.sleep(level=self._config.engine_args.get("sleep_level", 1))
 
     async def wake(self) -> None:
-        """See Engine.wake."""
+        """See Engine.wake.
+
+        Raises:
+            EngineDeadError: the model does not give the numbers that it gave at start.
+        """
         if not self.can_sleep or self._llm is None:
             await super().wake()
         elif await self._llm.is_sleeping():
-            await self._llm.wake_up()
+            if self._config.engine_args.get("sleep_level", 1) == 1:
+                await self._llm.wake_up()
+            else:
+                await self._llm.wake_up(tags=["weights"])
+                await self._llm.collective_rpc("reload_weights")
+                await self._llm.wake_up(tags=["kv_cache"])
+                self._use(self._way, await asyncio.to_thread(model_info, self._config))
+            got = await self._score_one(_probe_sequence(self.info), top_k=2, temperature=1.0)
+            worst = float(np.abs(got.logprobs - self._at_start.logprobs).max())
+            if not worst <= PROBE_TOLERANCE[self.info.dtype]:
+                raise EngineDeadError(
+                    f"vLLM {self.version} woke with other numbers than it began with (by up to {worst:.3g} nats): was "
+                    "the checkpoint replaced? The sidecar has to be restarted"
+                )
 
     async def _score_one(
         self, sequence: SequenceToScore, *, top_k: int, temperature: float, lora: LoRARequest | None = None
@@ -591,6 +617,21 @@ class VllmEngine(Engine):
             # In the event loop's thread: elsewhere vLLM's output handler sees its engine go and logs an error.
             self._llm.shutdown()
             self._llm = None  # its destructor fails if it runs at the interpreter's end
+
+
+def _check_sleep(config: TeacherServerConfig, level: Any) -> None:
+    """Raises ValueError if `offload` and `sleep_level` cannot be, here or together."""
+    if level not in (1, 2):
+        raise ValueError(f"engine_args: sleep_level: expected 1 or 2, got {level!r}")
+    if "sleep_level" in config.engine_args and not config.offload:
+        raise ValueError("engine_args: sleep_level is for offload: set offload too, or leave sleep_level out")
+    if level == 2 and config.adapters:
+        raise ValueError("engine_args: sleep_level 2 forgets the adapters' weights; use sleep_level 1")
+    if config.offload and not current_platform.is_sleep_mode_available():
+        raise ValueError(
+            f"offload: vLLM {vllm.__version__} has no sleep mode on this platform ({current_platform.device_type}); "
+            "leave offload out, or use the transformers engine"
+        )
 
 
 def _lora_rank(rank: int) -> int:

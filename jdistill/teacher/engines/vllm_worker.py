@@ -102,6 +102,17 @@ class ScoringWorker:
         _Scorer(runner)
         return ""
 
+    def jdistill_prepare(self) -> None:
+        """Makes the buffer of a pipeline's later stages, which vLLM's CPU runner (0.32) forgets unless it compiles.
+
+        Other runners have made it in their profiling run; without it the first request kills the engine.
+        """
+        runner = self.model_runner
+        if getattr(runner, "intermediate_tensors", runner) is None and self.parallel_config.pipeline_parallel_size > 1:
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+            )
+
     def jdistill_end_with(self, sidecar_pid: int) -> None:
         """Ends this worker, and the engine process above it, when the sidecar's process is gone.
 
