@@ -360,6 +360,8 @@ class TeacherClient:
 
 def _int32(array: Any, field: str, index: int) -> np.ndarray:
     array = np.asarray(array)
+    if array.dtype == np.int32:
+        return array.copy()
     if array.size and array.dtype.kind not in "iu":
         raise InvalidRequestError(
             f"{field} of sequence {index} is {array.dtype}, expected integers", field=field, sequence=index
