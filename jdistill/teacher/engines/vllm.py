@@ -18,12 +18,12 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import os
 import pathlib
 import tempfile
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -315,6 +315,7 @@ class VllmEngine(Engine):
         self.can_sleep = config.offload
         self._config = config
         self._adapters = config.adapters
+        self._request_ids = itertools.count()
         self._at_start: TokenScores | None = None  # of a probe, to be compared after a sleep
         self._base_lora: LoRARequest | None = None
         self._lora = {
@@ -590,7 +591,9 @@ class VllmEngine(Engine):
             params = way.params(sequence, top_k=top_k, temperature=temperature)
             prompt = {"prompt_token_ids": sequence.token_ids.tolist()}
             output = None
-            async for reply in self._llm.generate(prompt, params, request_id=uuid.uuid4().hex, lora_request=lora):
+            async for reply in self._llm.generate(
+                prompt, params, request_id=str(next(self._request_ids)), lora_request=lora
+            ):
                 output = reply
         except vllm_exceptions.EngineDeadError as e:
             raise EngineDeadError(
