@@ -1,8 +1,17 @@
 """Fixtures for all tests: sidecars of the fake engine as real processes."""
 
+import contextlib
+
 import pytest
 
 from tests.teacher import sidecar
+
+with contextlib.suppress(ModuleNotFoundError):  # the SGLang environment has no use for it
+    import hypothesis
+
+    # No deadline for one example: on a machine that others use too it fails by chance.
+    hypothesis.settings.register_profile("shared machine", deadline=None)
+    hypothesis.settings.load_profile("shared machine")
 
 
 @pytest.fixture

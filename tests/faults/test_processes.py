@@ -105,7 +105,7 @@ def test_a_replica_restarted_with_another_checkpoint_is_refused_and_reported_and
 
     def refused():
         assert_scores(client.score(asked), asked)
-        return [r.message for r in caplog.records if "another model than this run began with" in r.message]
+        return [r.message for r in caplog.records if "teacher left out" in r.message]
 
     assert fleet[1].address in wait_until(refused)[0]
     for seed in range(5):
