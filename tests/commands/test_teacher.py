@@ -49,7 +49,7 @@ def test_a_file_overrides_and_flags_add_up():
     path = CONFIGS / "teacher_vllm.yaml"
     config = config_of(path, "model=other", "engine_args.max_num_seqs=8", "--port", 1234, "--engine-arg", "seed=3")
     assert (config.engine, config.model, config.port, config.tensor_parallel_size) == ("vllm", "other", 1234, 2)
-    assert config.engine_args == {"gpu_memory_utilization": 0.9, "max_num_seqs": 8, "seed": 3}
+    assert config.engine_args == {"max_num_seqs": 8, "seed": 3}
 
 
 @pytest.mark.parametrize(
