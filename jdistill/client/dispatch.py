@@ -205,9 +205,11 @@ class Dispatcher:
 
     def _start_calls(self, now: float) -> None:
         while self._queue:
-            free = [r for r in self.pool.replicas if r.ready and r.has_room and r.paused_until <= now]
-            # An even share, so that a batch smaller than batch_tokens does not leave other replicas idle.
-            share = -(-self._queue.num_tokens // max(1, len(free)))
+            ready = [r for r in self.pool.replicas if r.ready and r.paused_until <= now]
+            free = [r for r in ready if r.has_room]
+            # An even share, of those too that have no room just now: calls get smaller towards the end of a batch, so
+            # that the replicas end together, and a batch smaller than batch_tokens leaves none idle.
+            share = -(-self._queue.num_tokens // max(1, len(ready)))
             for replica in sorted(free, key=lambda r: r.outstanding_tokens):  # stable: ties in the order of endpoints
                 max_tokens = min(self._settings.batch_tokens, share, replica.max_queued_tokens)
                 max_bytes = min(MAX_CALL_BYTES, replica.max_request_bytes) - REQUEST_OVERHEAD_BYTES

@@ -29,7 +29,11 @@ import numpy as np
 import torch
 
 KEY = "jdistill"  # in SamplingParams.extra_args
-CHUNK_LOGITS = 64 << 20  # 256 MiB in float32
+# How many logits exist at once. 256 MiB in float32; on a CPU 16 MiB, which are still in its caches when they are read
+# (measured: 353 -> 302 ms for 2,048 rows of 32,768), but rows enough for the projection to be worth its weights' way.
+CHUNK_LOGITS = {"cpu": 4 << 20}
+DEFAULT_CHUNK_LOGITS = 64 << 20
+MIN_CHUNK, MAX_CHUNK = 128, 4096  # rows
 MAX_VOCAB_SIZE = 1 << 24
 WATCH_S = 1.0  # how often a worker looks whether its sidecar lives
 # What is read of the model runner.
@@ -151,7 +155,8 @@ class _Scorer:
         self._finished: dict[str, torch.Tensor] = {}
         lora_heads = [m for m in runner.model.modules() if type(m).__name__ == "LogitsProcessorWithLoRA"]
         self._head_lora = lora_heads[0].punica_wrapper if lora_heads else None
-        self._chunk = min(4096, max(64, CHUNK_LOGITS // runner.model_config.get_vocab_size()))
+        chunk_logits = CHUNK_LOGITS.get(runner.device.type, DEFAULT_CHUNK_LOGITS)
+        self._chunk = min(MAX_CHUNK, max(MIN_CHUNK, chunk_logits // runner.model_config.get_vocab_size()))
         prompt_logprobs, sample_tokens = runner._get_prompt_logprobs_dict, runner.sample_tokens
 
         def score_then_prompt_logprobs(hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
@@ -221,8 +226,10 @@ class _Scorer:
         rows_N = torch.from_numpy(rows).to(device)
         targets_N = torch.from_numpy(np.concatenate([job.targets[part] for job, part, _ in pieces])).to(device)
         candidates_NC = torch.from_numpy(np.concatenate([job.candidates[part] for job, part, _ in pieces])).to(device)
-        temperatures = np.concatenate([np.full(part.stop - part.start, job.temperature) for job, part, _ in pieces])
-        temperatures_N1 = torch.from_numpy(temperatures.astype(np.float32)).to(device)[:, None]
+        temperatures_N1 = None
+        if any(job.temperature != 1 for job, _, _ in pieces):
+            temperatures = [np.full(part.stop - part.start, job.temperature, np.float32) for job, part, _ in pieces]
+            temperatures_N1 = torch.from_numpy(np.concatenate(temperatures)).to(device)[:, None]
         results = []
         for start in range(0, len(rows), self._chunk):
             chunk = slice(start, start + self._chunk)
@@ -230,17 +237,20 @@ class _Scorer:
                 logits_nV = self._runner.model.compute_logits(hidden_states[rows_N[chunk]])
             if logits_nV is None:  # tensor parallel: only one rank holds them, and only its output is used
                 continue
-            logits_nV = logits_nV.to(torch.float32) / temperatures_N1[chunk]
-            normalizer_n1 = torch.logsumexp(logits_nV, dim=-1, keepdim=True)
+            if temperatures_N1 is not None:
+                logits_nV = logits_nV.to(torch.float32) / temperatures_N1[chunk]
+            # One pass, from whatever the model computes in; logsumexp would make an array of this size as well, slower.
+            logprobs_nV = torch.log_softmax(logits_nV, dim=-1, dtype=torch.float32)
+            del logits_nV
             targets_n1 = targets_N[chunk, None]
             columns = [
                 targets_n1.to(torch.float32),
-                logits_nV.gather(1, targets_n1) - normalizer_n1,
-                logits_nV.gather(1, candidates_NC[chunk]) - normalizer_n1,
+                logprobs_nV.gather(1, targets_n1),
+                logprobs_nV.gather(1, candidates_NC[chunk]),
             ]
             if top_k:
-                top_logits_nK, top_ids_nK = logits_nV.topk(top_k, dim=-1, sorted=True)
-                columns += [top_ids_nK.to(torch.float32), top_logits_nK - normalizer_n1]
+                top_logprobs_nK, top_ids_nK = logprobs_nV.topk(top_k, dim=-1, sorted=True)
+                columns += [top_ids_nK.to(torch.float32), top_logprobs_nK]
             results.append(torch.cat(columns, dim=1))
         if not results:
             return
