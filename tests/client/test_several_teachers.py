@@ -71,6 +71,8 @@ def test_one_teacher_that_is_down_does_not_stop_the_others(start_teacher, connec
     messages = []
     client = connect({"up": [up.endpoint], "down": [down.endpoint]}, on_wait=messages.append)
     waiting = client.submit(SequenceToScore(tokens(6), teacher="down"))
+    while not messages:  # the test's own time limit ends it
+        time.sleep(0.01)
     up.assert_scores(client.score([SequenceToScore(tokens(6), teacher="up")])[0], SequenceToScore(tokens(6)))
     assert not waiting.done()
     down.start()
