@@ -330,9 +330,12 @@ class TeacherService:
             await context.abort(*status)
         except asyncio.CancelledError:  # the client gave up or is gone, or its deadline has passed
             remaining_s = context.time_remaining()
-            expired = remaining_s is not None and remaining_s <= DEADLINE_SLACK_S
-            code = "DEADLINE_EXCEEDED" if expired else "CANCELLED"
-            if not expired:
+            if call.is_answered:
+                code = "OK"  # a client that has all of its scores need not wait for the end of the stream
+            elif remaining_s is not None and remaining_s <= DEADLINE_SLACK_S:
+                code = "DEADLINE_EXCEEDED"
+            else:
+                code = "CANCELLED"
                 self._metrics.call_cancelled()
             raise
         finally:
@@ -482,6 +485,7 @@ class TeacherService:
                 continue
             item = call.get()
             if item is None:
+                call.is_answered = True
                 break
             if isinstance(item, Exception):
                 raise item
@@ -581,6 +585,7 @@ class _Call:
         self._untold = [0, 0, 0]  # sequences, tokens, positions that were scored since `tell`
         self.queue_s: float | None = None  # None: the engine has got nothing of it
         self.num_unfinished = 0  # pieces
+        self.is_answered = False  # gRPC has all scores, or is just getting the last of them
         self.entry: Entry | None = None
         self._unsent_bytes = 0
         self._items: collections.deque[_Item] = collections.deque()

@@ -682,6 +682,28 @@ def test_a_vanished_client_leaves_queue_and_engine_within_milliseconds(how):
     run(main)
 
 
+def test_a_client_that_leaves_with_all_of_its_scores_has_cancelled_nothing(monkeypatch):
+    send = service_module.TeacherService._send
+
+    async def send_and_dawdle(*args):
+        await send(*args)
+        await asyncio.sleep(60)  # the loop is busy, or the client far away: the end of the stream is not there yet
+
+    monkeypatch.setattr(service_module.TeacherService, "_send", send_and_dawdle)
+
+    async def main():
+        async with serving() as (service, _, channel):
+            call = teacher_pb2_grpc.TeacherServiceStub(channel).ScoreSequences(request(5))
+            assert len((await call.read()).logprobs) == 4
+            call.cancel()
+            await until(lambda: service.num_calls == 0)
+            value = service._metrics.registry.get_sample_value
+            assert value("jdistill_calls_total", {"method": "ScoreSequences", "code": "OK"}) == 1
+            assert value("jdistill_cancelled_calls_total") == 0
+
+    run(main)
+
+
 def test_a_client_that_does_not_read_gets_no_further_pieces_and_keeps_nobody_else_waiting(monkeypatch):
     monkeypatch.setattr(service_module, "MAX_UNSENT_BYTES", 1 << 20)
 
