@@ -157,8 +157,6 @@ class Dispatcher:
                     )
             except Exception as e:
                 job.fail(e if isinstance(e, TeacherError) else _our_bug(e))
-                for other in job.group:
-                    other.future.cancel()  # all or one error: what nobody will get is not sent
             else:
                 self._queue.add(job)
         self._pump()

@@ -79,9 +79,11 @@ class Job:
                 self.future.set_result(None)
 
     def fail(self, error: TeacherError) -> None:
-        """Ends the job; a job that has ended stays as it is."""
+        """Ends the job and its group: what nobody will get is not sent. A job that has ended stays as it is."""
         if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
+            for other in self.group:
+                other.future.cancel()
 
 
 _NOBODY: frozenset[str] = frozenset()

@@ -344,7 +344,7 @@ def test_ten_clients_at_several_times_capacity_lose_nothing_and_keep_the_engine_
     assert len(bounded.work_s) == 400  # each sequence was scored once: refused calls cost no work
     busy = 400 * 0.004 / (bounded.work_s[-1] - bounded.work_s[0])
     print(f"engine busy {busy:.0%}, {bounded.num_refused} calls refused, {len(teacher.requests)} sent")
-    assert busy > 0.5  # 0.8 to 0.9 on a quiet machine
+    assert busy > 0.4  # 0.8 to 0.9 on a quiet machine; an exponential backoff had 0.33
     assert 0 < bounded.num_refused < 10 * 100  # 100 calls succeed
 
 
