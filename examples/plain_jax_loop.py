@@ -9,9 +9,9 @@ finds most likely there; the student moves towards it (reverse KL; the rest of t
 Dimension key: B sequences, S tokens, T = S - 1 targets (target t is token t + 1), V vocabulary, C candidates, W window.
 """
 
-import argparse
 import json
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -94,16 +94,10 @@ def train(teacher, params, *, num_steps=300, batch_size=64, num_candidates=4, se
         updates, state = optimizer.update(gradient, state, params)
         params = optax.apply_updates(params, updates)
         if step % 25 == 0:
-            log(f"step {step:4}  reverse KL {value:.3f}  {''.join(CHARACTERS[i] for i in np.asarray(tokens_BS[0]))}")
+            log(f"step {step:4}  reverse KL {value:.3f}  {''.join(list(IDS)[i] for i in np.asarray(tokens_BS[0]))}")
     return params
 
 
-CHARACTERS = {i: c if len(c) == 1 else "." for c, i in IDS.items()}
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("teacher", nargs="?", default="127.0.0.1:50051", metavar="HOST:PORT")
-    parser.add_argument("--steps", type=int, default=300)
-    args = parser.parse_args()
-    with TeacherClient([args.teacher]) as client:
-        train(client, init(jax.random.key(0)), num_steps=args.steps)
+    with TeacherClient([sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051"]) as client:
+        train(client, init(jax.random.key(0)))
