@@ -29,6 +29,7 @@ from jdistill.wire.types import ModelInfo, ServerInfo
 logger = logging.getLogger("jdistill.client")
 
 PROBE_TIMEOUT_S = 10.0  # of one GetServerInfo: it does no work, so a longer silence is a dead server
+GRACE_S = 2.0  # for the others once a replica has answered the preflight: nobody waits for a half-open connection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +156,7 @@ class ReplicaPool:
         """Waits until a replica answers, then compares all that do with each other and with what the run expects."""
         failures = 0
         while True:
-            answers = await self._control(self.replicas, self._ask, deadline)
+            answers = await self._ask_all(deadline)
             infos = [(r, a) for r, a in answers if isinstance(a, ServerInfo)]
             if infos:
                 break
@@ -205,8 +206,29 @@ class ReplicaPool:
                 raise result
         return list(zip(replicas, results, strict=True))
 
-    async def _ask(self, replica: Replica, timeout_s: float) -> ServerInfo:
-        return await replica.ask(min(PROBE_TIMEOUT_S, timeout_s))
+    async def _ask_all(self, deadline: float) -> list[tuple[Replica, ServerInfo | TeacherError]]:
+        """What each replica says of itself; who is silent while others have answered is not waited for."""
+        timeout_s = min(PROBE_TIMEOUT_S, max(0.1, deadline - self._loop.time()))
+        tasks = {self._loop.create_task(replica.ask(timeout_s)): replica for replica in self.replicas}
+        waiting = set(tasks)
+        try:
+            while waiting and not any(task.exception() is None for task in set(tasks) - waiting):
+                _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if waiting:
+                _, waiting = await asyncio.wait(waiting, timeout=GRACE_S)
+        finally:
+            for task in tasks:
+                task.cancel()
+        answers: list[tuple[Replica, ServerInfo | TeacherError]] = []
+        for task, replica in tasks.items():
+            if task in waiting:
+                replica.error = f"{replica.endpoint}: no answer within {GRACE_S:g} s of another's"
+                answers.append((replica, DeadlineError(replica.error)))
+            elif (error := task.exception()) is None or isinstance(error, TeacherError):
+                answers.append((replica, error or task.result()))
+            else:
+                raise error
+        return answers
 
     async def _wake(self, replica: Replica, timeout_s: float) -> None:
         await replica.wake(timeout_s)

@@ -181,6 +181,14 @@ def test_a_server_that_accepts_and_never_answers_is_an_error_at_the_deadline(ste
     assert silent.num_connections
 
 
+def test_a_server_that_never_answers_does_not_hold_up_the_others(steady_sidecar, connect, proxy):
+    silent, other = proxy(steady_sidecar, faults.Freeze(DOWN, 0)), proxy(steady_sidecar)
+    begin = time.monotonic()
+    assert_scores(connect(silent, other).score(ASKED), ASKED)
+    assert time.monotonic() - begin < 7  # 2 s of grace; 10 s until GetServerInfo is given up
+    assert silent.num_connections
+
+
 @pytest.mark.parametrize("hedge_after_s", [None, 0.5])
 def test_a_connection_that_falls_silent_in_mid_stream_is_left_for_another_one(
     steady_sidecar, connect, proxy, start_sidecar, stream_bytes, hedge_after_s
