@@ -238,7 +238,8 @@ def topk_forward_kl(
         It would be infinite where the student rules out what the teacher does not. Here a student's log-prob counts as
         -100 at least, in value (its gradient is -q_k as anywhere, 0 at -inf), and its rest as 16 eps (2e-6 in
         float32): a student that is surer than this has a smaller gradient towards the bucket than the true one. A
-        teacher's rest below that counts as 0.
+        teacher's rest below that counts as 0. p_rest is a difference, known to 1e-7 / p_rest of itself in float32, and
+        the bucket's gradient to no more.
     """
     teacher_logprobs = jax.lax.stop_gradient(teacher_logprobs)
     q_BTK = jnp.exp(teacher_logprobs)
@@ -307,9 +308,12 @@ def _jsd_terms(
     p: Float[Array, "*dims"], log_p: Float[Array, "*dims"], q: Float[Array, "*dims"], log_q: Float[Array, "*dims"], beta
 ) -> Float[Array, "*dims"]:
     log_p, log_q = (jnp.maximum(jax.lax.stop_gradient(x), _MIN_LOGPROB) for x in (log_p, log_q))
-    log_m = jnp.logaddexp(jnp.log(beta) + log_q, jnp.log1p(-beta) + log_p)
+    gap = log_q - log_p
+    # log(the larger of p and q / m), from which the other's follows; exactly 0 where p = q, and nothing overflows.
+    larger = -jnp.log1p(jnp.where(gap > 0, 1 - beta, beta) * jnp.expm1(-jnp.abs(gap)))
+    q_to_m, p_to_m = larger + jnp.minimum(gap, 0), larger - jnp.maximum(gap, 0)
     # The derivative with respect to p is (1 - beta) log(p / m); the parts by way of log p and log m cancel.
-    return beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)
+    return beta * q * q_to_m + (1 - beta) * p * p_to_m
 
 
 def _rest(logprobs: Float[Array, "B T K"]) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:

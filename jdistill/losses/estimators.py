@@ -147,7 +147,7 @@ _NAMES = {
 ALIASES = {alias: row for row, aliases in _NAMES.items() for alias in aliases.split()}
 
 
-def resolve(estimator: str, placement: Placement | None = None) -> str:
+def resolve(estimator: str, placement: str | None = None) -> str:
     """The objective that does, in this placement, what the name says.
 
     Args:

@@ -1,4 +1,6 @@
-"""Distillation terms: holes in the mask, padding, order, and numbers at the edges."""
+"""Distillation terms: the return-to-go by a plain loop, and numbers at the edges by hand."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jdistill.losses import distillation, masked
+from jdistill.losses import distillation
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.5, 1.0])
@@ -43,72 +45,93 @@ def test_no_gradient_flows_through_the_advantage():
     np.testing.assert_array_equal(grad, 0)
 
 
-def random_topk(rng, num_rows, num_targets, vocabulary, k, scale):
-    """Log-probs [B, T, K] of a student's top-k and of a teacher at the same tokens; float32."""
-    logits = rng.normal(scale=scale, size=(2, num_rows, num_targets, vocabulary))
-    logprobs = (
-        logits
-        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
-        - logits.max(-1, keepdims=True)
-    )
-    ids = np.argsort(-logprobs[0], axis=-1)[..., :k]
-    return [np.take_along_axis(x, ids, axis=-1).astype(np.float32) for x in logprobs]
+# ---- by hand ----
 
 
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    k=st.sampled_from([1, 4, 11]),
-    scale=st.sampled_from([0.1, 3.0, 40.0, 1000.0]),
+@pytest.mark.parametrize(
+    ("name", "value", "slope"),
+    [  # d = log 2: the student gives the token twice the teacher's probability
+        ("sampled_reverse_kl", math.log(2) ** 2 / 2, math.log(2)),
+        ("straight_through_reverse_kl", math.log(2) - 0.5, math.log(2)),
+        ("sampled_forward_kl", math.log(2) - 0.5, 0.5),
+    ],
 )
-@settings(max_examples=60, deadline=None)
-def test_topk_is_finite_and_never_negative_in_float32(seed, k, scale):
-    student, teacher = random_topk(np.random.default_rng(seed), 2, 3, 11, k, scale)
-    value, grad = jax.value_and_grad(lambda x: distillation.topk_reverse_kl(x, jnp.asarray(teacher)).sum())(
-        jnp.asarray(student)
+def test_a_sampled_token_by_hand(name, value, slope):
+    found = jax.value_and_grad(lambda x: getattr(distillation, name)(x, jnp.full((1, 1), math.log(0.25))).sum())(
+        jnp.full((1, 1), math.log(0.5))
     )
-    per_token = distillation.topk_reverse_kl(jnp.asarray(student), jnp.asarray(teacher))
-    assert np.isfinite(value) and np.isfinite(grad).all()
-    # Rounding of the log-probs themselves (eps * scale) moves the value by as much.
-    assert np.all(np.asarray(per_token) >= -1e-5 * max(1, scale / 10))
+    np.testing.assert_allclose(found[0], value, rtol=1e-5)
+    np.testing.assert_allclose(found[1], [[slope]], rtol=1e-5)
 
 
-@given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=20, deadline=None)
-def test_unscored_targets_padding_and_order_never_change_the_reduced_term(seed):
-    rng = np.random.default_rng(seed)
-    student, teacher = random_topk(rng, 3, 4, 9, 3, 2.0)
-    mask_BT = rng.random((3, 4)) < 0.6
+@pytest.mark.parametrize(
+    ("name", "worst", "slope"),  # where the student samples what the teacher rules out, and the reverse
+    [
+        ("sampled_reverse_kl", (200.0, 200.0), (20.0, -20.0)),
+        ("straight_through_reverse_kl", (19.0, np.exp(20) - 21), (20.0, -20.0)),
+        ("sampled_forward_kl", (19.0, np.exp(20) - 21), (1.0, 1 - np.exp(20))),
+    ],
+)
+@pytest.mark.parametrize("gap", [25.0, 1e4, np.inf])
+def test_a_gap_beyond_20_nats_still_pushes_as_one_of_20(name, worst, slope, gap):
+    student, teacher = jnp.array([[-1.0, -1.0 - min(gap, 1e30)]]), jnp.array([[-1.0 - gap, -1.0]])
+    values, pullback = jax.vjp(lambda x: getattr(distillation, name)(x, teacher), student)
+    np.testing.assert_allclose(values[0], worst, rtol=1e-5)
+    np.testing.assert_allclose(pullback(jnp.ones((1, 2)))[0][0], slope, rtol=1e-5)
 
-    def loss(student, teacher, mask):
-        per_token = distillation.topk_reverse_kl(masked.fill(student, mask), masked.fill(teacher, mask))
-        return masked.masked_mean(per_token, mask)
 
-    value, grad = jax.value_and_grad(loss)(jnp.asarray(student), jnp.asarray(teacher), jnp.asarray(mask_BT))
-    order = rng.permutation(3)
-    pad = ((0, 0), (0, 2), (0, 0))
+HALF, QUARTER = math.log(0.5), math.log(0.25)
+INF = math.inf
+# The student at (1/2, 1/4, rest 1/4); the teacher rules out the second candidate, or its other tokens.
+RULED_OUT = {
+    "a candidate": [HALF, -INF],
+    "the other tokens": [HALF, HALF],
+}
 
-    def spoil(x):
-        return np.pad(np.where(mask_BT[..., None], x, -np.inf), pad, constant_values=np.nan)[order]
 
-    other_value, other_grad = jax.value_and_grad(loss)(
-        jnp.asarray(spoil(student)), jnp.asarray(spoil(teacher)), jnp.asarray(np.pad(mask_BT, pad[:2])[order])
+@pytest.mark.parametrize("name", sorted(distillation.DISTRIBUTION))
+@pytest.mark.parametrize("what", RULED_OUT)
+def test_what_the_teacher_rules_out_costs_much_and_not_infinitely_much(name, what):
+    options = {"beta": 0.5} if name == "topk_jsd" else {}
+    teacher = jnp.array([[RULED_OUT[what]]])
+    value, grad = jax.value_and_grad(lambda x: distillation.DISTRIBUTION[name](x, teacher, **options).sum())(
+        jnp.array([[[HALF, QUARTER]]])
     )
-    np.testing.assert_allclose(other_value, value, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(other_grad[np.argsort(order), :4], grad, rtol=1e-5, atol=1e-7)
-    assert np.all(np.asarray(grad)[~mask_BT] == 0)
-
-
-def test_a_candidate_the_student_has_given_up_costs_nothing_and_one_the_teacher_forbids_is_infinite():
-    teacher = jnp.array([[[np.log(0.5), -np.inf]]], jnp.float32)
-    gone = jnp.array([[[np.log(0.5), -np.inf]]], jnp.float32)
-    value, grad = jax.value_and_grad(lambda x: distillation.topk_reverse_kl(x, teacher).sum())(gone)
-    np.testing.assert_allclose(value, 0, atol=1e-6)
     assert np.isfinite(grad).all()
-    kept = jnp.array([[[np.log(0.5), np.log(0.25)]]], jnp.float32)
-    assert np.isposinf(distillation.topk_reverse_kl(kept, teacher)[0, 0])
+    floor = {"a candidate": -100.0, "the other tokens": math.log(16 * np.finfo(np.float32).eps)}[what]
+    rest = 0.5  # of the teacher, where the candidate is ruled out; else of the second candidate
+    expected = {
+        "topk_reverse_kl": 0.25 * (QUARTER - floor) + 0.25 * math.log(0.25 / rest),
+        "topk_forward_kl": rest * math.log(rest / 0.25),
+        "topk_jsd": 0.5 * (rest * math.log(rest / 0.375) + 0.25 * math.log(0.25 / 0.375) + 0.25 * math.log(2)),
+    }[name]
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
-def test_no_gradient_flows_to_the_teacher():
-    student, teacher = random_topk(np.random.default_rng(0), 1, 2, 6, 3, 1.0)
-    grad = jax.grad(lambda q: distillation.topk_reverse_kl(jnp.asarray(student), q).sum())(jnp.asarray(teacher))
-    np.testing.assert_array_equal(grad, 0)
+@pytest.mark.parametrize("name", sorted(distillation.DISTRIBUTION))
+def test_what_the_student_has_given_up_costs_what_the_teacher_has_there(name):
+    options = {"beta": 0.5} if name == "topk_jsd" else {}
+    value, grad = jax.value_and_grad(
+        lambda x: distillation.DISTRIBUTION[name](x, jnp.array([[[HALF, QUARTER]]]), **options).sum()
+    )(jnp.array([[[HALF, -INF]]]))
+    assert np.isfinite(grad).all()
+    expected = {
+        "topk_reverse_kl": 0.5 * math.log(2),  # the rest: 1/2 to 1/4
+        "topk_forward_kl": 0.25 * (QUARTER + 100) + 0.25 * math.log(0.5),
+        "topk_jsd": 0.5 * (0.25 * math.log(2) + 0.25 * math.log(0.25 / 0.375) + 0.5 * math.log(0.5 / 0.375)),
+    }[name]
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_a_student_that_is_too_sure_for_float32_is_still_pulled_towards_the_other_tokens():
+    # All of the student's mass is on the candidate (rest 1e-9, which is 0 in float32), a third of the teacher's is not.
+    teacher = jnp.log(jnp.array([[[2 / 3]]]))
+    for name in ("topk_reverse_kl", "topk_forward_kl"):
+        grad = jax.grad(lambda x, name=name: distillation.DISTRIBUTION[name](x, teacher).sum())(jnp.zeros((1, 1, 1)))
+        assert grad[0, 0, 0] > 10  # the candidate's log-prob should fall
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, -0.1, 1.5])
+def test_a_beta_at_which_the_jsd_is_nothing_is_refused(beta):
+    with pytest.raises(ValueError, match=r"strictly between 0 and 1, got .*topk_forward_kl .*topk_reverse_kl"):
+        distillation.topk_jsd(jnp.zeros((1, 1, 1)), jnp.zeros((1, 1, 1)), beta=beta)

@@ -1,0 +1,259 @@
+"""What each name becomes, and that each reason for refusing one is true: expectations over one position, exactly.
+
+Dimension key: V vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdistill.losses import distillation, estimators
+
+# ---- names ----
+
+
+@pytest.mark.parametrize(
+    ("estimator", "placement", "name"),
+    [
+        ("k1", "advantage", "sampled_reverse_kl_advantage"),
+        ("k1", None, "sampled_reverse_kl_advantage"),
+        ("kl", "advantage", "sampled_reverse_kl_advantage"),
+        ("reverse_kl_k1", "advantage", "sampled_reverse_kl_advantage"),
+        ("sampled_reverse_kl", None, "sampled_reverse_kl_advantage"),
+        ("sampled_reverse_kl", "advantage", "sampled_reverse_kl_advantage"),
+        ("sampled_reverse_kl", "loss", "sampled_reverse_kl"),
+        ("reverse_kl", "loss", "sampled_reverse_kl"),
+        ("k2", "loss", "sampled_reverse_kl"),
+        ("k2", None, "sampled_reverse_kl"),
+        ("mse", "loss", "sampled_reverse_kl"),
+        ("k3+", "loss", "straight_through_reverse_kl"),
+        ("Straight-Through-Reverse-KL", None, "straight_through_reverse_kl"),
+        ("sampled_forward_kl", "loss", "sampled_forward_kl"),
+        ("forward_kl", "loss", "sampled_forward_kl"),
+        ("topk_reverse_kl", None, "topk_reverse_kl"),
+        ("forward_kl_topk", "loss", "topk_forward_kl"),
+        ("gkd", None, "topk_jsd"),
+    ],
+)
+def test_a_name_becomes_the_objective_that_does_what_it_says(estimator, placement, name):
+    assert estimators.resolve(estimator, placement) == name
+
+
+@pytest.mark.parametrize(
+    ("estimator", "placement", "reason", "instead"),
+    [
+        ("k1", "loss", "teacher drops out", "sampled_reverse_kl_advantage"),
+        ("kl", "loss", "teacher drops out", "sampled_reverse_kl "),
+        ("sampled_reverse_kl_advantage", "loss", "teacher drops out", "straight_through_reverse_kl"),
+        ("k2", "advantage", "k2 .* pushed down", "sampled_reverse_kl_advantage"),
+        ("mse", "advantage", "pushed down", "sampled_reverse_kl_advantage"),
+        ("k3", "loss", "gradient is the forward KL's", "sampled_forward_kl"),
+        ("low_var_kl", "loss", "gradient is the forward KL's", "straight_through_reverse_kl"),
+        ("reverse_kl_k3", None, "gradient is the forward KL's", "sampled_reverse_kl"),
+        ("k3", "advantage", "vanishes", "sampled_reverse_kl_advantage"),
+        ("forward_kl", "advantage", "vanishes", "loss"),
+        ("straight_through_reverse_kl", "advantage", "k3", "loss"),
+        ("abs", "loss", "abs.* total variation", "sampled_reverse_kl"),
+        ("abs", "advantage", "abs.* pushed down", "sampled_reverse_kl_advantage"),
+        ("abs", None, "abs", "sampled_reverse_kl"),
+        ("top1_renormalized", "loss", "zero, always", "topk_reverse_kl"),
+        ("top1_renormalized", "advantage", "zero, always", "topk_reverse_kl"),
+        ("topk_without_tail", None, "mass outside the candidates is free", "tail=False"),
+        ("topk_jsd", "advantage", "whichever token was sampled", "loss"),
+    ],
+)
+def test_a_wrong_pair_is_refused_with_the_reason_and_the_right_choice(estimator, placement, reason, instead):
+    with pytest.raises(ValueError, match=reason) as error:
+        estimators.resolve(estimator, placement)
+    assert instead in str(error.value) and estimator in str(error.value)
+
+
+def test_every_alias_is_right_somewhere_or_refused_by_reason_everywhere():
+    nowhere = set()
+    for alias in estimators.ALIASES:
+        found = []
+        for placement in ("advantage", "loss"):
+            try:
+                name = estimators.resolve(alias, placement)
+            except ValueError as e:
+                # The right choice that it names is one.
+                assert any(right in str(e) for right in (*estimators.OBJECTIVES, "loss"))
+                assert "is refused" in str(e)
+            else:
+                assert estimators.OBJECTIVES[name].placement == placement
+                found.append(name)
+        if not found:
+            nowhere.add(alias)
+    for wrong in ("abs", "k3", "low_var_kl", "top1", "topk_without_tail"):
+        assert wrong in nowhere
+    assert not nowhere & set(estimators.OBJECTIVES)
+
+
+def test_every_objective_is_found_by_its_own_name():
+    for name, objective in estimators.OBJECTIVES.items():
+        assert objective.name == name and objective.function is getattr(distillation, name)
+        assert estimators.resolve(name, objective.placement) == name
+        assert (objective.needs_candidates is not None) == (name in distillation.DISTRIBUTION)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        objective.placement = "advantage"
+
+
+def test_adding_an_objective_is_one_line(monkeypatch):
+    def skewed_kl(logprobs, teacher_logprobs):
+        return logprobs
+
+    monkeypatch.setitem(estimators.OBJECTIVES, "skewed_kl", estimators.Objective("skewed_kl", "loss", None, skewed_kl))
+    assert estimators.resolve("skewed_kl") == estimators.resolve("skewed_kl", "loss") == "skewed_kl"
+    with pytest.raises(ValueError, match="right only as placement: loss"):
+        estimators.resolve("skewed_kl", "advantage")
+
+
+def test_an_unknown_name_or_placement_is_told_what_there_is():
+    with pytest.raises(ValueError, match=r"topk_revers_kl is no estimator .*did you mean topk_reverse_kl.*topk_jsd"):
+        estimators.resolve("topk_revers_kl")
+    with pytest.raises(ValueError, match='"advantage" or "loss", got "reward"'):
+        estimators.resolve("k1", "reward")
+
+
+# ---- the reasons ----
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+LOGITS_V, TEACHER_LOGITS_V = np.random.default_rng(3).normal(size=(2, 5)) * [[1.0], [1.5]]
+
+
+def in_the_loss(estimator, logits_V, teacher_logits_V):
+    """Expected gradient [V] in the logits: of the estimator, differentiated, at tokens of the student."""
+
+    def expected(logits_V):
+        log_p = jax.nn.log_softmax(logits_V)
+        return jnp.sum(jax.lax.stop_gradient(jnp.exp(log_p)) * estimator(log_p - jax.nn.log_softmax(teacher_logits_V)))
+
+    return jax.grad(expected)(jnp.asarray(logits_V))
+
+
+def as_advantage(estimator, logits_V, teacher_logits_V):
+    """Expected policy gradient [V] in the logits, of a loss: the estimator is the cost of a token."""
+
+    def expected(logits_V):
+        log_p = jax.nn.log_softmax(logits_V)
+        cost = jax.lax.stop_gradient(estimator(log_p - jax.nn.log_softmax(teacher_logits_V)))
+        return jnp.sum(jax.lax.stop_gradient(jnp.exp(log_p)) * cost * log_p)
+
+    return jax.grad(expected)(jnp.asarray(logits_V))
+
+
+def reverse_kl(logits_V, teacher_logits_V):
+    log_p, log_q = jax.nn.log_softmax(logits_V), jax.nn.log_softmax(teacher_logits_V)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q))
+
+
+def forward_kl(logits_V, teacher_logits_V):
+    return reverse_kl(teacher_logits_V, logits_V)
+
+
+def k1(d):
+    return d
+
+
+def k2(d):
+    return d**2 / 2
+
+
+def k3(d):
+    return jnp.expm1(-d) + d
+
+
+def test_k1_is_right_as_an_advantage_and_trains_nothing_in_the_loss(float64):
+    exact = jax.grad(reverse_kl)(LOGITS_V, TEACHER_LOGITS_V)
+    assert np.abs(exact).max() > 0.05
+    np.testing.assert_allclose(as_advantage(k1, LOGITS_V, TEACHER_LOGITS_V), exact, atol=1e-15)
+    np.testing.assert_allclose(in_the_loss(k1, LOGITS_V, TEACHER_LOGITS_V), 0, atol=1e-15)
+    # And token by token, not on average only, the teacher is not in it.
+    one = jax.grad(lambda x: k1(jax.nn.log_softmax(x) - jax.nn.log_softmax(TEACHER_LOGITS_V))[0])(LOGITS_V)
+    other = jax.grad(lambda x: k1(jax.nn.log_softmax(x) - jax.nn.log_softmax(-TEACHER_LOGITS_V))[0])(LOGITS_V)
+    np.testing.assert_array_equal(one, other)
+
+
+def test_k2_is_right_in_the_loss(float64):
+    exact = jax.grad(reverse_kl)(LOGITS_V, TEACHER_LOGITS_V)
+    np.testing.assert_allclose(in_the_loss(k2, LOGITS_V, TEACHER_LOGITS_V), exact, atol=1e-15)
+
+
+@pytest.mark.parametrize("estimator", [k2, jnp.abs])
+def test_an_even_estimator_as_an_advantage_pushes_down_what_the_teacher_likes_better(float64, estimator):
+    student, teacher = jnp.zeros(5), jnp.log(jnp.array([0.6, 0.1, 0.1, 0.1, 0.1]))
+    found, exact = as_advantage(estimator, student, teacher), jax.grad(reverse_kl)(student, teacher)
+    assert found[0] > 0.05 > -0.05 > exact[0]  # gradients of a loss: a step goes the other way
+    # A step along it takes the student away from the teacher.
+    assert reverse_kl(student - 0.1 * found, teacher) > reverse_kl(student, teacher) + 1e-3
+    assert reverse_kl(student - 0.1 * exact, teacher) < reverse_kl(student, teacher) - 1e-3
+
+
+def test_k3_in_the_loss_has_the_gradient_of_the_forward_kl(float64):
+    found = in_the_loss(k3, LOGITS_V, TEACHER_LOGITS_V)
+    np.testing.assert_allclose(found, jax.grad(forward_kl)(LOGITS_V, TEACHER_LOGITS_V), atol=1e-15)
+    assert np.abs(found - jax.grad(reverse_kl)(LOGITS_V, TEACHER_LOGITS_V)).max() > 0.05
+
+
+def test_k3_as_an_advantage_has_the_gradient_of_a_difference_of_two_kls_which_vanishes_near_the_teacher(float64):
+    def difference(logits_V, teacher_V):
+        return reverse_kl(logits_V, teacher_V) - forward_kl(logits_V, teacher_V)
+
+    found = as_advantage(k3, LOGITS_V, TEACHER_LOGITS_V)
+    np.testing.assert_allclose(found, jax.grad(difference)(LOGITS_V, TEACHER_LOGITS_V), atol=1e-15)
+    shares = []
+    for distance in (1e-2, 1e-3):
+        near = TEACHER_LOGITS_V + distance * LOGITS_V
+        exact = jax.grad(reverse_kl)(near, TEACHER_LOGITS_V)
+        shares.append(float(jnp.linalg.norm(as_advantage(k3, near, TEACHER_LOGITS_V)) / jnp.linalg.norm(exact)))
+    assert shares[0] < 0.02
+    np.testing.assert_allclose(shares[1] / shares[0], 0.1, rtol=0.1)  # in proportion to the distance
+
+
+def test_what_straight_through_leaves_as_an_advantage_is_k3(float64):
+    d = jnp.asarray(LOGITS_V)[None]
+    np.testing.assert_allclose(distillation.straight_through_reverse_kl(d, 0 * d), k3(d), rtol=1e-12)
+
+
+def test_abs_in_the_loss_has_the_gradient_of_twice_the_total_variation(float64):
+    def sum_abs(logits_V):
+        return jnp.sum(jnp.abs(jax.nn.softmax(logits_V) - jax.nn.softmax(TEACHER_LOGITS_V)))
+
+    found = in_the_loss(jnp.abs, LOGITS_V, TEACHER_LOGITS_V)
+    np.testing.assert_allclose(found, jax.grad(sum_abs)(LOGITS_V), atol=1e-15)
+    for divergence in (reverse_kl, forward_kl):
+        assert np.abs(found - jax.grad(divergence)(LOGITS_V, TEACHER_LOGITS_V)).max() > 0.05
+
+
+@pytest.mark.parametrize("name", sorted(distillation.DISTRIBUTION))
+def test_a_divergence_of_the_whole_position_as_an_advantage_has_no_expected_gradient(float64, name):
+    options = {"beta": 0.5} if name == "topk_jsd" else {}
+
+    def cost(d):  # the same for every token; computed from the tables, not from d
+        both = (jax.nn.log_softmax(x)[None, None, :3] for x in (LOGITS_V, TEACHER_LOGITS_V))
+        return jnp.full_like(d, distillation.DISTRIBUTION[name](*both, **options)[0, 0])
+
+    assert cost(jnp.zeros(1))[0] > 0.05
+    np.testing.assert_allclose(as_advantage(cost, LOGITS_V, TEACHER_LOGITS_V), 0, atol=1e-15)
+
+
+def test_renormalised_top_1_is_zero_and_renormalised_top_k_is_blind_to_the_rest(float64):
+    def renormalised(logits_V, teacher_V, k):
+        return reverse_kl(logits_V[:k], teacher_V[:k])  # a softmax over the candidates alone
+
+    value, grad = jax.value_and_grad(renormalised)(LOGITS_V, TEACHER_LOGITS_V, 1)
+    np.testing.assert_allclose([value, *grad], 0, atol=1e-15)
+    # The student has 0.001 of its mass on the candidates, the teacher all but 0.001: nothing to learn, it says.
+    student, teacher = jnp.log(jnp.array([0.0006, 0.0004, 0.999])), jnp.log(jnp.array([0.5994, 0.3996, 0.001]))
+    value, grad = jax.value_and_grad(renormalised)(student, teacher, 2)
+    np.testing.assert_allclose([value, *grad], 0, atol=1e-15)
+    assert distillation.topk_reverse_kl(student[None, None, :2], teacher[None, None, :2])[0, 0] > 5
