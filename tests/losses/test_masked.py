@@ -1,5 +1,7 @@
 """Reductions: only scored targets count, whatever the others hold."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,25 @@ def test_reductions_equal_the_plain_loops(case):
         np.mean(means) if means else 0.0,
         atol=1e-6,
     )
+    np.testing.assert_allclose(
+        masked.masked_constant_mean(jnp.asarray(x_BT), jnp.asarray(mask_BT), length=9),
+        np.mean([row.sum() / 9 for row in scored if row.size]) if means else 0.0,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("length", [None, 0])
+def test_the_constant_reduction_needs_its_constant(length):
+    with pytest.raises(ValueError, match=r"divides by length, such as max_new_tokens; got (None|0)"):
+        masked.masked_constant_mean(jnp.ones((1, 2)), jnp.ones((1, 2), bool), length=length)
+
+
+def test_a_long_sequence_counts_by_its_tokens_or_not_as_the_reductions_name_says():
+    # One token of 6 in a short sequence, three of 2 in a long one.
+    x_BT = jnp.array([[6.0, 0.0, 0.0], [2.0, 2.0, 2.0]])
+    mask_BT = jnp.array([[True, False, False], [True, True, True]])
+    found = {name: float(reduce(x_BT, mask_BT, length=4)) for name, reduce in masked.REDUCTIONS.items()}
+    assert found == {"token_mean": 3.0, "sequence_mean": 4.0, "constant": 1.5}
 
 
 @pytest.mark.parametrize("reduction", sorted(masked.REDUCTIONS))
@@ -44,7 +65,7 @@ def test_reductions_equal_the_plain_loops(case):
 @settings(max_examples=30, deadline=None)
 def test_masked_tokens_and_padding_and_order_touch_neither_value_nor_gradient(reduction, case):
     x_BT, mask_BT, rng = case
-    reduce = jax.value_and_grad(masked.REDUCTIONS[reduction])
+    reduce = jax.value_and_grad(functools.partial(masked.REDUCTIONS[reduction], length=5))
     value, grad_BT = reduce(jnp.asarray(np.where(mask_BT, x_BT, 0)), jnp.asarray(mask_BT))
 
     spoiled = np.where(mask_BT, x_BT, rng.choice(BAD, x_BT.shape))
