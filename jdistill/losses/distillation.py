@@ -152,7 +152,7 @@ def _gap(logprobs: Float[Array, "B T"], teacher_logprobs: Float[Array, "B T"]) -
 
 
 def _k3(gap_BT: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    return jnp.maximum(jnp.expm1(-gap_BT) + gap_BT, 0)  # rounding may leave -1e-9 where the gap is small
+    return jnp.expm1(-gap_BT) + gap_BT
 
 
 def _with_slope(

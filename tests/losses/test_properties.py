@@ -71,6 +71,8 @@ def test_values_and_gradients_are_finite(name, seed, scale):
     student, teacher = inputs(rng, name, scale)
     if name != "sampled_reverse_kl_advantage":  # which is linear in the log-probs: what is infinite stays so
         teacher = np.where(rng.random(teacher.shape) < 0.2, -np.inf, teacher).astype(np.float32)
+        given_up = (rng.random(student.shape) < 0.2) & np.isfinite(teacher)
+        student = np.where(given_up, -np.inf, student).astype(np.float32)
     value, grad = reduced(name)(student, teacher, ALL)
     assert np.isfinite(value) and np.isfinite(grad).all()
 
@@ -112,11 +114,22 @@ def test_no_gradient_where_student_and_teacher_agree(name, num_candidates, seed,
     np.testing.assert_allclose(grad, 0, atol=2e-5)  # a rest below 2e-6 counts as none
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_no_gradient_flows_to_the_teacher(name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {}) for name in NAMES] + [(name, {"tail": False}) for name in distillation.DISTRIBUTION],
+)
+def test_no_gradient_flows_to_the_teacher(name, options):
     student, teacher = inputs(np.random.default_rng(0), name, 2.0)
-    grad = jax.grad(lambda q: objective(name)(student, q, ALL).sum())(jnp.asarray(teacher))
+    grad = jax.grad(lambda q: objective(name, **options)(student, q, ALL).sum())(jnp.asarray(teacher))
     np.testing.assert_array_equal(grad, 0)
+
+
+@pytest.mark.parametrize("name", ["sampled_reverse_kl", "straight_through_reverse_kl", "sampled_forward_kl"])
+@given(seed=SEEDS, scale=st.sampled_from([1e-4, 1e-2, 1.0]))
+@settings(max_examples=15, deadline=None)
+def test_no_loss_of_a_sampled_token_is_negative(name, seed, scale):
+    student, teacher = inputs(np.random.default_rng(seed), name, scale)
+    assert np.all(np.asarray(objective(name)(student, teacher, ALL)) >= 0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -198,6 +211,11 @@ def test_over_the_whole_vocabulary_the_empty_tail_makes_no_noise_in_float32(name
     found_BT = objective(name)(student, teacher, ALL)
     np.testing.assert_allclose(found_BT, full_divergence(name, student, teacher), rtol=1e-5, atol=5e-6)
     np.testing.assert_allclose(found_BT, objective(name, tail=False)(student, teacher, ALL), rtol=1e-6, atol=1e-6)
+    # The same gradient but for the derivative of sum p = 1, which the tail leaves out.
+    _, grad = reduced(name)(student, teacher, ALL)
+    _, other = reduced(name, tail=False)(student, teacher, ALL)
+    constant = np.exp(student) / ALL.size if name == "topk_reverse_kl" else 0
+    np.testing.assert_allclose(grad, other - constant, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", sorted(distillation.DISTRIBUTION))

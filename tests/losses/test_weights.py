@@ -48,8 +48,9 @@ def test_schedules_by_hand(compiled):
 def test_schedules_begin_and_end_exactly():
     # 0 means that the term is off: 1e-9 of it would not be.
     for schedule in (weights.linear, weights.cosine):
-        found = [float(schedule(step, begin=0.1, end=0.0, num_steps=30)) for step in (0, 30, 31)]
-        assert found == [float(np.float32(0.1)), 0.0, 0.0]
+        for begin, end in ((0.1, 0.0), (0.3, 0.1)):
+            found = [float(schedule(step, begin=begin, end=end, num_steps=30)) for step in (0, 30, 31)]
+            assert found == [float(np.float32(x)) for x in (begin, end, end)]
 
 
 @pytest.mark.parametrize(
