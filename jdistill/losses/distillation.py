@@ -16,7 +16,7 @@ From K candidates of each position and one bucket for all other tokens, so exact
 
 d itself as a loss ("k1 in the loss") is not here: the teacher drops out of its gradient, and what is left is
 E_p[grad log p] = 0. It would train nothing, at any weight. `estimators` has the whole table of what goes where;
-tests/losses/test_enumeration.py shows all of it.
+tests/losses/test_enumeration.py and test_estimators.py show all of it.
 
 Dimension key: B sequences, T targets, K candidates of each target.
 """
@@ -115,8 +115,8 @@ def straight_through_reverse_kl(
         teacher_logprobs: of the same tokens under the teacher, in nats; no gradient flows through them.
 
     Returns:
-        Loss per token, to be reduced by `masked`. Gaps beyond 20 nats count as 20, as in `sampled_reverse_kl`; the
-        value then lacks as much as what q has on tokens more than e^20 times as likely under q.
+        Loss per token, to be reduced by `masked`. Gaps beyond 20 nats count as 20, as in `sampled_reverse_kl`; on
+        average the value then lacks up to the mass that q has on tokens more than e^20 times as likely under q.
 
     Reference:
         Schulman, "Approximating KL Divergence", 2020; Shah et al., arXiv 2512.21852.
@@ -163,7 +163,7 @@ def _with_slope(
     Written out and not left to clip(), whose derivative is 0 outside: the worst tokens would teach nothing.
     """
     value_BT, slope_BT = jax.lax.stop_gradient((value_BT, slope_BT))
-    # -inf - -inf is NaN
+    # where() before the difference: -inf - -inf is NaN.
     logprobs = jnp.where(jnp.isfinite(logprobs), logprobs, 0)
     return value_BT + slope_BT * (logprobs - jax.lax.stop_gradient(logprobs))
 

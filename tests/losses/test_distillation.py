@@ -1,6 +1,8 @@
-"""Distillation terms: the return-to-go by a plain loop, and numbers at the edges by hand."""
+"""Distillation terms: the return-to-go by a plain loop, AReaL's values, and numbers at the edges by hand."""
 
+import json
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jdistill.losses import distillation
+from jdistill.losses import distillation, masked, policy_gradient
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.5, 1.0])
@@ -43,6 +45,48 @@ def test_no_gradient_flows_through_the_advantage():
         jnp.full((1, 3), -2.0)
     )
     np.testing.assert_array_equal(grad, 0)
+
+
+# ---- another implementation ----
+
+FIXTURE = pathlib.Path(__file__).parents[3] / "shared" / "fixtures" / "areal_losses.json"
+
+
+def areal(name):
+    """(the case, its inputs, its mask); loss and gradient are reduced by token mean."""
+    if not FIXTURE.exists():
+        pytest.skip(f"AReaL's values are not beside this checkout: {FIXTURE}")
+    (case,) = (c for c in json.loads(FIXTURE.read_text())["cases"] if c["name"] == name)
+    inputs = {key: jnp.asarray(value, jnp.float32) for key, value in case["inputs"].items()}
+    return case, inputs, inputs["mask"] > 0
+
+
+def test_pure_distillation_by_the_advantage_equals_areals():
+    case, inputs, mask = areal("kd_reverse_kl_importance/0")
+
+    def loss(logprobs):
+        advantages = distillation.sampled_reverse_kl_advantage(logprobs, inputs["teacher_logprobs"], mask)
+        per_token = policy_gradient.ppo_clip(logprobs, inputs["behavior_logprobs"], advantages, clip_low=1e6)
+        return masked.masked_mean(per_token, mask)
+
+    value, grad = jax.value_and_grad(loss)(inputs["logprobs"])
+    np.testing.assert_allclose(value, case["loss"], atol=1e-5)
+    np.testing.assert_allclose(grad, case["grad_logprobs"], atol=1e-5)
+
+
+def test_areals_joint_loss_is_what_is_refused_here_k1_whose_gradient_has_no_teacher_in_it():
+    case, inputs, mask = areal("kdrl_joint_k1_penalty/0")
+    weight = case["params"]["distill_loss_weight"]
+
+    def loss(logprobs):
+        policy = policy_gradient.ppo_clip(logprobs, inputs["proximal_logprobs"], inputs["advantages"])
+        return masked.masked_mean(policy, mask) + weight * masked.masked_mean(logprobs, mask)
+
+    value, grad = jax.value_and_grad(loss)(inputs["logprobs"])
+    np.testing.assert_allclose(grad, case["grad_logprobs"], atol=1e-6)
+    np.testing.assert_allclose(
+        value - weight * masked.masked_mean(inputs["teacher_logprobs"], mask), case["loss"], atol=1e-6
+    )
 
 
 # ---- by hand ----
