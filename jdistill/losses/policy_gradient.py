@@ -228,10 +228,11 @@ def sapo(
 
 # ---- called alike ----
 
-Policy = Callable[..., Any]
+Policy = Callable[..., Float[Array, "B T"]]
+Clip = Callable[..., Bool[Array, "B T"]]
 
 
-def _per_token(function: Policy) -> Policy:
+def _per_token(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with a mask as its fourth argument: nothing of an unscored target is read."""
 
     def masked_function(logprobs, proximal_logprobs, advantages, loss_mask, **options):
@@ -251,7 +252,7 @@ POLICIES: dict[str, Policy] = {
 }
 
 # name -> f(..., **its clip_low and clip_high) -> bool [B, T], called like POLICIES. sapo cuts nothing off.
-CLIPS: dict[str, Policy] = {
+CLIPS: dict[str, Clip] = {
     "ppo_clip": _per_token(clip_is_active),
     "gspo": gspo_clip_is_active,
     "cispo": _per_token(cispo_clip_is_active),

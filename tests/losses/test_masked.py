@@ -16,7 +16,7 @@ BAD = np.array([np.nan, np.inf, -np.inf, 1e30], np.float32)
 
 @st.composite
 def tokens_and_masks(draw):
-    num_rows, num_targets = draw(st.integers(1, 5)), draw(st.integers(1, 7))
+    num_rows, num_targets = draw(st.sampled_from([(1, 1), (3, 5), (5, 7)]))  # each shape is compiled once
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     x_BT = rng.normal(size=(num_rows, num_targets)).astype(np.float32)
     mask_BT = rng.random((num_rows, num_targets)) < draw(st.sampled_from([0.2, 0.6, 1.0]))
@@ -24,7 +24,7 @@ def tokens_and_masks(draw):
 
 
 @given(tokens_and_masks())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_reductions_equal_the_plain_loops(case):
     x_BT, mask_BT, _ = case
     scored = [row[m].astype(np.float64) for row, m in zip(x_BT, mask_BT, strict=True)]
@@ -60,16 +60,21 @@ def test_a_long_sequence_counts_by_its_tokens_or_not_as_the_reductions_name_says
     assert found == {"token_mean": 3.0, "sequence_mean": 4.0, "constant": 1.5}
 
 
+@functools.cache
+def with_gradient(reduction):
+    return jax.jit(jax.value_and_grad(functools.partial(masked.REDUCTIONS[reduction], length=5)))
+
+
 @pytest.mark.parametrize("reduction", sorted(masked.REDUCTIONS))
 @given(case=tokens_and_masks())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_masked_tokens_and_padding_and_order_touch_neither_value_nor_gradient(reduction, case):
     x_BT, mask_BT, rng = case
-    reduce = jax.value_and_grad(functools.partial(masked.REDUCTIONS[reduction], length=5))
+    reduce = with_gradient(reduction)
     value, grad_BT = reduce(jnp.asarray(np.where(mask_BT, x_BT, 0)), jnp.asarray(mask_BT))
 
     spoiled = np.where(mask_BT, x_BT, rng.choice(BAD, x_BT.shape))
-    pad = int(rng.integers(0, 4))
+    pad = 3 * int(rng.integers(0, 2))
     order = rng.permutation(len(x_BT))
     spoiled = np.pad(spoiled, ((0, 0), (0, pad)), constant_values=np.nan)[order]
     padded_mask = np.pad(mask_BT, ((0, 0), (0, pad)))[order]
