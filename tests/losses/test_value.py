@@ -87,7 +87,9 @@ def test_explained_variance_equals_the_textbooks_over_scored_targets(seed, share
 @pytest.mark.parametrize("constant", [0.0, 0.1])
 def test_explained_variance_is_zero_where_there_is_nothing_to_explain(constant):
     values = jnp.array([[0.3, 0.5, -0.2]])
-    assert value.explained_variance(values, jnp.full((1, 3), constant), jnp.ones((1, 3), bool)) == 0
+    for num_targets in (3, 50, 1000):
+        many = jnp.arange(num_targets, dtype=jnp.float32)[None]
+        assert value.explained_variance(many, jnp.full(many.shape, constant), jnp.ones(many.shape, bool)) == 0
     assert value.explained_variance(values, values, jnp.zeros((1, 3), bool)) == 0
     # Values that are a constant explain nothing of returns that vary.
     np.testing.assert_allclose(
