@@ -73,6 +73,9 @@ figure: $(STUDENT)/.student  ## the README's picture: every arm over 3 seeds and
 tune: $(STUDENT)/.student  ## every arm over the same grid of learning rates
 	@$(STUDENT)/bin/python benchmarks/tune_addition.py
 
+figure-objectives: $(STUDENT)/.student  ## every objective, with a good teacher and a bad one (docs/objectives.md); hours: 49 to 70 runs
+	@$(STUDENT)/bin/python -m benchmarks.objectives $(ARGS)
+
 bench-service: $(VLLM)/.vllm  ## the teacher service beside vLLM in process, vLLM's HTTP server and other wires (10 minutes); ARGS=--quick
 	@$(VLLM)/bin/python -m benchmarks.service $(ARGS)
 

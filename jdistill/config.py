@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from ruamel.yaml import YAML
@@ -67,7 +67,8 @@ class SpawnSection(EngineSection):
 
 
 class TeacherSection(Section):
-    endpoints: list[str] | None = None  # running sidecars, "host:port"; or:
+    endpoints: list[str] | None = None  # running sidecars of one teacher, "host:port"; or:
+    several: dict[str, list[str]] | None = None  # of several teachers by name; the task says who scores what; or:
     spawn: SpawnSection | None = None
     deadline_s: float = 600.0  # over all attempts of one batch: how long a dead teacher may stay away
     max_in_flight: int = 4  # calls in flight for each endpoint
@@ -76,6 +77,7 @@ class TeacherSection(Section):
     stall_s: float = 120.0  # a replica that is silent for so long while it has work is given up
     model: str = ""  # which of the sidecar's models: an adapter's or the served name; "": the base model
     offload: bool = False  # the teacher frees its GPU memory except while a finished rollout is scored
+    privileged: bool = False  # it sees the task's privileged prompt (with the solution, say) in place of the student's
     tls_ca: str | None = None  # PEM file: the authority that signed the sidecars' certificates
     tls_cert: str | None = None  # PEM file: our own certificate, where the sidecar asks for one (mTLS)
     tls_key: str | None = None
@@ -83,9 +85,10 @@ class TeacherSection(Section):
 
     @pydantic.model_validator(mode="after")
     def _one_way(self) -> TeacherSection:
-        if (self.endpoints is None) == (self.spawn is None):
+        if sum(way is not None for way in (self.endpoints, self.several, self.spawn)) != 1:
             raise ValueError(
-                "give exactly one of teacher.endpoints (sidecars that run) and teacher.spawn (the trainer starts one)"
+                "give exactly one of teacher.endpoints (sidecars that run), teacher.several (of several teachers) and "
+                "teacher.spawn (the trainer starts one)"
             )
         credentials = [name for name in ("tls_ca", "tls_cert", "tls_key", "token_file") if getattr(self, name)]
         if self.spawn is not None and credentials:
@@ -107,25 +110,113 @@ class RolloutSection(Section):
     chunk_tokens: int = pydantic.Field(16, ge=1)  # decode steps between two looks at which sequences have ended
 
 
-class ObjectiveSection(Section):
-    kind: Literal["on_policy", "supervised"] = "on_policy"
-    rl_loss_weight: float = pydantic.Field(1.0, ge=0)
-    distill_loss_weight: float = pydantic.Field(0.0, ge=0)
-    advantage: Literal["grpo"] = "grpo"
-    policy: Literal["ppo_clip"] = "ppo_clip"
-    clip_low: float = pydantic.Field(0.2, gt=0)
-    clip_high: float | None = None  # None: the same as clip_low
-    # auto: topk_reverse_kl where the engine can score candidates, else sampled_reverse_kl
-    distillation: Literal["auto", "topk_reverse_kl", "sampled_reverse_kl"] = "auto"
-    distill_top_k: int = pydantic.Field(8, ge=1)  # the student's own top-k, scored by the teacher
-    distill_discount: float = pydantic.Field(0.0, ge=0, le=1)  # sampled_reverse_kl: 0 myopic, 1 full return-to-go
-    reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
-    chunk_tokens: int = pydantic.Field(1024, ge=1)  # tokens whose logits exist at once
+class ScheduleSection(Section):
+    """A weight that changes over the run: `{kind: linear, begin: 1.0, end: 0.0}`."""
+
+    kind: Literal["linear", "cosine", "kdrl"]
+    begin: float = pydantic.Field(ge=0)
+    end: float = pydantic.Field(ge=0)
+    num_steps: int | None = pydantic.Field(None, ge=1)  # linear, cosine: when `end` is reached; None: at the last step
+    decrement: float | None = pydantic.Field(None, gt=0)  # kdrl: by how much less each step
 
     @pydantic.model_validator(mode="after")
-    def _something_to_do(self) -> ObjectiveSection:
-        if self.kind == "on_policy" and self.rl_loss_weight == 0 and self.distill_loss_weight == 0:
+    def _fits_its_kind(self) -> ScheduleSection:
+        if (self.kind == "kdrl") != (self.decrement is not None):
+            raise ValueError("decrement belongs to kind: kdrl, which needs it; linear and cosine have num_steps")
+        if self.kind == "kdrl" and (self.num_steps is not None or self.end > self.begin):
+            raise ValueError("kdrl goes from begin down to end by decrement a step: no num_steps, and end <= begin")
+        return self
+
+
+Weight = Annotated[float, pydantic.Field(ge=0)] | ScheduleSection
+
+
+class BehaviorSection(Section):
+    """Corrects for a sampler whose policy is older than the trainer's, or rounds otherwise (decoupled PPO)."""
+
+    action: Literal["clamp", "mask"] = "clamp"  # clamp: truncated importance sampling; mask: rejection
+    level: Literal["token", "sequence", "sequence_product"] = "token"
+    lower: float | None = pydantic.Field(None, ge=0, le=1)  # of the weight exp(proximal - sampler)
+    upper: float | None = pydantic.Field(2.0, ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _bounded(self) -> BehaviorSection:
+        if self.action == "mask" and self.lower is None and self.upper is None:
+            raise ValueError("action: mask rejects what is outside lower and upper, and neither is given: set upper")
+        return self
+
+
+class ReferenceSection(Section):
+    """A KL to a frozen model, as a term of the loss."""
+
+    path: str  # Hugging Face directory of the student's own architecture and tokenizer; usually model.path
+    weight: Weight = 0.001
+    estimator: str = "reverse_kl"  # reverse_kl (k2), straight_through_reverse_kl, forward_kl (k3)
+
+
+class ObjectiveSection(Section):
+    kind: Literal["on_policy", "supervised"] = "on_policy"
+    # the reward's side
+    rl_loss_weight: Weight = 1.0
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "gae"] = "grpo"
+    policy: Literal["ppo_clip", "gspo", "cispo", "sapo"] = "ppo_clip"
+    clip_low: float | None = pydantic.Field(None, gt=0)  # None: what the policy's authors use
+    clip_high: float | None = pydantic.Field(None, gt=0)  # None: as clip_low (cispo: 4); larger: DAPO's clip-higher
+    dual_clip: float | None = pydantic.Field(None, gt=1)  # ppo_clip: bounds the loss of bad tokens grown likely
+    tau_positive: float = pydantic.Field(1.0, gt=0)  # sapo: temperature of its gate where the advantage is positive
+    tau_negative: float = pydantic.Field(1.05, gt=0)
+    proximal: Literal["sampler", "recomputed"] = "sampler"  # what the ratio is relative to; see behavior
+    behavior: BehaviorSection | None = None  # with proximal: recomputed
+    discount: float = pydantic.Field(1.0, gt=0, le=1)  # gae
+    gae_lambda: float = pydantic.Field(0.95, ge=0, le=1)  # gae
+    value_loss_weight: float = pydantic.Field(0.5, gt=0)  # gae: of the value head's loss
+    value_clip: float | None = pydantic.Field(None, gt=0)  # gae: how far a value may move in one step
+    dynamic_sampling: int = pydantic.Field(0, ge=0)  # DAPO: rounds of prompts at most, until all groups have signal
+    overlong_buffer: int = pydantic.Field(0, ge=0)  # DAPO: the last tokens of max_new_tokens cost up to 1 of reward
+    reference: ReferenceSection | None = None
+    # the teacher's side
+    distill_loss_weight: Weight = 0.0
+    # auto: topk_reverse_kl where the engine can score candidates, else sampled_reverse_kl; names in docs/objectives.md
+    distillation: str = "auto"
+    distill_placement: Literal["advantage", "loss"] | None = None  # of a sampled estimator; None: where it is right
+    distill_top_k: int = pydantic.Field(8, ge=1)  # K of the distributions
+    distill_candidates: Literal["student", "teacher"] | None = None  # whose K most likely tokens; None: what fits best
+    distill_tail: bool = True  # one bucket for all other tokens; false ignores what happens there
+    distill_beta: float = pydantic.Field(0.5, gt=0, lt=1)  # topk_jsd
+    distill_discount: float = pydantic.Field(0.0, ge=0, le=1)  # sampled_reverse_kl: 0 myopic, 1 full return-to-go
+    distill_clip: float | None = pydantic.Field(None, gt=0)  # bounds each token's distillation advantage or loss
+    distill_where: Literal["all", "wrong"] = "all"  # wrong: only completions below distill_threshold (KDRL)
+    distill_threshold: float = 0.5  # of the reward
+    distill_entropy_weight: float = pydantic.Field(0.0, ge=0)  # more weight where the student is uncertain; 0: the same
+    teacher_weights: dict[str, float] = {}  # of each of teacher.several, times distill_loss_weight; default 1
+    reduction: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"  # constant: over rows * max_new_tokens
+    chunk_tokens: int = pydantic.Field(1024, ge=1)  # tokens whose logits exist at once
+
+    @property
+    def has_rl(self) -> bool:
+        """Whether the reward trains anything, at any step."""
+        return self.kind == "on_policy" and self.rl_loss_weight != 0
+
+    @property
+    def has_distillation(self) -> bool:
+        """Whether a teacher is needed, at any step."""
+        return self.kind == "on_policy" and self.distill_loss_weight != 0
+
+    @pydantic.model_validator(mode="after")
+    def _contradictions(self) -> ObjectiveSection:
+        if self.kind == "on_policy" and not self.has_rl and not self.has_distillation:
             raise ValueError("rl_loss_weight and distill_loss_weight are both 0: nothing would be trained")
+        if self.behavior is not None and self.proximal != "recomputed":
+            raise ValueError(
+                "behavior weighs exp(proximal - sampler), which is 1 with proximal: sampler; set proximal: recomputed"
+            )
+        gae_only = {"value_clip": self.value_clip} if self.advantage != "gae" else {}
+        if wrong := [name for name, value in gae_only.items() if value is not None]:
+            raise ValueError(f"{wrong[0]} is of the value head, which advantage: gae has; set that, or leave it out")
+        if self.dual_clip is not None and self.policy != "ppo_clip":
+            raise ValueError(f"dual_clip is of policy: ppo_clip, got policy: {self.policy}")
+        if self.advantage == "gae" and not self.has_rl:
+            raise ValueError("advantage: gae with rl_loss_weight: 0: there is no reward for its value head")
         return self
 
 
@@ -183,13 +274,22 @@ class TrainConfig(Section):
         objective = self.objective
         if objective.kind == "supervised":
             return self
-        if objective.distill_loss_weight > 0 and self.teacher is None:
+        if objective.has_distillation and self.teacher is None:
             raise ValueError(
                 "objective.distill_loss_weight > 0 needs a teacher: set teacher.endpoints or teacher.spawn, "
                 "or set objective.distill_loss_weight: 0"
             )
-        if objective.rl_loss_weight > 0 and self.rollout.num_completions < 2:
-            raise ValueError("GRPO compares completions of one prompt: rollout.num_completions must be at least 2")
+        alone = objective.advantage in ("gae", "reinforce_plus_plus")  # do without a group
+        if objective.has_rl and not alone and self.rollout.num_completions < 2:
+            raise ValueError(
+                f"objective.advantage: {objective.advantage} compares completions of one prompt: "
+                "rollout.num_completions must be at least 2"
+            )
+        if objective.overlong_buffer > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"objective.overlong_buffer = {objective.overlong_buffer} is more than rollout.max_new_tokens = "
+                f"{self.rollout.max_new_tokens}"
+            )
         num_rows = self.rollout.num_prompts * self.rollout.num_completions
         if num_rows % self.optimizer.minibatches:
             raise ValueError(

@@ -34,8 +34,15 @@ class TrainBatch(NamedTuple):
     sampler_logprobs: Float[np.ndarray, "B T"] | None = None  # nats, at sampling time
     advantages: Float[np.ndarray, "B T"] | None = None
     teacher_logprobs: Float[np.ndarray, "B T"] | None = None  # nats
-    candidate_ids: Int[np.ndarray, "B T K"] | None = None  # the student's own top-k at sampling time
+    candidate_ids: Int[np.ndarray, "B T K"] | None = None  # the student's own top-k at sampling time, or the teacher's
     teacher_candidate_logprobs: Float[np.ndarray, "B T K"] | None = None  # nats
+    distill_weights: Float[np.ndarray, "B T"] | None = None  # of the distillation's term; None: 1 everywhere
+    token_rewards: Float[np.ndarray, "B T"] | None = None  # for a value head: the reward stands at the last token
+    # Added by the step, before its first update.
+    proximal_logprobs: Float[np.ndarray, "B T"] | None = None
+    reference_logprobs: Float[np.ndarray, "B T"] | None = None
+    values: Float[np.ndarray, "B T"] | None = None
+    returns: Float[np.ndarray, "B T"] | None = None
 
 
 def length_buckets(max_length: int) -> tuple[int, ...]:
@@ -57,14 +64,19 @@ def make_batch(
     scores: Sequence[TokenScores] | None,
     *,
     max_length: int,
+    rewards: Float[np.ndarray, "N"] | None = None,
+    distill_weights: Float[np.ndarray, "N"] | None = None,
 ) -> TrainBatch:
     """Puts completions, their advantages and the teacher's scores on the target grid.
 
     Args:
         completions: one for each row, in the order of the rows.
         advantages: one for each completion; every one of its tokens gets it.
-        scores: the teacher's, of exactly the completion's tokens; None without a teacher.
+        scores: the teacher's, of exactly the completion's tokens, with its top-k or the candidates' log-probs where
+            they were asked; None without a teacher.
         max_length: S at most, prompt and completion; rows are padded to the smallest of its `length_buckets`.
+        rewards: of each completion, for a value head: it stands at the last token. None: left out.
+        distill_weights: of each completion, for the distillation's term; None: left out.
 
     Raises:
         ValueError: a completion without tokens or over max_length; scores of another number of tokens, or a number that
@@ -80,10 +92,14 @@ def make_batch(
         [c.token_ids for c in completions], [c.prompt_length for c in completions], max_length=max_length
     )
     sampler_BT = np.zeros(mask_BT.shape, np.float32)
-    advantages_BT = np.where(mask_BT, np.asarray(advantages, np.float32)[:, None], np.float32(0))
     for b, completion in enumerate(completions):
         _put(sampler_BT[b], mask_BT[b], completion.sampler_logprobs, f"sampler_logprobs of completion {b}")
-    batch = TrainBatch(tokens_BS, mask_BT, sampler_BT, advantages_BT)
+    batch = TrainBatch(tokens_BS, mask_BT, sampler_BT, _spread(advantages, mask_BT))
+    if distill_weights is not None:
+        batch = batch._replace(distill_weights=_spread(distill_weights, mask_BT))
+    if rewards is not None:
+        last_BT = mask_BT & (np.cumsum(mask_BT, axis=1) == mask_BT.sum(axis=1, keepdims=True))
+        batch = batch._replace(token_rewards=_spread(rewards, last_BT))
     if scores is None:
         return batch
 
@@ -91,7 +107,10 @@ def make_batch(
     for b, score in enumerate(scores):
         _put(teacher_BT[b], mask_BT[b], score.logprobs, f"the teacher's log-probs of completion {b}")
     batch = batch._replace(teacher_logprobs=teacher_BT)
-    num_candidates = {None if c.candidate_ids is None else c.candidate_ids.shape[1] for c in completions}
+    by_teacher = scores[0].top_ids is not None
+    ids = [score.top_ids if by_teacher else c.candidate_ids for c, score in zip(completions, scores, strict=True)]
+    found = [score.top_logprobs if by_teacher else score.candidate_logprobs for score in scores]
+    num_candidates = {None if row is None else row.shape[1] for row in ids}
     if len(num_candidates) > 1:
         raise ValueError(f"every completion must have the same number of candidates, got {num_candidates}")
     (K,) = num_candidates
@@ -99,15 +118,20 @@ def make_batch(
         return batch
     ids_BTK = np.zeros((*mask_BT.shape, K), np.int32)
     candidates_BTK = np.zeros((*mask_BT.shape, K), np.float32)
-    for b, (completion, score) in enumerate(zip(completions, scores, strict=True)):
-        if score.candidate_logprobs is None:
+    for b in range(num_rows):
+        if found[b] is None:
             raise ValueError(
                 f"completion {b} has {K} candidates a token and the teacher scored none of them: send candidate_ids "
                 "with the sequence, or sample without candidates"
             )
-        _put(ids_BTK[b], mask_BT[b], completion.candidate_ids, f"candidate_ids of completion {b}")
-        _put(candidates_BTK[b], mask_BT[b], score.candidate_logprobs, f"the teacher's candidates of completion {b}")
+        _put(ids_BTK[b], mask_BT[b], ids[b], f"candidate_ids of completion {b}")
+        _put(candidates_BTK[b], mask_BT[b], found[b], f"the teacher's candidates of completion {b}")
     return batch._replace(candidate_ids=ids_BTK, teacher_candidate_logprobs=candidates_BTK)
+
+
+def _spread(values_B: Float[np.ndarray, "B"], mask_BT: Bool[np.ndarray, "B T"]) -> Float[np.ndarray, "B T"]:
+    """A number of each row at each of its true targets, 0 elsewhere."""
+    return np.where(mask_BT, np.asarray(values_B, np.float32)[:, None], np.float32(0))
 
 
 def make_supervised_batch(

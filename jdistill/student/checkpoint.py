@@ -19,9 +19,9 @@ DIRECTORY = "checkpoints"
 class Checkpoints:
     """The checkpoints of one run, in run_dir/checkpoints/<step>/.
 
-    A checkpoint has three items: `params`, `optimizer` (its state and the step), `about` (JSON: what was given as
-    extra, and the shapes of the other two, so that another model's checkpoint is found out before it is read). Orbax
-    writes to a temporary name and renames, so one that a crash cut short is never found.
+    A checkpoint has three items: `params`, `optimizer` (its state, the step, the value head), `about` (JSON: what was
+    given as extra, and the shapes of the other two, so that another model's checkpoint is found out before it is read).
+    Orbax writes to a temporary name and renames, so one that a crash cut short is never found.
 
     Args:
         run_dir: the run's directory; made if it is not there.
@@ -82,8 +82,8 @@ class Checkpoints:
         )
         new_params = jax.tree.unflatten(jax.tree.structure(state.params), jax.tree.leaves(restored.params))
         leaves = [restored.optimizer["leaves"][name] for name in sorted(optimizer["leaves"])]
-        opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), leaves)
-        return TrainState(new_params, opt_state, restored.optimizer["step"]), about["extra"]
+        opt_state, value_head = jax.tree.unflatten(jax.tree.structure((state.opt_state, state.value_head)), leaves)
+        return TrainState(new_params, opt_state, restored.optimizer["step"], value_head), about["extra"]
 
     def restore_params(self, params: nnx.State, step: int | None = None) -> nnx.State:
         """The saved parameters alone, in the shapes and on the devices of `params`. Raises as `restore` does."""
@@ -152,7 +152,7 @@ def restore_params(run_dir: str | pathlib.Path, decoder: nnx.Module, step: int |
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
     # As a list of leaves: optax's state nests named tuples, and their names are no part of what a run depends on.
-    leaves = jax.tree.leaves(state.opt_state)
+    leaves = jax.tree.leaves((state.opt_state, state.value_head))
     return {"leaves": {f"{i:04d}": leaf for i, leaf in enumerate(leaves)}, "step": state.step}
 
 

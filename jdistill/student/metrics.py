@@ -25,12 +25,18 @@ class Metric(NamedTuple):
 METRICS = {
     "loss": Metric("what the optimizer lowers: the weighted sum of the terms", "nats"),
     "policy_loss": Metric("clipped policy loss, weights included; with the sampled reverse KL its advantage too", "1"),
-    "distill_loss": Metric("top-k reverse KL reduced as the loss is, before its weight", "nats"),
+    "distill_loss": Metric("the distillation term of the loss, reduced as the loss is, before its weights", "nats"),
+    "distill_loss_weight": Metric("its weight in this step, where it changes over the run", "1"),
     "reverse_kl": Metric(
         "KL(student || teacher) per sampled token: over the student's top-k and a tail where the teacher scored "
         "candidates, else the mean of logprobs - teacher_logprobs",
         "nats",
     ),
+    "reference_kl": Metric("KL to the frozen reference as its estimator gives it, before its weight", "nats"),
+    "value_loss": Metric("squared error of the value head, halved and clipped, before its weight", "1"),
+    "explained_variance": Metric("share of the returns' variance that the value head foresaw", "1"),
+    "behavior_weight_mean": Metric("mean weight exp(proximal - sampler log-prob) of the tokens that are kept", "1"),
+    "behavior_kept_share": Metric("share of scored tokens that behavior's rejection keeps", "1"),
     "entropy": Metric("entropy of the student per scored token, at the loss's temperature", "nats"),
     "grad_norm": Metric("global norm of the gradient before clipping", "1"),
     "learning_rate": Metric("of this step's updates", "1"),
@@ -42,6 +48,7 @@ METRICS = {
     "reward": Metric("mean reward of the completions sampled in this step", "1"),
     "response_length": Metric("mean length of the completions, the stop token included", "tokens"),
     "stopped_share": Metric("share of completions that ended by themselves", "1"),
+    "dropped_completions": Metric("sampled in this step and not trained on, by dynamic sampling", "completions"),
     "sampled_tokens": Metric("tokens sampled for training since the start of the run", "tokens"),
     "eval/accuracy": Metric("share of held-out problems solved, sampled at rollout.temperature", "1"),
     "eval/accuracy_greedy": Metric("share of held-out problems solved, decoded greedily", "1"),

@@ -1,6 +1,10 @@
 """One training step: batch -> loss -> gradient -> update, compiled once for each shape of the batch.
 
-Dimension key: B sequences, S tokens of a row, T = S - 1 targets, K candidates, U updates of a step (minibatches).
+Before the first update a step looks at the whole batch once more where its objective needs it: for the log-probs of the
+policy that the ratio is relative to, for those of a frozen reference, and for the value head's estimates.
+
+Dimension key: B sequences, S tokens of a row, T = S - 1 targets, D width, K candidates, U updates of a step
+(minibatches).
 """
 
 from __future__ import annotations
@@ -9,18 +13,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from jdistill.config import ObjectiveSection, TrainConfig
-from jdistill.losses import distillation, masked, policy_gradient, supervised
+from jdistill.config import TrainConfig
+from jdistill.losses import advantages, masked
+from jdistill.student import objective
 from jdistill.student.batch import TrainBatch
-from jdistill.student.logprobs import TargetLogprobs, target_logprobs
+from jdistill.student.logprobs import target_logprobs
 from jdistill.student.optimizer import make_schedule
 from jdistill.student.sharding import batch_sharding, param_shardings
+
+
+class ValueHead(NamedTuple):
+    """The critic of `advantage: gae`: a linear map of the student's hidden states; float32."""
+
+    kernel: Float[Array, "D"]
+    bias: Float[Array, ""]
 
 
 class TrainState(NamedTuple):
@@ -29,9 +40,16 @@ class TrainState(NamedTuple):
     params: nnx.State  # float32 masters
     opt_state: optax.OptState
     step: Int[Array, ""]  # steps done
+    value_head: ValueHead | None = None
 
 
-def init_state(params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
+def init_state(
+    params: nnx.State,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    *,
+    value_width: int | None = None,
+) -> TrainState:
     """The state before the first step; the optimizer's moments lie where their parameters do.
 
     The first step takes over the memory of `params`: whoever else holds these arrays must not read them after it.
@@ -40,6 +58,7 @@ def init_state(params: nnx.State, optimizer: optax.GradientTransformation, mesh:
         params: `nnx.split(decoder, nnx.Param)[1]`, float32.
         optimizer: from `optimizer.make_optimizer`.
         mesh: on which params lie; None: one device.
+        value_width: D, where a value head is to be trained too; it begins at 0. None: there is none.
 
     Raises:
         ValueError: parameters in another dtype than float32.
@@ -49,18 +68,28 @@ def init_state(params: nnx.State, optimizer: optax.GradientTransformation, mesh:
         raise ValueError(
             f"parameters to train must be float32 masters, got {sorted(wrong)}: set model.compute_dtype alone"
         )
+    head = None
+    if value_width is not None:
+        head = ValueHead(jnp.zeros(value_width), jnp.zeros(()))
     if mesh is None:
-        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+        return TrainState(params, optimizer.init(_trained(params, head)), jnp.zeros((), jnp.int32), head)
     everywhere = NamedSharding(mesh, PartitionSpec())
+    head = jax.device_put(head, everywhere)
+    trained = _trained(params, head)
     shardings = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, param: param.sharding,
-        jax.eval_shape(optimizer.init, params),
-        params,
+        jax.eval_shape(optimizer.init, trained),
+        trained,
         transform_non_params=lambda _: everywhere,
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-    return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), everywhere))
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trained)
+    return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), everywhere), head)
+
+
+def _trained(params: nnx.State, head: ValueHead | None) -> Any:
+    """What the optimizer sees."""
+    return params if head is None else (params, head)
 
 
 class TrainStep:
@@ -76,11 +105,13 @@ class TrainStep:
         config: TrainConfig,
         optimizer: optax.GradientTransformation,
         mesh: Mesh | None,
+        reference: nnx.State | None,
     ):
         self._graphdef = graphdef
         self._config = config
         self._optimizer = optimizer
         self._mesh = mesh if mesh is not None and mesh.size > 1 else None
+        self._reference = reference
         self._schedule = make_schedule(config.optimizer, config.num_steps)
         self._compiled: Any = None
 
@@ -90,18 +121,21 @@ class TrainStep:
         Raises:
             ValueError: the batch lacks what the objective needs, or does not split into minibatches and devices.
         """
-        check_batch(self._config, batch)
+        objective.check_batch(self._config, batch)
         if self._compiled is None:
             # A state that came back elsewhere than it was would compile everything again.
             shardings = jax.tree.map(lambda x: x.sharding, state)
             self._compiled = jax.jit(self.step, donate_argnums=0, out_shardings=(shardings, None))
         if self._mesh is not None:
             batch = jax.device_put(batch, batch_sharding(self._mesh))
-        return self._compiled(state, batch)
+        return self._compiled(state, batch, self._reference)
 
-    def step(self, state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        self, state: TrainState, batch: TrainBatch, reference: nnx.State | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         """The pure function that is compiled."""
         num_updates = self._config.optimizer.minibatches
+        batch = self._prepare(state, batch, reference)
         if num_updates == 1:
             new, metrics = self._update(state, batch)
         else:
@@ -111,6 +145,28 @@ class TrainStep:
         # Of all or nothing: with several updates this keeps a second copy of the state while the step runs.
         new = jax.tree.map(lambda after, before: jnp.where(ok, after, before), new, state)
         return new._replace(step=state.step + ok.astype(jnp.int32)), metrics
+
+    def _prepare(self, state: TrainState, batch: TrainBatch, reference: nnx.State | None) -> TrainBatch:
+        """Adds what the objective needs of the whole batch before its first update."""
+        asked, mask_BT = self._config.objective, batch.loss_mask
+        if asked.kind != "on_policy":
+            return batch
+        recompute = asked.proximal == "recomputed" and self._config.optimizer.minibatches > 1
+        if recompute or state.value_head is not None:
+            now = jax.lax.stop_gradient(self._score(state.params, batch, state.value_head))
+            if recompute:
+                batch = batch._replace(proximal_logprobs=now.logprobs)
+            if state.value_head is not None:
+                values_BT = masked.fill(now.values, mask_BT)
+                rewards_BT = masked.fill(batch.token_rewards, mask_BT)
+                advantages_BT, returns_BT = advantages.gae(
+                    rewards_BT, values_BT, mask_BT, discount=asked.discount, gae_lambda=asked.gae_lambda
+                )
+                advantages_BT = advantages.whiten(advantages_BT, mask_BT)
+                batch = batch._replace(advantages=advantages_BT, values=values_BT, returns=returns_BT)
+        if reference is not None:
+            batch = batch._replace(reference_logprobs=jax.lax.stop_gradient(self._score(reference, batch)).logprobs)
+        return batch
 
     def _updates(self, state: TrainState, batch: TrainBatch, num: int) -> tuple[TrainState, dict[str, jax.Array]]:
         """Row b is in minibatch b % num: each device splits its own rows, and no prompt is alone in an update."""
@@ -132,19 +188,37 @@ class TrainStep:
 
     def _update(self, state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, jax.Array]]:
         grad_fn = jax.value_and_grad(self._loss, has_aux=True)
-        (loss, metrics), grads = grad_fn(state.params, batch)
+        (loss, metrics), grads = grad_fn((state.params, state.value_head), batch, state.step)
+        param_grads, head_grads = grads
         if self._mesh is not None:
             shardings = param_shardings(nnx.merge(self._graphdef, state.params), self._mesh)
-            grads = jax.lax.with_sharding_constraint(grads, shardings)
+            param_grads = jax.lax.with_sharding_constraint(param_grads, shardings)
+        grads, trained = _trained(param_grads, head_grads), _trained(state.params, state.value_head)
         grad_norm = optax.tree.norm(grads)
-        updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = self._optimizer.update(grads, state.opt_state, trained)
+        new = optax.apply_updates(trained, updates)
+        params, head = (new, None) if state.value_head is None else new
         metrics |= {"loss": loss, "grad_norm": grad_norm, "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm)}
-        return TrainState(params, opt_state, state.step), metrics
+        return TrainState(params, opt_state, state.step, head), metrics
 
-    def _loss(self, params: nnx.State, batch: TrainBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        config, objective = self._config, self._config.objective
-        on_policy = objective.kind == "on_policy"
+    def _loss(
+        self, trained: tuple[nnx.State, ValueHead | None], batch: TrainBatch, step: Int[Array, ""]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        params, head = trained
+        term = objective.term_of(self._config.objective, batch)
+        candidate_ids = None if term is None or term.needs_candidates is None else batch.candidate_ids
+        scored = self._score(params, batch, head, candidate_ids)
+        return objective.loss(self._config, scored, batch, step)
+
+    def _score(
+        self,
+        params: nnx.State,
+        batch: TrainBatch,
+        head: ValueHead | None = None,
+        candidate_ids: Int[Array, "B T K"] | None = None,
+    ) -> objective.Scored:
+        """The forward pass over a batch, and what is read from it."""
+        config = self._config
         decoder = nnx.merge(self._graphdef, params)
         inputs_BT, targets_BT = batch.tokens[:, :-1], batch.tokens[:, 1:]
         positions_BT = jnp.broadcast_to(jnp.arange(inputs_BT.shape[1]), inputs_BT.shape)
@@ -154,17 +228,27 @@ class TrainStep:
             decoder.head_DV(),
             targets_BT,
             batch.loss_mask,
-            batch.candidate_ids if distillation_kind(objective, batch) == "topk_reverse_kl" else None,
-            temperature=config.rollout.temperature if on_policy else 1.0,
-            chunk_tokens=objective.chunk_tokens,
+            candidate_ids,
+            temperature=config.rollout.temperature if config.objective.kind == "on_policy" else 1.0,
+            chunk_tokens=config.objective.chunk_tokens,
             mesh=self._mesh,
         )
-        loss, metrics = (_on_policy_loss if on_policy else _supervised_loss)(objective, scored, batch)
-        return loss, metrics | {"entropy": masked.masked_mean(scored.entropy, batch.loss_mask)}
+        values_BT = None
+        if head is not None:
+            values_BT = jnp.einsum(
+                "BTD,D->BT", hidden_BTD.astype(jnp.float32), head.kernel, precision=jax.lax.Precision.HIGHEST
+            )
+            values_BT += head.bias
+        return objective.Scored(*scored, values_BT)
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, config: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+    graphdef: nnx.GraphDef,
+    config: TrainConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    *,
+    reference: nnx.State | None = None,
 ) -> TrainStep:
     """The step of a run.
 
@@ -173,99 +257,13 @@ def make_train_step(
         config: of the run: objective, temperature, minibatches.
         optimizer: the one that the state was made with.
         mesh: on which the state lies; None: one device.
+        reference: parameters of the frozen model of objective.reference; None: there is none.
+
+    Raises:
+        ConfigError: the objective's gradient is not what its name says.
+        ValueError: objective.reference without parameters, or the reverse.
     """
-    return TrainStep(graphdef, config, optimizer, mesh)
-
-
-def distillation_kind(objective: ObjectiveSection, batch: TrainBatch) -> str | None:
-    """Which distillation term a batch is trained with: "topk_reverse_kl", "sampled_reverse_kl", or None.
-
-    `auto` takes what the batch has: candidates where the teacher could score them.
-    """
-    if objective.kind == "supervised" or objective.distill_loss_weight == 0:
-        return None
-    if objective.distillation == "auto":
-        return "sampled_reverse_kl" if batch.candidate_ids is None else "topk_reverse_kl"
-    return objective.distillation
-
-
-def check_batch(config: TrainConfig, batch: TrainBatch) -> None:
-    """Whether a batch has what the objective reads. Raises ValueError."""
-    objective, num_updates = config.objective, config.optimizer.minibatches
-    needed = []
-    if objective.kind == "on_policy":
-        needed += ["sampler_logprobs"]
-        if objective.rl_loss_weight > 0:
-            needed += ["advantages"]
-    kind = distillation_kind(objective, batch)
-    if kind is not None:
-        needed += ["teacher_logprobs"]
-    if kind == "topk_reverse_kl":
-        needed += ["candidate_ids", "teacher_candidate_logprobs"]
-    missing = [name for name in needed if getattr(batch, name) is None]
-    if missing:
-        raise ValueError(
-            f"the objective needs {', '.join(missing)}, which the batch does not have: score the completions (and "
-            "their candidates) before make_batch, or change objective.distillation or the weights"
-        )
-    num_rows = len(batch.tokens)
-    if num_rows % num_updates:
-        raise ValueError(f"optimizer.minibatches = {num_updates} does not divide the batch's {num_rows} rows")
-    if isinstance(batch.loss_mask, np.ndarray) and not batch.loss_mask.any():
-        raise ValueError("no target of the batch is scored: there is nothing to learn from it")
-
-
-def _supervised_loss(objective: ObjectiveSection, scored: TargetLogprobs, batch: TrainBatch):
-    return masked.REDUCTIONS[objective.reduction](supervised.cross_entropy(scored.logprobs), batch.loss_mask), {}
-
-
-def _on_policy_loss(objective: ObjectiveSection, scored: TargetLogprobs, batch: TrainBatch):
-    """rl_loss_weight * policy + distill_loss_weight * distillation.
-
-    The sampled reverse KL is an advantage, so there the weights are on the advantages: it is added to RL's after the
-    groups were normalised and before the clip, and one ratio clips both.
-    """
-    mask_BT = batch.loss_mask
-    reduce = masked.REDUCTIONS[objective.reduction]
-    kind = distillation_kind(objective, batch)
-    # fill() before any product: what unscored targets hold must not touch a value or a gradient.
-    logprobs_BT = masked.fill(scored.logprobs, mask_BT)
-    sampler_BT = masked.fill(batch.sampler_logprobs, mask_BT)
-    advantages_BT = jnp.zeros_like(logprobs_BT)
-    if objective.rl_loss_weight > 0:
-        advantages_BT += objective.rl_loss_weight * masked.fill(batch.advantages, mask_BT)
-    if kind == "sampled_reverse_kl":
-        # Under the parameters being trained, not the sampler's: with several updates a step, the ratio times this is
-        # the gradient of the KL where the student is now.
-        advantages_BT += objective.distill_loss_weight * distillation.sampled_reverse_kl_advantage(
-            logprobs_BT, batch.teacher_logprobs, mask_BT, discount=objective.distill_discount
-        )
-
-    loss, metrics = jnp.zeros(()), {}
-    if objective.rl_loss_weight > 0 or kind == "sampled_reverse_kl":
-        clip = {"clip_low": objective.clip_low, "clip_high": objective.clip_high}
-        policy_loss = reduce(policy_gradient.ppo_clip(logprobs_BT, sampler_BT, advantages_BT, **clip), mask_BT)
-        clipped_BT = policy_gradient.clip_is_active(logprobs_BT, sampler_BT, advantages_BT, **clip)
-        metrics["policy_loss"] = policy_loss
-        metrics["clip_fraction"] = masked.masked_mean(clipped_BT.astype(jnp.float32), mask_BT)
-        loss += policy_loss
-    if kind == "topk_reverse_kl":
-        kl_BT = distillation.topk_reverse_kl(
-            masked.fill(scored.candidate_logprobs, mask_BT), masked.fill(batch.teacher_candidate_logprobs, mask_BT)
-        )
-        metrics["distill_loss"] = reduce(kl_BT, mask_BT)
-        metrics["reverse_kl"] = masked.masked_mean(kl_BT, mask_BT)
-        loss += objective.distill_loss_weight * metrics["distill_loss"]
-    elif kind == "sampled_reverse_kl":
-        gap_BT = logprobs_BT - masked.fill(batch.teacher_logprobs, mask_BT)
-        metrics["reverse_kl"] = masked.masked_mean(gap_BT, mask_BT)
-
-    ratio_BT = policy_gradient.probability_ratio(logprobs_BT, sampler_BT)
-    sampler_gap_BT = jnp.abs(logprobs_BT - sampler_BT)
-    metrics |= {
-        "ratio_mean": masked.masked_mean(ratio_BT, mask_BT),
-        "ratio_max": jnp.max(masked.fill(ratio_BT, mask_BT)),
-        "sampler_gap_mean": masked.masked_mean(sampler_gap_BT, mask_BT),
-        "sampler_gap_max": jnp.max(sampler_gap_BT),
-    }
-    return loss, jax.lax.stop_gradient(metrics)
+    objective.check(config)
+    if (objective.reference_of(config.objective) is None) != (reference is None):
+        raise ValueError("objective.reference and the reference's parameters belong together: give both or none")
+    return TrainStep(graphdef, config, optimizer, mesh, reference)

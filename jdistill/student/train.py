@@ -4,39 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import pathlib
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
 from jdistill import checkpoint_files, models, tasks
-from jdistill.client import Teacher, TeacherClient
 from jdistill.config import ConfigError, TrainConfig
-from jdistill.losses import advantages
+from jdistill.losses import advantages, weights
 from jdistill.student import sharding
 from jdistill.student.batch import TrainBatch, make_batch, make_supervised_batch
 from jdistill.student.checkpoint import Checkpoints
 from jdistill.student.evaluate import evaluate
 from jdistill.student.metrics import MetricsWriter
+from jdistill.student.objective import check as check_objective
 from jdistill.student.optimizer import make_optimizer
 from jdistill.student.progress import Progress
 from jdistill.student.rollout import Completion, Sampler
 from jdistill.student.step import init_state, make_train_step
-from jdistill.student.teacher_process import TeacherProcess
-from jdistill.wire import credentials
-from jdistill.wire.types import SequenceToScore, ServerInfo, TokenScores
-
-logger = logging.getLogger(__name__)
+from jdistill.student.teacher import RemoteTeacher
+from jdistill.tasks.base import Problem
 
 # Keys of a run's configuration that may differ when it is resumed: none of them changes a number.
 MAY_CHANGE_ON_RESUME = ("teacher", "checkpoint")
@@ -71,6 +66,7 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
     """
     if jax.process_count() > 1:
         raise ConfigError(f"one process trains, {jax.process_count()} were started: multi-host is not supported yet")
+    check_objective(config)
     run_dir = _prepare_run_dir(config, resume=resume, overwrite=overwrite)
     with _StopSignals() as stop, contextlib.ExitStack() as stack:
         trainer = _Trainer(config, run_dir, stack, label or run_dir.name)
@@ -95,10 +91,9 @@ class _Trainer:
         )
         self.model_config = models.config_from_hf(config.model.path)
         self._check_lengths()
-        self.client: TeacherClient | None = None
-        self.num_candidates = 0
-        if self.on_policy and config.objective.distill_loss_weight > 0:
-            self._connect(run_dir, stack)
+        self.teacher: RemoteTeacher | None = None
+        if config.objective.has_distillation:
+            self.teacher = RemoteTeacher(config, self.model_config, self.task, run_dir, stack, say=self.progress.say)
         self.mesh = sharding.make_mesh(config.mesh)
         stack.enter_context(jax.set_mesh(self.mesh))
         kwargs = {"compute_dtype": config.model.compute_dtype, "remat": config.model.remat, "mesh": self.mesh}
@@ -112,24 +107,42 @@ class _Trainer:
             max_prompt_tokens=config.rollout.max_prompt_tokens,
             max_new_tokens=config.rollout.max_new_tokens,
             stop_token_ids=self.task.stop_token_ids,
-            num_candidates=self.num_candidates,
+            num_candidates=0 if self.teacher is None else self.teacher.num_candidates,
             chunk_tokens=config.rollout.chunk_tokens,
             mesh=self.mesh,
         )
         optimizer = make_optimizer(config.optimizer, config.num_steps)
-        self.state = init_state(params, optimizer, self.mesh)
-        self.train_step = make_train_step(graphdef, config, optimizer, self.mesh)
+        has_critic = config.objective.has_rl and config.objective.advantage == "gae"
+        value_width = self.model_config.hidden_size if has_critic else None
+        self.state = init_state(params, optimizer, self.mesh, value_width=value_width)
+        reference = self._load_reference(**kwargs)
+        self.train_step = make_train_step(graphdef, config, optimizer, self.mesh, reference=reference)
         self.checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run_dir, keep=config.checkpoint.keep)))
         self.step = 0
         self.sampled_tokens = 0
+        self.num_problems = 0  # that were asked of the task
         if self.checkpoints.latest_step() is not None:
             self.state, extra = self.checkpoints.restore(self.state)
             self.step = int(extra["step"])
             self.sampled_tokens = int(extra["sampled_tokens"])
+            self.num_problems = int(extra["num_problems"])
         self.writer = stack.enter_context(contextlib.closing(MetricsWriter(run_dir)))
         self.writer.truncate_to(self.step if self.step else -1)
         self.progress.begin_at(self.step)
         stack.enter_context(self.progress)
+
+    def _load_reference(self, **kwargs: Any) -> nnx.State | None:
+        """The parameters of objective.reference, which stay as they are."""
+        section = self.config.objective.reference
+        if not self.on_policy or section is None:
+            return None
+        checkpoint_files.check_checkpoint(section.path)
+        if models.config_from_hf(section.path) != self.model_config:
+            raise ConfigError(
+                f"objective.reference.path: {section.path} is of another architecture than {self.config.model.path}; a "
+                "reference is an earlier state of the student: another model is a teacher"
+            )
+        return nnx.split(models.load(section.path, **kwargs), nnx.Param)[1]
 
     def _check_lengths(self) -> None:
         rollout, limit = self.config.rollout, self.model_config.max_position_embeddings
@@ -139,57 +152,6 @@ class _Trainer:
                 f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest}, but {self.config.model.path} "
                 f"has max_position_embeddings = {limit}: make the first two smaller"
             )
-
-    def _connect(self, run_dir: pathlib.Path, stack: contextlib.ExitStack) -> None:
-        teacher, objective = self.config.teacher, self.config.objective
-        assert teacher is not None
-        endpoints = teacher.endpoints
-        if teacher.spawn is not None:
-            spawn = teacher.spawn.model_copy(update={"offload": teacher.offload or teacher.spawn.offload})
-            sidecar = stack.enter_context(TeacherProcess(spawn, run_dir / "teacher.log"))
-            endpoints = [sidecar.endpoint]
-        assert endpoints is not None
-        token_file = teacher.token_file
-        self.client = stack.enter_context(
-            TeacherClient(
-                Teacher(endpoints, model=teacher.model),
-                credentials=credentials.channel_credentials(
-                    ca=teacher.tls_ca, cert=teacher.tls_cert, key=teacher.tls_key
-                ),
-                token=None if token_file is None else lambda: credentials.read_token(token_file),
-                deadline_s=teacher.deadline_s,
-                max_in_flight=teacher.max_in_flight,
-                batch_tokens=teacher.batch_tokens,
-                hedge_after_s=teacher.hedge_after_s,
-                stall_s=teacher.stall_s,
-                expected_tokenizer_fingerprint=checkpoint_files.tokenizer_fingerprint(self.config.model.path),
-                on_wait=lambda message: self.progress.say(message or "the teacher is back"),
-            )
-        )
-        if teacher.offload:
-            self.client.wake()  # a run that was killed may have left it asleep
-            self.client.check_can_sleep()  # now rather than after the first rollout
-        info = self.client.info()
-        num_candidates = min(objective.distill_top_k, self.model_config.vocab_size)
-        can = info.model.max_candidate_count >= num_candidates
-        if objective.distillation == "topk_reverse_kl" and not can:
-            raise ConfigError(
-                "objective.distillation: topk_reverse_kl needs a teacher that scores "
-                f"{num_candidates} candidates a token; {info.engine} {info.engine_version} at "
-                f"{endpoints[0]} scores {info.model.max_candidate_count}: lower "
-                "objective.distill_top_k, use another engine, or set objective.distillation: sampled_reverse_kl"
-            )
-        self.num_candidates = num_candidates if can and objective.distillation != "sampled_reverse_kl" else 0
-        if objective.distillation == "auto" and not can:
-            logger.warning(
-                "%s %s cannot score %d candidates a token: distilling from the sampled tokens alone",
-                info.engine,
-                info.engine_version,
-                num_candidates,
-            )
-        check_teacher(self.config, self.model_config, info)
-        if teacher.offload:
-            self.client.sleep()  # before the student takes its memory
 
     def run(self, stop: _StopSignals) -> None:
         config = self.config
@@ -239,66 +201,120 @@ class _Trainer:
             raise
 
     def _save(self) -> None:
-        self.checkpoints.save(self.step, self.state, {"step": self.step, "sampled_tokens": self.sampled_tokens})
+        counts = {"sampled_tokens": self.sampled_tokens, "num_problems": self.num_problems}
+        self.checkpoints.save(self.step, self.state, {"step": self.step, **counts})
 
     def _on_policy_batch(self) -> tuple[TrainBatch, dict[str, float], dict[str, float]]:
-        """Samples a batch; every completion goes to the reward and the teacher as it ends."""
-        rollout = self.config.rollout
+        """Samples a batch, gives out its rewards, has it scored."""
+        rollout, objective = self.config.rollout, self.config.objective
         began = time.monotonic()
-        self.progress.phase("sampling")
-        first = self.step * rollout.num_prompts
-        problems = [self.task.train_problem(first + i) for i in range(rollout.num_prompts)]
-        rows = [problem for problem in problems for _ in range(rollout.num_completions)]
-        completions: list[Completion | None] = [None] * len(rows)
-        rewards_B = np.zeros(len(rows), np.float32)
-        futures: dict[int, Future[TokenScores]] = {}
-        # An offloaded teacher has no memory while the student samples: it scores the finished rollout at once.
-        offload = self.config.teacher is not None and self.config.teacher.offload
-        for completion in self.sampler.sample(
-            self.state.params,
-            [problem.prompt_ids for problem in rows],
-            seeds=_seeds(self.config.seed, self.step, len(rows)),
-            temperature=rollout.temperature,
-        ):
-            index, start = completion.index, completion.prompt_length
-            completions[index] = completion
-            rewards_B[index] = self.task.reward(rows[index], completion.token_ids[start:])
-            if self.client is not None and not offload:
-                futures[index] = self.client.submit(_to_score(completion), temperature=rollout.temperature)
+        rows, completions, rewards_B, num_dropped = self._roll_out()
         sampled = time.monotonic()
-        finished = [completion for completion in completions if completion is not None]
-        assert len(finished) == len(rows)
-        scores: list[TokenScores] | None = None
-        if self.client is not None and offload:
-            self.progress.phase("waking the teacher")
-            self.client.wake()
+        scores = None
+        if self.teacher is not None:
+            if self.teacher.offload:
+                self.progress.phase("waking the teacher")
+                self.teacher.wake()
             self.progress.phase("waiting for the teacher")
-            scores = self.client.score([_to_score(c) for c in finished], temperature=rollout.temperature)
-            self.client.sleep()
-        elif self.client is not None:
-            self.progress.phase("waiting for the teacher")
-            scores = [futures[index].result() for index in range(len(rows))]
+            scores = self.teacher.scores(rows, completions)
+            if self.teacher.offload:
+                self.teacher.sleep()
         scored = time.monotonic()
-        rewards_PG = rewards_B.reshape(rollout.num_prompts, rollout.num_completions)
-        advantages_PG = np.zeros_like(rewards_PG)
-        if self.config.objective.rl_loss_weight:
-            advantages_PG = np.asarray(advantages.grpo(rewards_PG))
+        lengths_B = np.array([len(c.token_ids) - c.prompt_length for c in completions])
+        shaped_B = self._shape(rewards_B, lengths_B)
+        advantages_B = np.zeros_like(rewards_B)
+        if objective.has_rl and objective.advantage != "gae":
+            of_groups = advantages.ADVANTAGES[objective.advantage]
+            advantages_B = np.asarray(of_groups(shaped_B.reshape(rollout.num_prompts, -1))).reshape(-1)
         batch = make_batch(
-            finished,
-            advantages_PG.reshape(-1),
+            completions,
+            advantages_B,
             scores,
             max_length=rollout.max_prompt_tokens + rollout.max_new_tokens,
+            rewards=shaped_B if objective.advantage == "gae" else None,
+            distill_weights=None if self.teacher is None else self._distill_weights(rows, rewards_B),
         )
-        response_lengths_B = [len(c.token_ids) - c.prompt_length for c in finished]
         values = {
             "reward": float(rewards_B.mean()),
-            "response_length": float(np.mean(response_lengths_B)),
-            "stopped_share": float(np.mean([c.finish_reason == "stop" for c in finished])),
+            "response_length": float(lengths_B.mean()),
+            "stopped_share": float(np.mean([c.finish_reason == "stop" for c in completions])),
         }
+        if objective.dynamic_sampling:
+            values["dropped_completions"] = num_dropped
         timings = {"rollout_s": sampled - began}
-        if self.client is not None:
+        if self.teacher is not None:
             timings["teacher_wait_s"] = scored - sampled
         return batch, values, timings
+
+    def _roll_out(self) -> tuple[list[Problem], list[Completion], np.ndarray, int]:
+        """num_prompts groups: each row's problem, completion and reward, and how many more were sampled.
+
+        With dynamic sampling groups whose rewards are all the same give way to others, for so many rounds of prompts at
+        most; without it every completion goes to the teacher as it ends.
+        """
+        rollout, num_rounds = self.config.rollout, self.config.objective.dynamic_sampling
+        P, G = rollout.num_prompts, rollout.num_completions
+        at_once = self.teacher is not None and not self.teacher.offload and not num_rounds
+        with_signal: list[_Group] = []
+        without: list[_Group] = []
+        for number in range(max(1, num_rounds)):
+            self.progress.phase("sampling" if number == 0 else f"sampling, round {number + 1}")
+            problems = [self.task.train_problem(self.num_problems + i) for i in range(P)]
+            self.num_problems += P
+            rows = [problem for problem in problems for _ in range(G)]
+            completions: list[Completion | None] = [None] * len(rows)
+            rewards_B = np.zeros(len(rows), np.float32)
+            for completion in self.sampler.sample(
+                self.state.params,
+                [problem.prompt_ids for problem in rows],
+                seeds=_seeds(self.config.seed, self.step, len(rows), number),
+                temperature=rollout.temperature,
+            ):
+                index = completion.index
+                completions[index] = completion
+                rewards_B[index] = self.task.reward(rows[index], completion.completion_ids)
+                if at_once:
+                    self.teacher.submit(index, rows[index], completion)
+            finished = [completion for completion in completions if completion is not None]
+            assert len(finished) == len(rows)
+            if not num_rounds:
+                return rows, finished, rewards_B, 0
+            lengths_B = np.array([len(c.completion_ids) for c in finished])
+            has_signal_P = np.asarray(advantages.has_signal(self._shape(rewards_B, lengths_B).reshape(P, G)))
+            for p in range(P):
+                part = slice(p * G, (p + 1) * G)
+                group = _Group(rows[part], finished[part], rewards_B[part])
+                (with_signal if has_signal_P[p] else without).append(group)
+            if len(with_signal) >= P:
+                break
+        num_sampled = (len(with_signal) + len(without)) * G
+        groups = (with_signal + without)[:P]
+        return (
+            [problem for group in groups for problem in group.problems],
+            [completion for group in groups for completion in group.completions],
+            np.concatenate([group.rewards for group in groups]),
+            num_sampled - P * G,
+        )
+
+    def _shape(self, rewards_B: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
+        """The rewards that train: the task's, less what the last tokens of a long completion cost."""
+        if not (buffer := self.config.objective.overlong_buffer):
+            return rewards_B
+        max_length = self.config.rollout.max_new_tokens
+        return rewards_B + np.asarray(advantages.overlong_penalty(lengths_B, max_length=max_length, buffer=buffer))
+
+    def _distill_weights(self, rows: list[Problem], rewards_B: np.ndarray) -> np.ndarray | None:
+        """float32 of each row; None: all the same."""
+        objective, teacher = self.config.objective, self.config.teacher
+        weights_B: np.ndarray | None = None
+        if objective.distill_where == "wrong":
+            each_B1 = np.ones((len(rewards_B), 1), bool)
+            wrong_B1 = weights.reward_guided_mask(rewards_B, each_B1, threshold=objective.distill_threshold)
+            weights_B = np.asarray(wrong_B1, np.float32)[:, 0]
+        if objective.teacher_weights and teacher is not None and teacher.several:
+            by_teacher_B = [objective.teacher_weights.get(self.task.teacher(problem), 1.0) for problem in rows]
+            weights_B = np.asarray(by_teacher_B, np.float32) * (1 if weights_B is None else weights_B)
+        return weights_B
 
     def _supervised_batch(self) -> tuple[TrainBatch, dict[str, float], dict[str, float]]:
         began = time.monotonic()
@@ -333,39 +349,18 @@ class _Trainer:
         return {"eval_s": time.monotonic() - began}
 
 
-def check_teacher(config: TrainConfig, model_config: models.DecoderConfig, info: ServerInfo) -> None:
-    """The preflight: whether this teacher can score what this student will sample.
+class _Group(NamedTuple):
+    """The completions of one prompt."""
 
-    Raises:
-        ConfigError: vocabulary, length or temperature does not fit; names both sides and the remedy.
-    """
-    teacher = info.model
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-    if model_config.vocab_size > teacher.vocab_size:
-        raise ConfigError(
-            f"the student's vocabulary has {model_config.vocab_size} ids, the teacher's {teacher.vocab_size}: it "
-            "cannot score all that the student may sample; use a teacher of the same family"
-        )
-    if longest > teacher.max_sequence_length:
-        raise ConfigError(
-            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest}, but the teacher takes sequences of at "
-            f"most {teacher.max_sequence_length} tokens: lower them, or raise the teacher's max_sequence_length"
-        )
-    if config.rollout.temperature != 1 and not teacher.any_temperature:
-        raise ConfigError(
-            f"rollout.temperature = {config.rollout.temperature}, but {info.engine} {info.engine_version} gives "
-            "log-probabilities at temperature 1 only: set rollout.temperature: 1, or use an engine with any_temperature"
-        )
+    problems: list[Problem]
+    completions: list[Completion]
+    rewards: np.ndarray
 
 
-def _to_score(completion: Completion) -> SequenceToScore:
-    span = (completion.prompt_length, len(completion.token_ids))
-    return SequenceToScore(completion.token_ids, (span,), completion.candidate_ids)
-
-
-def _seeds(seed: int, step: int, num: int) -> np.ndarray:
+def _seeds(seed: int, step: int, num: int, number: int = 0) -> np.ndarray:
     """uint32 [num]: a function of its arguments alone, so that a resumed run samples what the first one would have."""
-    return np.random.SeedSequence([seed, step]).generate_state(num, np.uint32)
+    key = [seed, step, number] if number else [seed, step]
+    return np.random.SeedSequence(key).generate_state(num, np.uint32)
 
 
 def _prepare_run_dir(config: TrainConfig, *, resume: bool, overwrite: bool) -> pathlib.Path:

@@ -26,6 +26,7 @@ class AdditionOptions(Section):
     """`task.options` of addition."""
 
     num_digits: int = pydantic.Field(3, ge=2, le=9)  # of each term, zero-padded
+    teachers: tuple[str, ...] = pydantic.Field((), strict=False)  # of teacher.several: problem i is number i's, modulo
 
 
 class Addition(Task):
@@ -84,6 +85,18 @@ class Addition(Task):
         # Any other token (padding, say) becomes a "?", so that it can't vanish and leave the right answer.
         text = "".join(self._text_of.get(int(i), "?") for i in completion_ids[:-1])
         return float(text.partition("#")[2] == problem.data["answer"])
+
+    def privileged_prompt_ids(self, problem: Problem) -> np.ndarray:
+        """The solution, a comma, the prompt."""
+        a, b = problem.data["a"], problem.data["b"]
+        return self._encode(f"{solution(a, b)},{a}+{b}=")
+
+    def teacher(self, problem: Problem) -> str:
+        """One after the other; see `task.options.teachers`."""
+        names = self.options.teachers
+        if not names:
+            raise ValueError("teacher.several needs task.options.teachers: their names")
+        return names[problem.index % len(names)]
 
     def solution_ids(self, problem: Problem) -> np.ndarray:
         """The scratchpad, the answer, the end token."""

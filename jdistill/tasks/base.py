@@ -88,6 +88,22 @@ class Task(abc.ABC):
             ValueError: the task has none, with the reason.
         """
 
+    def privileged_prompt_ids(self, problem: Problem) -> np.ndarray:
+        """int32, the prompt as a teacher sees it that knows more than the student: the solution, say.
+
+        Raises:
+            ValueError: the task has none.
+        """
+        raise ValueError(f"task {self.name} has no privileged prompt: set teacher.privileged: false")
+
+    def teacher(self, problem: Problem) -> str:
+        """Which of `teacher.several` scores this problem's completions.
+
+        Raises:
+            ValueError: the task does not say.
+        """
+        raise ValueError(f"task {self.name} names no teacher for its problems: give one teacher, not teacher.several")
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of some tokens, special tokens included."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)

@@ -169,7 +169,7 @@ def test_one_step_equals_the_formula_written_out(kind):
     config = train_config(objective=objective)
     rl, kd = config.objective.rl_loss_weight, config.objective.distill_loss_weight
     graphdef, params = make_params()
-    batch = TrainBatch(*map(jnp.asarray, random_batch()))
+    batch = jax.tree.map(jnp.asarray, random_batch())
     mask = batch.loss_mask
     sampled = config.objective.distillation == "sampled_reverse_kl"
     reduce = masked.masked_sequence_mean if kind == "sequence_mean" else masked.masked_mean
@@ -273,8 +273,8 @@ def test_rows_of_padding_targets_and_row_order_do_not_change_the_step():
     step, start = default_step()
     batch = random_batch()
     order = np.random.default_rng(5).permutation(8)
-    longer = TrainBatch(
-        *(np.pad(x, ((0, 0), (0, 6)) + ((0, 0),) * (x.ndim - 2), constant_values=0)[order] for x in batch)
+    longer = jax.tree.map(
+        lambda x: np.pad(x, ((0, 0), (0, 6)) + ((0, 0),) * (x.ndim - 2), constant_values=0)[order], batch
     )
     (state, metrics), (other_state, other_metrics) = (step(start(), b) for b in (batch, longer))
     for name in metrics:
@@ -291,7 +291,7 @@ def test_minibatches_are_that_many_updates_on_every_nth_row():
     optimizer = make_optimizer(config.optimizer, config.num_steps)
     single, state, losses = make_train_step(make_params()[0], train_config(), optimizer), start(), []
     for first in range(4):
-        state, part = single(state, TrainBatch(*(x[first::4] for x in batch)))
+        state, part = single(state, jax.tree.map(lambda x, first=first: x[first::4], batch))
         losses.append(float(part["loss"]))
     assert_trees_close(together.params, state.params, atol=1e-5)
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-4)
@@ -327,7 +327,7 @@ def test_a_batch_without_what_the_objective_reads_is_refused():
         )
     with pytest.raises(ValueError, match="minibatches = 4 does not divide the batch's 6 rows"):
         make_train_step(graphdef, train_config(optimizer={"minibatches": 4}), optimizer)(
-            init_state(params, optimizer), TrainBatch(*(x[:6] for x in batch))
+            init_state(params, optimizer), jax.tree.map(lambda x: x[:6], batch)
         )
     with pytest.raises(ValueError, match="no target of the batch is scored"):
         make_train_step(graphdef, train_config(), optimizer)(

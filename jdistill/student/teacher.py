@@ -1,0 +1,180 @@
+"""The student's side of the teacher: what is asked of it for each completion, and what becomes of its answer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import pathlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from jdistill import checkpoint_files, models
+from jdistill.client import Teacher, TeacherClient
+from jdistill.config import ConfigError, TrainConfig
+from jdistill.student import objective
+from jdistill.student.rollout import Completion
+from jdistill.student.teacher_process import TeacherProcess
+from jdistill.tasks.base import Problem, Task
+from jdistill.wire import credentials
+from jdistill.wire.types import SequenceToScore, ServerInfo, TokenScores
+
+logger = logging.getLogger(__name__)
+
+
+class RemoteTeacher:
+    """The teacher, or the several teachers, of one run; made after the task, before the student takes its memory.
+
+    Args:
+        config: of the run.
+        model_config: the student's.
+        task: whose problems the completions answer.
+        run_dir: where a sidecar that we start writes its log.
+        stack: closes the client and ends the sidecar.
+        say: shows a message to whoever watches the run.
+
+    Raises:
+        ConfigError: a teacher cannot score what this student will sample, in the way that the objective needs.
+        TeacherError: none is up before the deadline.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model_config: models.DecoderConfig,
+        task: Task,
+        run_dir: pathlib.Path,
+        stack: contextlib.ExitStack,
+        *,
+        say: Callable[[str], None],
+    ):
+        teacher = config.teacher
+        assert teacher is not None
+        self._config = config
+        self._task = task
+        self.offload = teacher.offload
+        endpoints = teacher.several or {"": teacher.endpoints}
+        if teacher.spawn is not None:
+            spawn = teacher.spawn.model_copy(update={"offload": teacher.offload or teacher.spawn.offload})
+            sidecar = stack.enter_context(TeacherProcess(spawn, run_dir / "teacher.log"))
+            endpoints = {"": [sidecar.endpoint]}
+        self._names = list(endpoints)
+        self._client = stack.enter_context(
+            TeacherClient(
+                {name: Teacher(one, model=teacher.model) for name, one in endpoints.items()},
+                credentials=credentials.channel_credentials(
+                    ca=teacher.tls_ca, cert=teacher.tls_cert, key=teacher.tls_key
+                ),
+                token=None if (path := teacher.token_file) is None else lambda: credentials.read_token(path),
+                deadline_s=teacher.deadline_s,
+                max_in_flight=teacher.max_in_flight,
+                batch_tokens=teacher.batch_tokens,
+                hedge_after_s=teacher.hedge_after_s,
+                stall_s=teacher.stall_s,
+                expected_tokenizer_fingerprint=checkpoint_files.tokenizer_fingerprint(config.model.path),
+                on_wait=lambda message: say(message or "the teacher is back"),
+            )
+        )
+        if teacher.offload:
+            self._client.wake()  # a run that was killed may have left it asleep
+            self._client.check_can_sleep()  # now rather than after the first rollout
+        infos = [self._client.info(name) for name in self._names]
+        for info in infos:
+            check_teacher(config, model_config, info)
+        # Of each scored token: so many of the student's most likely tokens are candidates, or of the teacher's come.
+        self.num_candidates, self._top_k = self._distribution(model_config.vocab_size, infos)
+        self._futures: dict[int, Future[TokenScores]] = {}
+        if teacher.offload:
+            self._client.sleep()  # before the student takes its memory
+
+    def _distribution(self, vocab_size: int, infos: Sequence[ServerInfo]) -> tuple[int, int]:
+        """(candidates, teacher's top-k) to ask for; 0 and 0: the sampled tokens alone."""
+        asked = self._config.objective
+        wanted = min(asked.distill_top_k, vocab_size)
+        term = objective.distillation_of(asked)
+        is_auto = term is None
+        fits = "student" if term is None or term.needs_candidates == "student_topk" else "teacher"
+        theirs = (asked.distill_candidates or fits) == "teacher"
+        if not is_auto and not objective.needs_candidates(asked):
+            return 0, 0
+        for info in infos:
+            most = info.model.max_top_k if theirs else info.model.max_candidate_count
+            if most >= wanted:
+                continue
+            what = f"gives the {most} most likely tokens" if theirs else f"scores {most} candidates a token"
+            if is_auto:
+                logger.warning(
+                    "%s %s %s, not %d: distilling from the sampled tokens alone",
+                    info.engine,
+                    info.engine_version,
+                    what,
+                    wanted,
+                )
+                return 0, 0
+            raise ConfigError(
+                f"objective.distillation: {asked.distillation} needs {wanted} tokens at each position; {info.engine} "
+                f"{info.engine_version} {what}: lower objective.distill_top_k, use another engine, or set "
+                "objective.distillation: sampled_reverse_kl"
+            )
+        return (0, wanted) if theirs else (wanted, 0)
+
+    def submit(self, index: int, problem: Problem, completion: Completion) -> None:
+        """Sends completion number `index` of this step to be scored while others are still sampled."""
+        self._futures[index] = self._client.submit(
+            self._to_score(problem, completion), top_k=self._top_k, temperature=self._config.rollout.temperature
+        )
+
+    def scores(self, problems: Sequence[Problem], completions: Sequence[Completion]) -> list[TokenScores]:
+        """The scores of all of a step's completions, in their order; those that were not submitted are asked now."""
+        for index, (problem, completion) in enumerate(zip(problems, completions, strict=True)):
+            if index not in self._futures:
+                self.submit(index, problem, completion)
+        futures, self._futures = self._futures, {}
+        return [futures[index].result() for index in range(len(completions))]
+
+    def wake(self) -> None:
+        """Before a finished rollout is scored, with offload."""
+        self._client.wake()
+
+    def sleep(self) -> None:
+        """After it was."""
+        self._client.sleep()
+
+    def _to_score(self, problem: Problem, completion: Completion) -> SequenceToScore:
+        name = self._task.teacher(problem) if len(self._names) > 1 else ""
+        prefix, num_replaced = None, 0
+        assert self._config.teacher is not None
+        if self._config.teacher.privileged:
+            prefix, num_replaced = self._task.privileged_prompt_ids(problem), completion.prompt_length
+        return SequenceToScore(
+            completion.token_ids,
+            ((completion.prompt_length, len(completion.token_ids)),),
+            completion.candidate_ids if self.num_candidates else None,
+            teacher=name,
+            teacher_prefix=prefix,
+            num_replaced=num_replaced,
+        )
+
+
+def check_teacher(config: TrainConfig, model_config: models.DecoderConfig, info: ServerInfo) -> None:
+    """The preflight: whether this teacher can score what this student will sample.
+
+    Raises:
+        ConfigError: vocabulary, length or temperature does not fit; names both sides and the remedy.
+    """
+    teacher = info.model
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    if model_config.vocab_size > teacher.vocab_size:
+        raise ConfigError(
+            f"the student's vocabulary has {model_config.vocab_size} ids, the teacher's {teacher.vocab_size}: it "
+            "cannot score all that the student may sample; use a teacher of the same family"
+        )
+    if longest > teacher.max_sequence_length:
+        raise ConfigError(
+            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest}, but the teacher takes sequences of at "
+            f"most {teacher.max_sequence_length} tokens: lower them, or raise the teacher's max_sequence_length"
+        )
+    if config.rollout.temperature != 1 and not teacher.any_temperature:
+        raise ConfigError(
+            f"rollout.temperature = {config.rollout.temperature}, but {info.engine} {info.engine_version} gives "
+            "log-probabilities at temperature 1 only: set rollout.temperature: 1, or use an engine with any_temperature"
+        )

@@ -1,0 +1,143 @@
+"""Every row of the table of objectives, from a YAML key through `train` on the demo task, with a real sidecar."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+from jdistill import config
+from jdistill.student import metrics
+from jdistill.student.teacher_process import TeacherProcess
+from jdistill.student.train import train
+
+REPO = pathlib.Path(__file__).parents[2]
+STUDENT, TEACHER = "examples/addition/student", "examples/addition/teacher"
+RL = ["objective.distill_loss_weight=0"]
+KD = ["objective.rl_loss_weight=0"]
+# Name -> (overrides of configs/demo.yaml, metrics that it must report beside loss and grad_norm).
+CASES = {
+    "dr_grpo, constant": ([*RL, "objective.advantage=dr_grpo", "objective.reduction=constant"], ["policy_loss"]),
+    "rloo, dual clip": ([*RL, "objective.advantage=rloo", "objective.dual_clip=3.0"], ["clip_fraction"]),
+    "reinforce++": ([*RL, "objective.advantage=reinforce_plus_plus"], ["policy_loss"]),
+    "dapo": (
+        [*RL, "objective.clip_high=0.28", "objective.dynamic_sampling=2", "objective.overlong_buffer=10"],
+        ["dropped_completions"],
+    ),
+    "gspo": ([*RL, "objective.policy=gspo", "objective.reduction=sequence_mean"], ["policy_loss"]),
+    "cispo": ([*RL, "objective.policy=cispo"], ["policy_loss"]),
+    "sapo": ([*RL, "objective.policy=sapo", "optimizer.minibatches=2"], ["policy_loss"]),
+    "ppo with a critic": (
+        [*RL, "objective.advantage=gae", "objective.value_clip=0.2", "optimizer.minibatches=2"],
+        ["value_loss", "explained_variance"],
+    ),
+    "decoupled ppo": (
+        ["optimizer.minibatches=2", "objective.proximal=recomputed", "objective.behavior={action: clamp}"],
+        ["behavior_weight_mean", "distill_loss"],
+    ),
+    "rejection": (
+        [*RL, "objective.proximal=recomputed", "objective.behavior={action: mask, level: sequence, upper: 5.0}"],
+        ["behavior_kept_share"],
+    ),
+    "reference": ([f"objective.reference={{path: {STUDENT}, weight: 0.1}}"], ["reference_kl", "distill_loss"]),
+    "sampled reverse KL, return-to-go, clipped": (
+        ["objective.distillation=sampled_reverse_kl", "objective.distill_discount=1.0", "objective.distill_clip=5.0"],
+        ["reverse_kl", "policy_loss"],
+    ),
+    "k2 in the loss": ([*KD, "objective.distillation=k2", "objective.distill_placement=loss"], ["distill_loss"]),
+    "straight-through k3": ([*KD, "objective.distillation=straight_through_reverse_kl"], ["distill_loss"]),
+    "forward KL by k3": ([*KD, "objective.distillation=sampled_forward_kl"], ["distill_loss"]),
+    "top-k forward KL of the teacher's tokens": (
+        [*KD, "objective.distillation=topk_forward_kl"],
+        ["distill_loss"],
+    ),
+    "JSD over the whole vocabulary": (
+        [*KD, "objective.distillation=topk_jsd", "objective.distill_top_k=16", "objective.distill_beta=0.3"],
+        ["distill_loss"],
+    ),
+    "annealed, where the answer was wrong, by entropy": (
+        [
+            "objective.distill_loss_weight={kind: linear, begin: 1.0, end: 0.0}",
+            "objective.distill_where=wrong",
+            "objective.distill_entropy_weight=1.0",
+        ],
+        ["distill_loss_weight", "distill_loss"],
+    ),
+    "kdrl": (
+        ["objective.distill_loss_weight={kind: kdrl, begin: 1, end: 0.2, decrement: 0.3}", "objective.distillation=k2"],
+        ["distill_loss_weight", "distill_loss"],
+    ),
+    "privileged context": (["teacher.privileged=true", "objective.distillation=sampled_reverse_kl"], ["reverse_kl"]),
+}
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory):
+    section = config.SpawnSection(engine="jax", model=str(REPO / TEACHER), dtype="float32")
+    with TeacherProcess(section, tmp_path_factory.mktemp("teacher") / "teacher.log") as teacher:
+        yield teacher.endpoint
+
+
+@pytest.fixture
+def run(endpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPO)
+
+    def run(*overrides):
+        """The lines of metrics.jsonl of two steps."""
+        small = ["num_steps=2", "rollout.num_prompts=2", "rollout.num_completions=4", "eval.every=0"]
+        teacher = ["teacher.spawn=null"]
+        if not any("several" in override for override in overrides):
+            teacher.append(f"teacher.endpoints=['{endpoint}']")
+        run_dir = tmp_path / "run"
+        train(
+            config.load(
+                config.TrainConfig,
+                "configs/demo.yaml",
+                [*small, *teacher, *overrides, f"run_dir={run_dir}", "checkpoint.every=0"],
+            ),
+            overwrite=True,
+        )
+        return metrics.read(run_dir / "metrics.jsonl")
+
+    return run
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_objective_trains_from_its_yaml_keys(run, name):
+    overrides, reported = CASES[name]
+    lines = run(*overrides)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert set(reported) <= set(lines[-1])
+
+
+def test_several_teachers_each_score_their_own_problems(run, endpoint):
+    lines = run(
+        f"teacher.several={{math: ['{endpoint}'], code: ['{endpoint}']}}",
+        "task.options.teachers=[math, code]",
+        "objective.teacher_weights={code: 0.5}",
+    )
+    assert lines[-1]["distill_loss"] > 0
+
+
+def test_a_privileged_teacher_gives_other_scores(run):
+    sampled = ["objective.distillation=sampled_reverse_kl", "num_steps=1"]
+    (plain,), (privileged,) = run(*sampled), run(*sampled, "teacher.privileged=true")
+    assert plain["response_length"] == privileged["response_length"]  # the same samples
+    assert abs(plain["reverse_kl"] - privileged["reverse_kl"]) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective.distillation=k1", "objective.distill_placement=loss"], "teacher drops out"),
+        (["objective.distillation=k2", "objective.distill_placement=advantage"], "k2"),
+        (["objective.distillation=abs"], "abs"),
+        (["objective.distillation=reverse_kl_by_guess"], "reverse_kl_by_guess"),
+        (["objective.reference={path: x, estimator: k1}"], "objective.reference.estimator"),
+        (["objective.teacher_weights={code: 1.0}"], "none of teacher.several"),
+    ],
+)
+def test_what_would_not_train_what_it_says_is_refused_before_anything_is_loaded(run, tmp_path, overrides, message):
+    with pytest.raises(config.ConfigError, match=message):
+        run(*overrides)
+    assert not (tmp_path / "run").exists()
