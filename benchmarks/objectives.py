@@ -201,7 +201,7 @@ def run_arm(
 def final(run_dir: pathlib.Path) -> dict[str, float]:
     """The last line of a run's metrics; the response length is the mean of the last 10 steps."""
     lines = metrics.read(run_dir / "metrics.jsonl")
-    return lines[-1] | {"response_length": float(np.mean([line["response_length"] for line in lines[-10:]]))}
+    return lines[-1] | {"response_length": float(np.mean([line["response_length"] for line in lines[1:][-10:]]))}
 
 
 def over_seeds(values: list[float], digits: int = 3) -> str:
