@@ -116,7 +116,7 @@ def test_gsm8k_runs_models_are_read_and_fit_each_other(student):
     from flax import nnx
 
     from jdistill import models
-    from jdistill.student.train import check_teacher
+    from jdistill.student.teacher import check_teacher
     from jdistill.wire.types import ModelInfo, ServerInfo
 
     run = config.load(config.TrainConfig, GSM8K)
