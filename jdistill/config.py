@@ -78,6 +78,7 @@ class TeacherSection(Section):
     model: str = ""  # which of the sidecar's models: an adapter's or the served name; "": the base model
     offload: bool = False  # the teacher frees its GPU memory except while a finished rollout is scored
     privileged: bool = False  # it sees the task's privileged prompt (with the solution, say) in place of the student's
+    tokenizer: str | None = None  # directory of its tokenizer, where that is not the student's
     tls_ca: str | None = None  # PEM file: the authority that signed the sidecars' certificates
     tls_cert: str | None = None  # PEM file: our own certificate, where the sidecar asks for one (mTLS)
     tls_key: str | None = None

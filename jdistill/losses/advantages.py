@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-from jdistill.losses.masked import fill, masked_mean
+from jdistill.losses.masked import decayed_suffix_sum, fill, masked_mean
 
 # ---- of completions ----
 
@@ -196,23 +196,12 @@ def gae(
     """
     rewards_BT, values_BT = fill(rewards, loss_mask), fill(values, loss_mask)
     # The value of the first scored target at or after t; then that after t.
-    at_or_after_BT = _scan_back(jnp.where(loss_mask, 0, 1).astype(values_BT.dtype), values_BT)
+    at_or_after_BT = decayed_suffix_sum(values_BT, jnp.where(loss_mask, 0, 1).astype(values_BT.dtype))
     next_BT = jnp.pad(at_or_after_BT[:, 1:], ((0, 0), (0, 1)))
     delta_BT = fill(rewards_BT + discount * next_BT - values_BT, loss_mask)
     decay_BT = jnp.where(loss_mask, jnp.asarray(discount * gae_lambda, delta_BT.dtype), 1)
-    advantages_BT = fill(_scan_back(decay_BT, delta_BT), loss_mask)
+    advantages_BT = fill(decayed_suffix_sum(delta_BT, decay_BT), loss_mask)
     return jax.lax.stop_gradient((advantages_BT, advantages_BT + values_BT))
-
-
-def _scan_back(decay_BT: Float[Array, "B T"], x_BT: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    """y_t = x_t + decay_t * y_{t+1}, as a scan over affine maps: log2(T) steps instead of T."""
-
-    def compose(later, earlier):
-        decay_later, x_later = later
-        decay_earlier, x_earlier = earlier
-        return decay_earlier * decay_later, x_earlier + decay_earlier * x_later
-
-    return jax.lax.associative_scan(compose, (decay_BT, x_BT), reverse=True, axis=1)[1]
 
 
 def whiten(

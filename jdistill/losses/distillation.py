@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jdistill.losses.masked import fill
+from jdistill.losses.masked import decayed_suffix_sum, fill
 
 # Of d in the loss. exp(20) = 4.9e8 is still finite after a product with a weight and a sum over tokens. On-policy, a
 # token with d < -20 has a probability below exp(-20) = 2e-9.
@@ -69,15 +69,7 @@ def sampled_reverse_kl_advantage(
     """
     reward_BT = fill(teacher_logprobs, loss_mask) - fill(logprobs, loss_mask)
     decay_BT = jnp.where(loss_mask, jnp.asarray(discount, reward_BT.dtype), 1)
-
-    # y_t = r_t + d_t * y_{t+1} as a scan over affine maps: log2(T) steps instead of T.
-    def compose(later, earlier):
-        decay_later, reward_later = later
-        decay_earlier, reward_earlier = earlier
-        return decay_earlier * decay_later, reward_earlier + decay_earlier * reward_later
-
-    _, return_BT = jax.lax.associative_scan(compose, (decay_BT, reward_BT), reverse=True, axis=1)
-    return jax.lax.stop_gradient(fill(return_BT, loss_mask))
+    return jax.lax.stop_gradient(fill(decayed_suffix_sum(reward_BT, decay_BT), loss_mask))
 
 
 def sampled_reverse_kl(logprobs: Float[Array, "B T"], teacher_logprobs: Float[Array, "B T"]) -> Float[Array, "B T"]:

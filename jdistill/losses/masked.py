@@ -1,4 +1,4 @@
-"""The only reductions from tokens to a scalar, and the fill that keeps padding out of values and gradients.
+"""The only reductions from tokens to a scalar, the sum over what comes later, and the fill that keeps padding out.
 
 All reductions are called alike, reduce(x, loss_mask, length=...), though only `masked_constant_mean` needs a length.
 
@@ -7,6 +7,7 @@ Dimension key: B sequences, T targets.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -23,6 +24,17 @@ def fill(x: Float[Array, "B T *rest"], loss_mask: Bool[Array, "B T"], value: flo
         value: what the other targets hold.
     """
     return jnp.where(jnp.expand_dims(loss_mask, tuple(range(2, x.ndim))), x, jnp.asarray(value, x.dtype))
+
+
+def decayed_suffix_sum(x: Float[Array, "B T"], decay: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """y_t = x_t + decay_t * y_{t+1}, as a scan over affine maps: log2(T) steps instead of T."""
+
+    def compose(later, earlier):
+        decay_later, x_later = later
+        decay_earlier, x_earlier = earlier
+        return decay_earlier * decay_later, x_earlier + decay_earlier * x_later
+
+    return jax.lax.associative_scan(compose, (decay, x), reverse=True, axis=1)[1]
 
 
 def masked_mean(

@@ -37,12 +37,20 @@ class TrainBatch(NamedTuple):
     candidate_ids: Int[np.ndarray, "B T K"] | None = None  # the student's own top-k at sampling time, or the teacher's
     teacher_candidate_logprobs: Float[np.ndarray, "B T K"] | None = None  # nats
     distill_weights: Float[np.ndarray, "B T"] | None = None  # of the distillation's term; None: 1 everywhere
+    teacher_segments: Int[np.ndarray, "B T"] | None = None  # of a teacher with another tokenizer; see losses.segments
     token_rewards: Float[np.ndarray, "B T"] | None = None  # for a value head: the reward stands at the last token
     # Added by the step, before its first update.
     proximal_logprobs: Float[np.ndarray, "B T"] | None = None
     reference_logprobs: Float[np.ndarray, "B T"] | None = None
     values: Float[np.ndarray, "B T"] | None = None
     returns: Float[np.ndarray, "B T"] | None = None
+
+
+class SegmentScores(NamedTuple):
+    """What a teacher with another tokenizer says of one completion of R tokens; see `losses.segments`."""
+
+    logprobs: Float[np.ndarray, "R"]  # nats; a segment's stands at its last token, 0 at its others
+    segment_ids: Int[np.ndarray, "R"]  # -1: not usable
 
 
 def length_buckets(max_length: int) -> tuple[int, ...]:
@@ -61,7 +69,7 @@ def length_buckets(max_length: int) -> tuple[int, ...]:
 def make_batch(
     completions: Sequence[Completion],
     advantages: Float[np.ndarray, "N"],
-    scores: Sequence[TokenScores] | None,
+    scores: Sequence[TokenScores] | Sequence[SegmentScores] | None,
     *,
     max_length: int,
     rewards: Float[np.ndarray, "N"] | None = None,
@@ -107,6 +115,11 @@ def make_batch(
     for b, score in enumerate(scores):
         _put(teacher_BT[b], mask_BT[b], score.logprobs, f"the teacher's log-probs of completion {b}")
     batch = batch._replace(teacher_logprobs=teacher_BT)
+    if isinstance(scores[0], SegmentScores):
+        segments_BT = np.full(mask_BT.shape, -1, np.int32)
+        for b, score in enumerate(scores):
+            _put(segments_BT[b], mask_BT[b], score.segment_ids, f"segment_ids of completion {b}")
+        return batch._replace(teacher_segments=segments_BT)
     by_teacher = scores[0].top_ids is not None
     ids = [score.top_ids if by_teacher else c.candidate_ids for c, score in zip(completions, scores, strict=True)]
     found = [score.top_logprobs if by_teacher else score.candidate_logprobs for score in scores]

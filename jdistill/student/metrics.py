@@ -32,6 +32,7 @@ METRICS = {
         "candidates, else the mean of logprobs - teacher_logprobs",
         "nats",
     ),
+    "teacher_usable_share": Metric("share of sampled tokens that a teacher with another tokenizer scores", "1"),
     "reference_kl": Metric("KL to the frozen reference as its estimator gives it, before its weight", "nats"),
     "value_loss": Metric("squared error of the value head, halved and clipped, before its weight", "1"),
     "explained_variance": Metric("share of the returns' variance that the value head foresaw", "1"),

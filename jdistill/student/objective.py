@@ -26,6 +26,7 @@ from jdistill.losses import (
     masked,
     off_policy,
     policy_gradient,
+    segments,
     supervised,
     value,
     weights,
@@ -78,9 +79,16 @@ def _resolve(key: str, name: str, placement: str | None) -> estimators.Objective
 def check(config: TrainConfig) -> None:
     """Refuses, before anything is loaded, an objective whose gradient is not what its name says. Raises ConfigError."""
     objective = config.objective
-    distillation_of(objective)
+    term = distillation_of(objective)
     reference_of(objective)
-    several = None if config.teacher is None else config.teacher.several
+    teacher = config.teacher
+    has_teacher = objective.kind == "on_policy" and objective.has_distillation and teacher is not None
+    if has_teacher and teacher.tokenizer is not None and term is not None and term.name != AUTO_SAMPLED:
+        raise ConfigError(
+            "teacher.tokenizer: a teacher with another tokenizer scores spans of text, not the student's tokens, so "
+            f"objective.distillation must be sampled_reverse_kl, got {objective.distillation}"
+        )
+    several = None if teacher is None else teacher.several
     unknown = sorted(set(objective.teacher_weights) - set(several or ()))
     if unknown:
         raise ConfigError(f"objective.teacher_weights: {unknown[0]} is none of teacher.several")
@@ -293,10 +301,17 @@ def _distill_advantage(
     gradient of the KL where the student is now.
     """
     mask_BT = batch.loss_mask
-    advantages_BT = distillation.sampled_reverse_kl_advantage(
-        logprobs_BT, batch.teacher_logprobs, mask_BT, discount=objective.distill_discount
-    )
-    metrics["reverse_kl"] = masked.masked_mean(logprobs_BT - masked.fill(batch.teacher_logprobs, mask_BT), mask_BT)
+    if batch.teacher_segments is None:
+        usable_BT = mask_BT
+        advantages_BT = distillation.sampled_reverse_kl_advantage(
+            logprobs_BT, batch.teacher_logprobs, mask_BT, discount=objective.distill_discount
+        )
+    else:
+        advantages_BT, usable_BT = segments.sampled_reverse_kl_advantage(
+            logprobs_BT, batch.teacher_logprobs, batch.teacher_segments, mask_BT, discount=objective.distill_discount
+        )
+        metrics["teacher_usable_share"] = masked.masked_mean(usable_BT.astype(jnp.float32), mask_BT)
+    metrics["reverse_kl"] = masked.masked_mean(logprobs_BT - masked.fill(batch.teacher_logprobs, usable_BT), usable_BT)
     if objective.distill_clip is not None:
         advantages_BT = weights.clip_per_token(advantages_BT, limit=objective.distill_clip)
     return advantages_BT

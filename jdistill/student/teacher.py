@@ -8,10 +8,12 @@ import pathlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from jdistill import checkpoint_files, models
+from jdistill import checkpoint_files, models, tasks
 from jdistill.client import Teacher, TeacherClient
 from jdistill.config import ConfigError, TrainConfig
 from jdistill.student import objective
+from jdistill.student.batch import SegmentScores
+from jdistill.student.cross_tokenizer import CrossTokenizer, Retokenized, scatter
 from jdistill.student.rollout import Completion
 from jdistill.student.teacher_process import TeacherProcess
 from jdistill.tasks.base import Problem, Task
@@ -27,7 +29,8 @@ class RemoteTeacher:
     Args:
         config: of the run.
         model_config: the student's.
-        task: whose problems the completions answer.
+        task: whose problems the completions answer. A teacher with another tokenizer gets its prompts from the same
+            task made with that tokenizer.
         run_dir: where a sidecar that we start writes its log.
         stack: closes the client and ends the sidecar.
         say: shows a message to whoever watches the run.
@@ -52,6 +55,7 @@ class RemoteTeacher:
         self._config = config
         self._task = task
         self.offload = teacher.offload
+        tokenizer_path = teacher.tokenizer or config.model.path
         endpoints = teacher.several or {"": teacher.endpoints}
         if teacher.spawn is not None:
             spawn = teacher.spawn.model_copy(update={"offload": teacher.offload or teacher.spawn.offload})
@@ -70,7 +74,7 @@ class RemoteTeacher:
                 batch_tokens=teacher.batch_tokens,
                 hedge_after_s=teacher.hedge_after_s,
                 stall_s=teacher.stall_s,
-                expected_tokenizer_fingerprint=checkpoint_files.tokenizer_fingerprint(config.model.path),
+                expected_tokenizer_fingerprint=checkpoint_files.tokenizer_fingerprint(tokenizer_path),
                 on_wait=lambda message: say(message or "the teacher is back"),
             )
         )
@@ -80,6 +84,19 @@ class RemoteTeacher:
         infos = [self._client.info(name) for name in self._names]
         for info in infos:
             check_teacher(config, model_config, info)
+        self._teacher_task, self._cross = task, None
+        if teacher.tokenizer is not None:
+            self._teacher_task = tasks.create_task(
+                config.task.name, config.task.options, tokenizer_path, seed=task.seed
+            )
+            self._cross = CrossTokenizer(
+                task.tokenizer,
+                self._teacher_task.tokenizer,
+                student_stop_ids=task.stop_token_ids,
+                teacher_stop_id=self._teacher_task.stop_token_ids[0],
+                max_length=min(info.model.max_sequence_length for info in infos),
+            )
+        self._retokenized: dict[int, Retokenized] = {}
         # Of each scored token: so many of the student's most likely tokens are candidates, or of the teacher's come.
         self.num_candidates, self._top_k = self._distribution(model_config.vocab_size, infos)
         self._futures: dict[int, Future[TokenScores]] = {}
@@ -94,7 +111,7 @@ class RemoteTeacher:
         is_auto = term is None
         fits = "student" if term is None or term.needs_candidates == "student_topk" else "teacher"
         theirs = (asked.distill_candidates or fits) == "teacher"
-        if not is_auto and not objective.needs_candidates(asked):
+        if (is_auto and self._cross is not None) or (not is_auto and not objective.needs_candidates(asked)):
             return 0, 0
         for info in infos:
             most = info.model.max_top_k if theirs else info.model.max_candidate_count
@@ -120,16 +137,23 @@ class RemoteTeacher:
     def submit(self, index: int, problem: Problem, completion: Completion) -> None:
         """Sends completion number `index` of this step to be scored while others are still sampled."""
         self._futures[index] = self._client.submit(
-            self._to_score(problem, completion), top_k=self._top_k, temperature=self._config.rollout.temperature
+            self._to_score(index, problem, completion), top_k=self._top_k, temperature=self._config.rollout.temperature
         )
 
-    def scores(self, problems: Sequence[Problem], completions: Sequence[Completion]) -> list[TokenScores]:
+    def scores(
+        self, problems: Sequence[Problem], completions: Sequence[Completion]
+    ) -> list[TokenScores] | list[SegmentScores]:
         """The scores of all of a step's completions, in their order; those that were not submitted are asked now."""
         for index, (problem, completion) in enumerate(zip(problems, completions, strict=True)):
             if index not in self._futures:
                 self.submit(index, problem, completion)
         futures, self._futures = self._futures, {}
-        return [futures[index].result() for index in range(len(completions))]
+        found = [futures[index].result() for index in range(len(completions))]
+        if self._cross is None:
+            return found
+        return [
+            SegmentScores(*scatter(self._retokenized.pop(index), scores.logprobs)) for index, scores in enumerate(found)
+        ]
 
     def wake(self) -> None:
         """Before a finished rollout is scored, with offload."""
@@ -139,11 +163,18 @@ class RemoteTeacher:
         """After it was."""
         self._client.sleep()
 
-    def _to_score(self, problem: Problem, completion: Completion) -> SequenceToScore:
+    def _to_score(self, index: int, problem: Problem, completion: Completion) -> SequenceToScore:
         name = self._task.teacher(problem) if len(self._names) > 1 else ""
         prefix, num_replaced = None, 0
         assert self._config.teacher is not None
-        if self._config.teacher.privileged:
+        privileged = self._config.teacher.privileged
+        if self._cross is not None:
+            theirs = self._teacher_task.train_problem(problem.index)
+            prompt_ids = self._teacher_task.privileged_prompt_ids(theirs) if privileged else theirs.prompt_ids
+            retokenized = self._cross.retokenize(prompt_ids, completion.completion_ids)
+            self._retokenized[index] = retokenized
+            return SequenceToScore(retokenized.token_ids, retokenized.spans, teacher=name)
+        if privileged:
             prefix, num_replaced = self._task.privileged_prompt_ids(problem), completion.prompt_length
         return SequenceToScore(
             completion.token_ids,
@@ -161,14 +192,15 @@ def check_teacher(config: TrainConfig, model_config: models.DecoderConfig, info:
     Raises:
         ConfigError: vocabulary, length or temperature does not fit; names both sides and the remedy.
     """
-    teacher = info.model
+    teacher, section = info.model, config.teacher
     longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-    if model_config.vocab_size > teacher.vocab_size:
+    other_tokenizer = section is not None and section.tokenizer is not None
+    if model_config.vocab_size > teacher.vocab_size and not other_tokenizer:
         raise ConfigError(
             f"the student's vocabulary has {model_config.vocab_size} ids, the teacher's {teacher.vocab_size}: it "
-            "cannot score all that the student may sample; use a teacher of the same family"
+            "cannot score all that the student may sample; use a teacher of the same family, or set teacher.tokenizer"
         )
-    if longest > teacher.max_sequence_length:
+    if longest > teacher.max_sequence_length and not other_tokenizer:
         raise ConfigError(
             f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest}, but the teacher takes sequences of at "
             f"most {teacher.max_sequence_length} tokens: lower them, or raise the teacher's max_sequence_length"

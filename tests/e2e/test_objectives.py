@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
+import shutil
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jdistill import config
 from jdistill.student import metrics
 from jdistill.student.teacher_process import TeacherProcess
 from jdistill.student.train import train
+from jdistill.wire.errors import TeacherError
 
 REPO = pathlib.Path(__file__).parents[2]
 STUDENT, TEACHER = "examples/addition/student", "examples/addition/teacher"
@@ -126,6 +131,42 @@ def test_a_privileged_teacher_gives_other_scores(run):
     assert abs(plain["reverse_kl"] - privileged["reverse_kl"]) > 0.01
 
 
+def test_a_teacher_with_another_tokenizer_gives_the_scores_of_its_text(run, tmp_path):
+    # The same teacher with its vocabulary in another order: what it says of a text must not change.
+    other = shutil.copytree(REPO / TEACHER, tmp_path / "teacher")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    new_ids = np.roll(np.arange(len(vocabulary)), 5)
+    tokenizer["model"]["vocab"] = {token: int(new_ids[i]) for token, i in vocabulary.items()}
+    for token in tokenizer["added_tokens"]:
+        token["id"] = int(new_ids[token["id"]])
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((other / name).read_text())
+        for key in ("eos_token_id", "pad_token_id"):
+            found[key] = int(new_ids[found[key]])
+        (other / name).write_text(json.dumps(found))
+    tensors = load_file(other / "model.safetensors")
+    (name,) = [name for name in tensors if "embed_tokens" in name]
+    rows = tensors[name].copy()
+    rows[new_ids] = tensors[name]
+    save_file(tensors | {name: rows}, other / "model.safetensors")
+
+    sampled = "objective.distillation=sampled_reverse_kl"
+    plain = run(sampled)
+    section = config.SpawnSection(engine="jax", model=str(other), dtype="float32")
+    with TeacherProcess(section, tmp_path / "other.log") as teacher:
+        overrides = [sampled, f"teacher.endpoints=['{teacher.endpoint}']"]
+        with pytest.raises(TeacherError, match="tokenizer"):
+            run(*overrides, "num_steps=1")
+        across = run(*overrides, f"teacher.tokenizer={other}", "objective.distillation=auto")
+    for a, b in zip(plain, across, strict=True):
+        assert b.pop("teacher_usable_share") == 1
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -135,6 +176,7 @@ def test_a_privileged_teacher_gives_other_scores(run):
         (["objective.distillation=reverse_kl_by_guess"], "reverse_kl_by_guess"),
         (["objective.reference={path: x, estimator: k1}"], "objective.reference.estimator"),
         (["objective.teacher_weights={code: 1.0}"], "none of teacher.several"),
+        ([f"teacher.tokenizer={TEACHER}", "objective.distillation=k2"], "must be sampled_reverse_kl"),
     ],
 )
 def test_what_would_not_train_what_it_says_is_refused_before_anything_is_loaded(run, tmp_path, overrides, message):

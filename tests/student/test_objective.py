@@ -75,8 +75,8 @@ def test_a_distribution_is_weighted_by_row(kind):
     total, metrics = loss_of(
         scored, batch._replace(distill_weights=weights), rl_loss_weight=0.0, distillation=kind, distill_clip=1e6
     )
-    np.testing.assert_allclose(total, 0.5 * masked.masked_mean(weights * kl, batch.loss_mask), rtol=1e-5)
-    np.testing.assert_allclose(metrics["distill_loss"], masked.masked_mean(kl, batch.loss_mask), rtol=1e-5)
+    np.testing.assert_allclose(total, 0.5 * masked.masked_mean(weights * kl, jnp.asarray(batch.loss_mask)), rtol=1e-5)
+    np.testing.assert_allclose(metrics["distill_loss"], masked.masked_mean(kl, jnp.asarray(batch.loss_mask)), rtol=1e-5)
 
 
 def test_a_sampled_loss_is_weighted_by_the_ratio_to_the_sampler():
@@ -85,7 +85,7 @@ def test_a_sampled_loss_is_weighted_by_the_ratio_to_the_sampler():
     kl = distillation.sampled_reverse_kl(scored.logprobs, jnp.asarray(batch.teacher_logprobs))
     ratio = jnp.exp(scored.logprobs - batch.sampler_logprobs)
     total, _ = loss_of(scored, batch, rl_loss_weight=0.0, distillation="k2", distill_placement="loss")
-    np.testing.assert_allclose(total, 0.5 * masked.masked_mean(ratio * kl, batch.loss_mask), rtol=1e-5)
+    np.testing.assert_allclose(total, 0.5 * masked.masked_mean(ratio * kl, jnp.asarray(batch.loss_mask)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("policy", ["gspo", "cispo", "sapo"])

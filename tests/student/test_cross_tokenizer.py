@@ -1,0 +1,316 @@
+"""Alignment of two tokenisations, over tokenizers of several kinds and any text."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from jdistill.student.cross_tokenizer import CrossTokenizer, _bytes_of_tokens, scatter
+
+END = "<end>"
+CORPUS = [
+    "Natalia sold 48/2 = 24 clips in May. She sold 48+24 = 72 altogether in April and May.",
+    "the lowest lower low newer newest wide wider widest, the hello held hell",
+    "日本語のテキスト 日本語 テキスト 🙂🙃🙂 café café naïve Ελληνικά",
+] * 4
+
+
+def wrap(tokenizer):
+    tokenizer.add_special_tokens([AddedToken(END, special=True, normalized=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+
+
+def byte_level(vocab_size, normalizer=None):
+    tokenizer = Tokenizer(models.BPE())
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet))
+    return wrap(tokenizer)
+
+
+def sentencepiece():
+    """BPE with byte fallback and a space put before every text, as Llama 2 and Mistral have it."""
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator(CORPUS[:2], trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>"]))
+    model = json.loads(trained.to_str())["model"]
+    vocab = {"<unk>": 0} | {f"<0x{byte:02X}>": 1 + byte for byte in range(256)}
+    for token in model["vocab"]:
+        vocab.setdefault(token, len(vocab))
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return wrap(tokenizer)
+
+
+def unigram():
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=["<unk>"], unk_token="<unk>")
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return wrap(tokenizer)
+
+
+def characters():
+    letters = sorted(set("".join(CORPUS)))
+    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(["<unk>", *letters])}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return wrap(tokenizer)
+
+
+KINDS = {
+    "bytes": lambda: byte_level(256),
+    "bpe": lambda: byte_level(300),
+    "bpe_large": lambda: byte_level(420),
+    "bpe_nfc": lambda: byte_level(420, normalizers.NFC()),
+    "bpe_lowercase": lambda: byte_level(420, normalizers.Lowercase()),
+    "sentencepiece": sentencepiece,
+    "unigram": unigram,
+    "characters": characters,
+}
+_made = {}
+
+
+def tokenizer(kind):
+    if kind not in _made:
+        _made[kind] = KINDS[kind]()
+    return _made[kind]
+
+
+def cross(student, teacher, **kwargs):
+    student, teacher = tokenizer(student), tokenizer(teacher)
+    kwargs = {"max_length": 10_000} | kwargs
+    return CrossTokenizer(
+        student, teacher, student_stop_ids=[student.eos_token_id], teacher_stop_id=teacher.eos_token_id, **kwargs
+    )
+
+
+_crosses = {}
+
+
+def kept_cross(student, teacher):
+    if (student, teacher) not in _crosses:
+        _crosses[student, teacher] = cross(student, teacher)
+    return _crosses[student, teacher]
+
+
+def ids_of(kind, text, *, end=True):
+    found = tokenizer(kind)
+    ids = found.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    return np.array([*ids, found.eos_token_id] if end else ids, np.int32)
+
+
+PROMPT = np.array([7, 8, 9], np.int32)
+
+
+def check(student, teacher, found, completion_ids):
+    """What must hold for any pair and any completion. Returns the segments' bytes."""
+    assert found.token_ids.dtype == found.segment_ids.dtype == found.teacher_segment_ids.dtype == np.int32
+    np.testing.assert_array_equal(found.token_ids[:3], PROMPT)
+    assert found.spans == ((3, len(found.token_ids)),) and len(found.token_ids) > 3
+    assert len(found.segment_ids) == len(completion_ids)
+    teacher_ids = found.token_ids[3:]
+    assert len(found.teacher_segment_ids) == len(teacher_ids)
+    used = found.segment_ids[found.segment_ids >= 0]
+    num_segments = int(used.max(initial=-1)) + 1
+    # Numbered in order, each on both sides, each one run of neighbours.
+    for ids in (found.segment_ids, found.teacher_segment_ids):
+        kept = ids[ids >= 0]
+        assert np.all(np.isin(np.diff(kept), [0, 1])) and set(kept) == set(range(num_segments))
+        for number in range(num_segments):
+            assert np.all(np.diff(np.flatnonzero(ids == number)) == 1)
+    sides = [
+        (_bytes_of_tokens(tokenizer(student)), completion_ids, found.segment_ids, tokenizer(student).eos_token_id),
+        (_bytes_of_tokens(tokenizer(teacher)), teacher_ids, found.teacher_segment_ids, tokenizer(teacher).eos_token_id),
+    ]
+    spelled = [
+        [
+            b"".join(b"<END>" if i == end else pieces[i] for i in ids[segments == number])
+            for number in range(num_segments)
+        ]
+        for pieces, ids, segments, end in sides
+    ]
+    assert spelled[0] == spelled[1]
+    # A teacher whose score says which position and token it is of.
+    logprobs = -(np.arange(len(teacher_ids)) * 1000.0 + teacher_ids)
+    sums, segment_ids = scatter(found, logprobs)
+    np.testing.assert_array_equal(segment_ids, found.segment_ids)
+    assert sums.dtype == np.float32
+    for number in range(num_segments):
+        places = np.flatnonzero(segment_ids == number)
+        assert sums[places[-1]] == np.float32(logprobs[found.teacher_segment_ids == number].sum())
+        assert not sums[places[:-1]].any()
+    assert not sums[segment_ids < 0].any()
+    return spelled[0]
+
+
+texts = st.one_of(
+    st.text(alphabet="ehlot wrs.0123+=", max_size=24),
+    st.text(max_size=12),
+    st.text(alphabet="🙂🙃é日本語é ̈🏳️‍🌈 \n", max_size=12),
+)
+
+
+@pytest.mark.parametrize("student", ["bpe", "sentencepiece", "characters", "unigram"])
+@pytest.mark.parametrize("teacher", KINDS)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(text=texts, end=st.booleans())
+@example(text="", end=True)
+@example(text=" ", end=True)
+@example(text="🙂", end=False)
+def test_any_text(student, teacher, text, end):
+    ids = ids_of(student, text, end=end)
+    found = kept_cross(student, teacher).retokenize(PROMPT, ids)
+    spelled = check(student, teacher, found, ids)
+    if end and teacher.startswith("byte"):
+        # Every byte of a text is a token of this teacher, so that nothing is left out but what has no bytes of its own,
+        # and runs of more than 16.
+        pieces = _bytes_of_tokens(tokenizer(student))
+        long = [i for i in ids[:-1] if pieces[i] is not None and len(pieces[i]) > 16]
+        if None not in [pieces[i] for i in ids[:-1]] and not long:
+            assert b"".join(spelled) == b"".join(pieces[i] for i in ids[:-1]) + b"<END>"
+
+
+@pytest.mark.parametrize("teacher", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(ids=st.lists(st.integers(0, 301), max_size=20))
+@example(ids=[300])
+def test_any_tokens(teacher, ids):
+    # What a student samples need be neither UTF-8 nor how its tokenizer would split the text; 301 has no token.
+    ids = np.array(ids, np.int32)
+    found = kept_cross("bpe", teacher).retokenize(PROMPT, ids)
+    check("bpe", teacher, found, ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=texts)
+def test_the_same_tokenizer_uses_every_token(text):
+    ids = ids_of("bpe", text)
+    found = kept_cross("bpe", "bpe").retokenize(PROMPT, ids)
+    np.testing.assert_array_equal(found.token_ids[3:], ids)
+    np.testing.assert_array_equal(found.segment_ids, np.arange(len(ids)))
+    assert found.usable_share == 1
+
+
+def test_the_docstrings_example():
+    student = tokenizer("characters")
+    ids = ids_of("characters", "hello hell")
+    found = kept_cross("characters", "bpe_large").retokenize(PROMPT, ids)
+    spelled = check("characters", "bpe_large", found, ids)
+    assert b"".join(spelled) == b"hello hell<END>" and len(spelled) < len(ids) and student.decode(ids).endswith(END)
+
+
+def test_a_space_before_the_text_is_not_the_teachers():
+    # SentencePiece would score " hello" for "hello".
+    ids = ids_of("bpe", "hello lower")
+    found = kept_cross("bpe", "sentencepiece").retokenize(PROMPT, ids)
+    assert b"".join(check("bpe", "sentencepiece", found, ids)) == b"hello lower<END>"
+    ids = ids_of("bpe", " hello")
+    found = kept_cross("bpe", "sentencepiece").retokenize(PROMPT, ids)
+    check("bpe", "sentencepiece", found, ids)
+
+
+def test_what_the_teacher_spells_otherwise_is_left_out():
+    ids = ids_of("bpe", "low Low low")
+    found = kept_cross("bpe", "bpe_lowercase").retokenize(PROMPT, ids)
+    spelled = b"".join(check("bpe", "bpe_lowercase", found, ids))
+    assert b"L" not in spelled and spelled.startswith(b"low") and spelled.endswith(b" low<END>")
+    decomposed = ids_of("bpe", "low e\u0301 low")
+    found = kept_cross("bpe", "bpe_nfc").retokenize(PROMPT, decomposed)
+    spelled = b"".join(check("bpe", "bpe_nfc", found, decomposed))
+    assert b"\xcc\x81" not in spelled and spelled.startswith(b"low") and spelled.endswith(b"<END>")
+
+
+def test_text_that_is_cut_off_loses_its_last_segment_alone():
+    ids = ids_of("bpe", "hello lower", end=False)
+    found = kept_cross("bpe", "bpe").retokenize(PROMPT, ids)
+    np.testing.assert_array_equal(found.segment_ids, [*range(len(ids) - 1), -1])
+
+
+def test_bytes_that_are_no_text_are_left_out():
+    half = ids_of("bytes", "a🙂b")
+    ids = np.delete(half, 2)  # one of the four bytes
+    found = kept_cross("bytes", "bpe").retokenize(PROMPT, ids)
+    assert check("bytes", "bpe", found, ids) == [b"a", b"b", b"<END>"]
+
+
+def test_after_a_special_token_nothing_is_scored():
+    end = tokenizer("bpe").eos_token_id
+    ids = np.array([*ids_of("bpe", "low", end=False), end, *ids_of("bpe", "low")], np.int32)
+    found = kept_cross("bpe", "bpe_large").retokenize(PROMPT, ids)
+    assert check("bpe", "bpe_large", found, ids) == [b"lo"]  # "w", cut off by it, is the last
+    only = np.array([end, end], np.int32)
+    check("bpe", "bpe_large", kept_cross("bpe", "bpe_large").retokenize(PROMPT, only), only)
+
+
+def test_text_that_spells_a_special_token_stays_text():
+    ids = ids_of("bytes", f"low {'<'}end> low"[:4], end=False)
+    ids = np.concatenate([ids, [tokenizer("bytes").convert_tokens_to_ids(c) for c in END], ids_of("bytes", " low")])
+    found = kept_cross("bytes", "bpe").retokenize(PROMPT, ids.astype(np.int32))
+    assert b"".join(check("bytes", "bpe", found, ids)) == b"low <end> low<END>"
+    assert list(found.token_ids[3:]).count(tokenizer("bpe").eos_token_id) == 1
+
+
+def test_limits():
+    ids = ids_of("bpe", "hello lower hello")
+    whole = cross("bpe", "bytes").retokenize(PROMPT, ids)
+    cut = cross("bpe", "bytes", max_length=10).retokenize(PROMPT, ids)
+    assert len(cut.token_ids) == 10 and len(whole.token_ids) == 3 + 18
+    assert b"".join(check("bpe", "bytes", cut, ids)) in b"hello lo"
+    short = cross("bpe", "bytes", max_segment_tokens=1).retokenize(PROMPT, ids)
+    assert all(len(piece) == 1 or piece == b"<END>" for piece in check("bpe", "bytes", short, ids))
+    with pytest.raises(ValueError, match="raise the teacher's max_sequence_length"):
+        cross("bpe", "bytes", max_length=3).retokenize(PROMPT, ids)
+
+
+def test_tokenizers_without_bytes_of_their_own_are_refused():
+    words = Tokenizer(models.WordPiece({"[UNK]": 0, "low": 1, "##er": 2}, unk_token="[UNK]"))
+    words.decoder = decoders.WordPiece()
+    with pytest.raises(ValueError, match="WordPiece"):
+        CrossTokenizer(wrap(words), tokenizer("bpe"), student_stop_ids=[0], teacher_stop_id=0, max_length=10)
+    with pytest.raises(ValueError, match="no fast implementation"):
+        CrossTokenizer(object(), tokenizer("bpe"), student_stop_ids=[0], teacher_stop_id=0, max_length=10)
+
+
+def test_share_on_published_solutions():
+    path = pathlib.Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else []
+    if not files:
+        pytest.skip("no GSM8K beside the project")
+    lines = [json.loads(line)["answer"] for line in files[0].read_text().splitlines()[:400]]
+
+    def trained(vocab_size, texts):
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet))
+        return wrap(bpe)
+
+    student, teacher = trained(2000, lines[:200]), trained(1200, lines[200:])
+    both = CrossTokenizer(
+        student, teacher, student_stop_ids=[student.eos_token_id], teacher_stop_id=teacher.eos_token_id, max_length=9999
+    )
+    shares, alone = [], []
+    for line in lines:
+        ids = np.array([*student(line)["input_ids"], student.eos_token_id], np.int32)
+        found = both.retokenize(PROMPT, ids)
+        shares.append(found.usable_share)
+        alone.append(np.mean(np.bincount(found.segment_ids) == 1))
+    print(f"usable {np.mean(shares):.4f}, of segments with one student token {np.mean(alone):.3f}")
+    assert np.mean(shares) > 0.99
