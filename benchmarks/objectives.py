@@ -131,7 +131,7 @@ def imperfect_teacher(to: pathlib.Path) -> pathlib.Path:
 
 def one_teacher(args: argparse.Namespace, name: str, path: str) -> list[str]:
     """Tunes and runs every arm; returns a section of the page, and draws its picture."""
-    base = config.load(config.TrainConfig, "configs/demo.yaml", [f"num_steps={args.steps}", "eval.every=25"])
+    base = config.load(config.TrainConfig, "configs/demo.yaml", [f"num_steps={args.steps}", "eval.every=50"])
     measured = Measured(base, path)
     accuracy = measured.accuracy(models.load(path, compute_dtype="float32"))
     groups: dict[str, list[pathlib.Path]] = {}
@@ -189,7 +189,7 @@ def run_arm(
     words = "".join(c if c.isalnum() else "_" for c in arm.lower())
     run_dir = to / f"{words}-{rate:g}-{args.steps}-{seed}"
     overrides = [*ARMS[arm], f"optimizer.learning_rate={rate!r}", f"seed={seed}", f"run_dir={run_dir}"]
-    overrides += [f"num_steps={args.steps}", "eval.every=25", "checkpoint.every=0"]
+    overrides += [f"num_steps={args.steps}", "eval.every=50", "checkpoint.every=0"]
     overrides += ["teacher.spawn=null", f"teacher.endpoints=['{endpoint}']"]
     path = run_dir / "metrics.jsonl"
     if not path.exists() or metrics.read(path)[-1]["step"] < args.steps:
