@@ -16,8 +16,9 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from jdistill.models.attention import cached_attention, causal_attention
 from jdistill.models.config import DecoderConfig
 
 Remat = Literal["none", "layer"]
@@ -26,14 +27,22 @@ Remat = Literal["none", "layer"]
 class KVCache(NamedTuple):
     """Keys and values of all layers, at the slot of their position."""
 
-    k: Float[Array, "L B M K H"]
-    v: Float[Array, "L B M K H"]
+    # As attention's matrix products read them: in any other order each step would transpose all of it.
+    k: Float[Array, "L B K H M"]
+    v: Float[Array, "L B K M H"]
 
 
 def init_cache(config: DecoderConfig, batch: int, max_len: int, dtype: jnp.dtype | str) -> KVCache:
     """An empty cache for `batch` sequences of up to `max_len` tokens."""
-    shape = (config.num_layers, batch, max_len, config.num_kv_heads, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
+    return KVCache(jnp.zeros((L, batch, K, H, max_len), dtype), jnp.zeros((L, batch, K, max_len, H), dtype))
+
+
+def resize_cache(cache: KVCache, num_slots: int) -> KVCache:
+    """The cache with `num_slots` slots, the new ones empty."""
+    more = num_slots - cache.k.shape[4]
+    keys = jnp.pad(cache.k, ((0, 0),) * 4 + ((0, more),))
+    return KVCache(keys, jnp.pad(cache.v, ((0, 0),) * 3 + ((0, more), (0, 0))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,13 +153,7 @@ class Decoder(nnx.Module):
 
     def _forward(self, tokens_BS, positions_BS, segment_ids_BS, cache):
         config, dtype = self.config, self.compute_dtype
-        num_slots = tokens_BS.shape[1] if cache is None else cache.k.shape[2]
         rotation = _rotation(config, positions_BS)
-        mask_B1SM: Bool[Array, "B 1 S M"] | None = None
-        if cache is not None:
-            mask_B1SM = (jnp.arange(num_slots) <= positions_BS[:, :, None])[:, None]
-        elif segment_ids_BS is not None:
-            mask_B1SM = (segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :])[:, None]
 
         def attention(x_BSD, w, cached):
             q_BSNH = _project(x_BSD, w["query"].astype(dtype))
@@ -164,14 +167,15 @@ class Decoder(nnx.Module):
                 q_BSNH = _rms_norm(q_BSNH, w["query_norm"], config.rms_norm_eps)
                 k_BSKH = _rms_norm(k_BSKH, w["key_norm"], config.rms_norm_eps)
             q_BSNH, k_BSKH = _rotate(q_BSNH, rotation), _rotate(k_BSKH, rotation)
-            if cached is not None:
-                k_LBMKH, v_LBMKH, layer = cached
-                k_LBMKH = _write(k_LBMKH, layer, positions_BS, k_BSKH)
-                v_LBMKH = _write(v_LBMKH, layer, positions_BS, v_BSKH)
-                cached = (k_LBMKH, v_LBMKH, layer)
-                k_BSKH, v_BSKH = k_LBMKH[layer].astype(dtype), v_LBMKH[layer].astype(dtype)
-            # The public attention keeps logits and softmax in float32 whatever the inputs' dtype.
-            a_BSNH = jax.nn.dot_product_attention(q_BSNH, k_BSKH, v_BSKH, mask=mask_B1SM, is_causal=cached is None)
+            if cached is None:
+                a_BSNH = causal_attention(q_BSNH, k_BSKH, v_BSKH, segment_ids_BS)
+            else:
+                k_LBKHM, v_LBKMH, layer = cached
+                k_LBKHM = _write(k_LBKHM, layer, positions_BS, k_BSKH, slots=4)
+                v_LBKMH = _write(v_LBKMH, layer, positions_BS, v_BSKH, slots=3)
+                cached = (k_LBKHM, v_LBKMH, layer)
+                k_BKHM, v_BKMH = k_LBKHM[layer].astype(dtype), v_LBKMH[layer].astype(dtype)
+                a_BSNH = cached_attention(q_BSNH, k_BKHM, v_BKMH, positions_BS)
             y_BSD = _project(a_BSNH, w["output"].astype(dtype), num_in=2)
             return (y_BSD + w["output_bias"].astype(dtype) if config.output_bias else y_BSD), cached
 
@@ -202,10 +206,10 @@ class Decoder(nnx.Module):
         else:
 
             def cached_step(carry, per_layer):
-                x_BSD, k_LBMKH, v_LBMKH = carry
+                x_BSD, k_LBKHM, v_LBKMH = carry
                 w, layer = per_layer
-                x_BSD, (k_LBMKH, v_LBMKH, _) = block(x_BSD, w, (k_LBMKH, v_LBMKH, layer))
-                return (x_BSD, k_LBMKH, v_LBMKH), None
+                x_BSD, (k_LBKHM, v_LBKMH, _) = block(x_BSD, w, (k_LBKHM, v_LBKMH, layer))
+                return (x_BSD, k_LBKHM, v_LBKMH), None
 
             # The whole cache is carried and written at [layer, row, position]: as inputs and outputs of the scan, each
             # step would copy all of it.
@@ -261,19 +265,19 @@ def _rotate(x_BSNH, rotation):
     return rotated.astype(x_BSNH.dtype)
 
 
-def _write(cache_LBMKH, layer, positions_BS, x_BSKH):
-    """Puts x at [layer, row, position]; a position outside the cache writes nothing."""
+def _write(cache, layer, positions_BS, x_BSKH, *, slots: int):
+    """Puts x at [layer, row, position]; a position outside the cache writes nothing. `slots`: the dim of the slots."""
     # One scatter whose batch dim is the row: a cache sharded by rows stays where it is, and unlike with vmap the batch
     # dim need not come first, which would transpose the whole cache twice.
     layers_BS = jnp.full_like(positions_BS, layer)
     return jax.lax.scatter(
-        cache_LBMKH,
+        cache,
         jnp.stack([layers_BS, positions_BS], axis=-1),
-        x_BSKH.astype(cache_LBMKH.dtype),
+        x_BSKH.astype(cache.dtype),
         jax.lax.ScatterDimensionNumbers(
             update_window_dims=(2, 3),
-            inserted_window_dims=(0, 2),
-            scatter_dims_to_operand_dims=(0, 2),
+            inserted_window_dims=(0, slots),
+            scatter_dims_to_operand_dims=(0, slots),
             operand_batching_dims=(1,),
             scatter_indices_batching_dims=(0,),
         ),
