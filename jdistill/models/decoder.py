@@ -4,12 +4,14 @@ Parameters of all layers are stacked ([L, ...]) and the layers run in one `lax.s
 depth. Masters stay in their own dtype (float32) and are cast at use; norms, rotary embeddings and softmax are float32.
 
 Dimension key: B sequences, S tokens, M cache slots, L layers, D width, N query heads, K key-value heads, H head_dim,
-F MLP width, V vocabulary.
+F MLP width, V vocabulary, E experts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 from typing import Literal, NamedTuple
 
@@ -18,9 +20,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jdistill.models import moe
 from jdistill.models.config import DecoderConfig
 
 Remat = Literal["none", "layer"]
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+_NO_WINDOW = 2**30  # the window of a layer without one; position - window still fits an int32
 
 
 class KVCache(NamedTuple):
@@ -44,27 +50,43 @@ class ParamSpec:
     axes: tuple[str | None, ...]
     init: Literal["normal", "ones", "zeros"]
 
+    @property
+    def stacked(self) -> tuple[str, ...]:
+        """The leading axes over which a checkpoint has a tensor each: of layers, and of experts."""
+        return tuple(itertools.takewhile(lambda axis: axis in ("layer", "expert"), self.axes))
+
 
 def param_specs(config: DecoderConfig) -> dict[str, ParamSpec]:
     """Every parameter of a decoder by its dotted name, e.g. "layers.query"."""
+    scale = "zeros" if config.norm_plus_one else "ones"
     L, D, N, K = config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads
     H, F, V = config.head_dim, config.intermediate_size, config.vocab_size
     specs = {
         "embed": ParamSpec((V, D), ("vocab", "width"), "normal"),
-        "layers.attention_norm": ParamSpec((L, D), ("layer", None), "ones"),
+        "layers.attention_norm": ParamSpec((L, D), ("layer", None), scale),
         "layers.query": ParamSpec((L, D, N, H), ("layer", "width", "heads", None), "normal"),
         "layers.key": ParamSpec((L, D, K, H), ("layer", "width", "kv_heads", None), "normal"),
         "layers.value": ParamSpec((L, D, K, H), ("layer", "width", "kv_heads", None), "normal"),
         "layers.output": ParamSpec((L, N, H, D), ("layer", "heads", None, "width"), "normal"),
-        "layers.mlp_norm": ParamSpec((L, D), ("layer", None), "ones"),
-        "layers.gate": ParamSpec((L, D, F), ("layer", "width", "mlp"), "normal"),
-        "layers.up": ParamSpec((L, D, F), ("layer", "width", "mlp"), "normal"),
-        "layers.down": ParamSpec((L, F, D), ("layer", "mlp", "width"), "normal"),
-        "final_norm": ParamSpec((D,), (None,), "ones"),
+        "layers.mlp_norm": ParamSpec((L, D), ("layer", None), scale),
+        "final_norm": ParamSpec((D,), (None,), scale),
     }
+    if config.num_experts:
+        E = config.num_experts
+        specs["layers.router"] = ParamSpec((L, D, E), ("layer", "width", None), "normal")
+        specs["layers.gate"] = ParamSpec((L, E, D, F), ("layer", "expert", None, "mlp"), "normal")
+        specs["layers.up"] = ParamSpec((L, E, D, F), ("layer", "expert", None, "mlp"), "normal")
+        specs["layers.down"] = ParamSpec((L, E, F, D), ("layer", "expert", "mlp", None), "normal")
+    else:
+        specs["layers.gate"] = ParamSpec((L, D, F), ("layer", "width", "mlp"), "normal")
+        specs["layers.up"] = ParamSpec((L, D, F), ("layer", "width", "mlp"), "normal")
+        specs["layers.down"] = ParamSpec((L, F, D), ("layer", "mlp", "width"), "normal")
+    if config.post_norms:
+        specs["layers.post_attention_norm"] = ParamSpec((L, D), ("layer", None), scale)
+        specs["layers.post_mlp_norm"] = ParamSpec((L, D), ("layer", None), scale)
     if config.qk_norm:
-        specs["layers.query_norm"] = ParamSpec((L, H), ("layer", None), "ones")
-        specs["layers.key_norm"] = ParamSpec((L, H), ("layer", None), "ones")
+        specs["layers.query_norm"] = ParamSpec((L, H), ("layer", None), scale)
+        specs["layers.key_norm"] = ParamSpec((L, H), ("layer", None), scale)
     if config.qkv_bias:
         specs["layers.query_bias"] = ParamSpec((L, N, H), ("layer", "heads", None), "zeros")
         specs["layers.key_bias"] = ParamSpec((L, K, H), ("layer", "kv_heads", None), "zeros")
@@ -89,7 +111,7 @@ class Decoder(nnx.Module):
 
     Args:
         config: shape and flags.
-        rngs: for the random start; weights are normal with `config.initializer_range`, biases 0, norms 1.
+        rngs: for the random start; weights are normal with `config.initializer_range`, biases 0, norms the identity.
         compute_dtype: of activations and of the parameters at use.
         remat: "layer" keeps only each layer's input for the backward pass, "none" everything.
     """
@@ -146,11 +168,36 @@ class Decoder(nnx.Module):
         config, dtype = self.config, self.compute_dtype
         num_slots = tokens_BS.shape[1] if cache is None else cache.k.shape[2]
         rotation = _rotation(config, positions_BS)
+        if config.local_rope is not None:
+            local_rotation = _rotation(dataclasses.replace(config, rope=config.local_rope), positions_BS)
+        # A window that holds the whole row changes nothing.
+        windowed = config.sliding_window is not None and config.sliding_window < num_slots
+        # What the plain attention does not do; every other model takes the path below that is fast.
+        special = windowed or config.attention_softcap is not None or config.attention_scale is not None
         mask_B1SM: Bool[Array, "B 1 S M"] | None = None
         if cache is not None:
             mask_B1SM = (jnp.arange(num_slots) <= positions_BS[:, :, None])[:, None]
         elif segment_ids_BS is not None:
             mask_B1SM = (segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :])[:, None]
+
+        def norm(x, scale):
+            # In float32: 1 + weight in bfloat16 would round a small weight away.
+            scale = 1.0 + scale.astype(jnp.float32) if config.norm_plus_one else scale
+            return _rms_norm(x, scale, config.rms_norm_eps)
+
+        def special_attention(q_BSNH, k_BMKH, v_BMKH, window):
+            # Rows without a cache are masked by place, not by position: within a packed segment both count alike.
+            own_BS = jnp.arange(num_slots)[None] if cache is None else positions_BS
+            slots_M = jnp.arange(num_slots)
+            mask = (slots_M <= own_BS[:, :, None])[:, None]
+            if windowed:
+                mask &= (slots_M > own_BS[:, :, None] - window)[:, None]
+            if segment_ids_BS is not None:
+                mask &= mask_B1SM
+            scale = config.attention_scale or config.head_dim**-0.5
+            if config.attention_softcap is None:
+                return jax.nn.dot_product_attention(q_BSNH, k_BMKH, v_BMKH, mask=mask, scale=scale)
+            return _softcapped_attention(q_BSNH, k_BMKH, v_BMKH, mask, scale, config.attention_softcap)
 
         def attention(x_BSD, w, cached):
             q_BSNH = _project(x_BSD, w["query"].astype(dtype))
@@ -161,36 +208,58 @@ class Decoder(nnx.Module):
                 k_BSKH += w["key_bias"].astype(dtype)
                 v_BSKH += w["value_bias"].astype(dtype)
             if config.qk_norm:
-                q_BSNH = _rms_norm(q_BSNH, w["query_norm"], config.rms_norm_eps)
-                k_BSKH = _rms_norm(k_BSKH, w["key_norm"], config.rms_norm_eps)
-            q_BSNH, k_BSKH = _rotate(q_BSNH, rotation), _rotate(k_BSKH, rotation)
+                q_BSNH = norm(q_BSNH, w["query_norm"])
+                k_BSKH = norm(k_BSKH, w["key_norm"])
+            turn = rotation
+            if config.local_rope is not None:
+                turn = jax.tree.map(lambda a, b: jnp.where(w["window"] < _NO_WINDOW, a, b), local_rotation, rotation)
+            q_BSNH, k_BSKH = _rotate(q_BSNH, turn), _rotate(k_BSKH, turn)
             if cached is not None:
                 k_LBMKH, v_LBMKH, layer = cached
                 k_LBMKH = _write(k_LBMKH, layer, positions_BS, k_BSKH)
                 v_LBMKH = _write(v_LBMKH, layer, positions_BS, v_BSKH)
                 cached = (k_LBMKH, v_LBMKH, layer)
                 k_BSKH, v_BSKH = k_LBMKH[layer].astype(dtype), v_LBMKH[layer].astype(dtype)
-            # The public attention keeps logits and softmax in float32 whatever the inputs' dtype.
-            a_BSNH = jax.nn.dot_product_attention(q_BSNH, k_BSKH, v_BSKH, mask=mask_B1SM, is_causal=cached is None)
+            if special:
+                a_BSNH = special_attention(q_BSNH, k_BSKH, v_BSKH, w.get("window"))
+            else:
+                # The public attention keeps logits and softmax in float32 whatever the inputs' dtype.
+                a_BSNH = jax.nn.dot_product_attention(q_BSNH, k_BSKH, v_BSKH, mask=mask_B1SM, is_causal=cached is None)
             y_BSD = _project(a_BSNH, w["output"].astype(dtype), num_in=2)
             return (y_BSD + w["output_bias"].astype(dtype) if config.output_bias else y_BSD), cached
 
         def mlp(x_BSD, w):
+            if config.num_experts:
+                w = {name: w[name].astype(dtype) for name in ("router", "gate", "up", "down")}
+                return moe.mlp(
+                    x_BSD,
+                    *w.values(),
+                    num_experts_per_tok=config.num_experts_per_tok,
+                    norm_topk_prob=config.norm_topk_prob,
+                )
             gate_BSF = _project(x_BSD, w["gate"].astype(dtype))
             up_BSF = _project(x_BSD, w["up"].astype(dtype))
             if config.mlp_bias:
                 gate_BSF += w["gate_bias"].astype(dtype)
                 up_BSF += w["up_bias"].astype(dtype)
-            y_BSD = _project(jax.nn.silu(gate_BSF) * up_BSF, w["down"].astype(dtype))
+            y_BSD = _project(_ACTIVATIONS[config.hidden_act](gate_BSF) * up_BSF, w["down"].astype(dtype))
             return y_BSD + w["down_bias"].astype(dtype) if config.mlp_bias else y_BSD
 
         def block(x_BSD, w, cached):
-            y_BSD, cached = attention(_rms_norm(x_BSD, w["attention_norm"], config.rms_norm_eps), w, cached)
-            x_BSD = x_BSD + y_BSD
-            return x_BSD + mlp(_rms_norm(x_BSD, w["mlp_norm"], config.rms_norm_eps), w), cached
+            y_BSD, cached = attention(norm(x_BSD, w["attention_norm"]), w, cached)
+            x_BSD = x_BSD + (norm(y_BSD, w["post_attention_norm"]) if config.post_norms else y_BSD)
+            y_BSD = mlp(norm(x_BSD, w["mlp_norm"]), w)
+            return x_BSD + (norm(y_BSD, w["post_mlp_norm"]) if config.post_norms else y_BSD), cached
 
         weights = {name: param[...] for name, param in nnx.state(self.layers, nnx.Param).items()}
         x_BSD = jnp.take(self.embed[...], tokens_BS, axis=0, mode="fill", fill_value=jnp.nan).astype(dtype)
+        if config.scale_embedding:
+            # The factor is rounded to the compute dtype too, as the models were trained.
+            x_BSD *= jnp.asarray(math.sqrt(config.hidden_size), dtype)
+        if config.sliding_window is not None:
+            # Scanned like the weights, so that layers that differ are still one loop.
+            windows = [config.sliding_window if sliding else _NO_WINDOW for sliding in config.sliding_layers]
+            weights["window"] = jnp.asarray(windows, jnp.int32)
         if cache is None:
 
             def step(x_BSD, w):
@@ -212,7 +281,7 @@ class Decoder(nnx.Module):
             layers = jnp.arange(config.num_layers)
             (x_BSD, *kv), _ = jax.lax.scan(cached_step, (x_BSD, *cache), (weights, layers))
             cache = KVCache(*kv)
-        return _rms_norm(x_BSD, self.final_norm[...], config.rms_norm_eps), cache
+        return norm(x_BSD, self.final_norm[...]), cache
 
     def head_DV(self) -> Float[Array, "D V"]:  # noqa: N802
         """The output projection in compute dtype: the transposed embedding where they are tied."""
@@ -220,9 +289,11 @@ class Decoder(nnx.Module):
         return table.astype(self.compute_dtype)
 
     def logits(self, hidden: Float[Array, "*tokens D"]) -> Float[Array, "*tokens V"]:
-        """float32 logits of hidden states."""
+        """float32 logits of hidden states, softcapped where the model is."""
         with jax.default_matmul_precision(_matmul_precision(self.compute_dtype)):
-            return jnp.einsum("...D,DV->...V", hidden, self.head_DV(), preferred_element_type=jnp.float32)
+            logits = jnp.einsum("...D,DV->...V", hidden, self.head_DV(), preferred_element_type=jnp.float32)
+        softcap = self.config.final_softcap
+        return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 def _matmul_precision(dtype: jnp.dtype) -> str:
@@ -239,6 +310,19 @@ def _project(x, w, num_in: int = 1):
     batch, (in_dims, out_dims) = x.shape[:2], (w.shape[:num_in], w.shape[num_in:])
     y = x.reshape(math.prod(batch), math.prod(in_dims)) @ w.reshape(math.prod(in_dims), math.prod(out_dims))
     return y.reshape(*batch, *out_dims)
+
+
+def _softcapped_attention(q_BSNH, k_BMKH, v_BMKH, mask_B1SM, scale: float, softcap: float):
+    """jax.nn.dot_product_attention has no softcap; logits and softmax are float32 here too."""
+    B, S, N, H = q_BSNH.shape
+    K = k_BMKH.shape[2]
+    q_BSKGH = q_BSNH.reshape(B, S, K, N // K, H)
+    logits_BKGSM = jnp.einsum("BSKGH,BMKH->BKGSM", q_BSKGH, k_BMKH, preferred_element_type=jnp.float32) * scale
+    logits_BKGSM = softcap * jnp.tanh(logits_BKGSM / softcap)
+    # Not -inf: an idle row, whose position is outside the cache, may see no slot at all.
+    logits_BKGSM = jnp.where(mask_B1SM[:, :, None], logits_BKGSM, jnp.finfo(jnp.float32).min)
+    probs_BKGSM = jax.nn.softmax(logits_BKGSM, axis=-1).astype(v_BMKH.dtype)
+    return jnp.einsum("BKGSM,BMKH->BSKGH", probs_BKGSM, v_BMKH).reshape(B, S, N, H)
 
 
 def _rms_norm(x, scale, epsilon: float):
