@@ -18,11 +18,10 @@ HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_internal _commit_hash _name_or_path architectures bos_token_id
     cache_implementation chunk_size_feed_forward dtype eos_token_id id2label keys_to_ignore_at_inference label2id
-    max_window_layers model_type num_labels output_attentions output_hidden_states pad_token_id prefix pretraining_tp problem_type
-    return_dict sep_token_id task_specific_params tie_last_hidden_states tokenizer_class torch_dtype
-    transformers_version unk_token_id unsloth_fixed unsloth_version use_cache
-    do_sample length_penalty max_length max_new_tokens min_length num_beams num_return_sequences repetition_penalty
-    temperature top_k top_p
+    max_window_layers model_type num_labels output_attentions output_hidden_states pad_token_id prefix pretraining_tp
+    problem_type return_dict sep_token_id task_specific_params tie_last_hidden_states tokenizer_class torch_dtype
+    transformers_version unk_token_id unsloth_fixed unsloth_version use_cache do_sample length_penalty max_length
+    max_new_tokens min_length num_beams num_return_sequences repetition_penalty temperature top_k top_p
     """.split()
 )
 
