@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jdistill.models import moe
 from jdistill.models.config import DecoderConfig
+from jdistill.models.masked_attention import masked_attention
 
 Remat = Literal["none", "layer"]
 
@@ -185,19 +186,18 @@ class Decoder(nnx.Module):
             scale = 1.0 + scale.astype(jnp.float32) if config.norm_plus_one else scale
             return _rms_norm(x, scale, config.rms_norm_eps)
 
-        def special_attention(q_BSNH, k_BMKH, v_BMKH, window):
+        def special_attention(q_BSNH, k_BMKH, v_BMKH, w):
             # Rows without a cache are masked by place, not by position: within a packed segment both count alike.
-            own_BS = jnp.arange(num_slots)[None] if cache is None else positions_BS
-            slots_M = jnp.arange(num_slots)
-            mask = (slots_M <= own_BS[:, :, None])[:, None]
-            if windowed:
-                mask &= (slots_M > own_BS[:, :, None] - window)[:, None]
-            if segment_ids_BS is not None:
-                mask &= mask_B1SM
-            scale = config.attention_scale or config.head_dim**-0.5
-            if config.attention_softcap is None:
-                return jax.nn.dot_product_attention(q_BSNH, k_BMKH, v_BMKH, mask=mask, scale=scale)
-            return _softcapped_attention(q_BSNH, k_BMKH, v_BMKH, mask, scale, config.attention_softcap)
+            return masked_attention(
+                q_BSNH,
+                k_BMKH,
+                v_BMKH,
+                jnp.arange(num_slots)[None] if cache is None else positions_BS,
+                segment_ids_BS,
+                window=w["window"] if windowed else None,
+                scale=config.attention_scale or config.head_dim**-0.5,
+                softcap=config.attention_softcap,
+            )
 
         def attention(x_BSD, w, cached):
             q_BSNH = _project(x_BSD, w["query"].astype(dtype))
@@ -221,7 +221,7 @@ class Decoder(nnx.Module):
                 cached = (k_LBMKH, v_LBMKH, layer)
                 k_BSKH, v_BSKH = k_LBMKH[layer].astype(dtype), v_LBMKH[layer].astype(dtype)
             if special:
-                a_BSNH = special_attention(q_BSNH, k_BSKH, v_BSKH, w.get("window"))
+                a_BSNH = special_attention(q_BSNH, k_BSKH, v_BSKH, w)
             else:
                 # The public attention keeps logits and softmax in float32 whatever the inputs' dtype.
                 a_BSNH = jax.nn.dot_product_attention(q_BSNH, k_BSKH, v_BSKH, mask=mask_B1SM, is_causal=cached is None)
@@ -310,19 +310,6 @@ def _project(x, w, num_in: int = 1):
     batch, (in_dims, out_dims) = x.shape[:2], (w.shape[:num_in], w.shape[num_in:])
     y = x.reshape(math.prod(batch), math.prod(in_dims)) @ w.reshape(math.prod(in_dims), math.prod(out_dims))
     return y.reshape(*batch, *out_dims)
-
-
-def _softcapped_attention(q_BSNH, k_BMKH, v_BMKH, mask_B1SM, scale: float, softcap: float):
-    """jax.nn.dot_product_attention has no softcap; logits and softmax are float32 here too."""
-    B, S, N, H = q_BSNH.shape
-    K = k_BMKH.shape[2]
-    q_BSKGH = q_BSNH.reshape(B, S, K, N // K, H)
-    logits_BKGSM = jnp.einsum("BSKGH,BMKH->BKGSM", q_BSKGH, k_BMKH, preferred_element_type=jnp.float32) * scale
-    logits_BKGSM = softcap * jnp.tanh(logits_BKGSM / softcap)
-    # Not -inf: an idle row, whose position is outside the cache, may see no slot at all.
-    logits_BKGSM = jnp.where(mask_B1SM[:, :, None], logits_BKGSM, jnp.finfo(jnp.float32).min)
-    probs_BKGSM = jax.nn.softmax(logits_BKGSM, axis=-1).astype(v_BMKH.dtype)
-    return jnp.einsum("BKGSM,BMKH->BSKGH", probs_BKGSM, v_BMKH).reshape(B, S, N, H)
 
 
 def _rms_norm(x, scale, epsilon: float):

@@ -13,8 +13,12 @@ Reference:
 
 from __future__ import annotations
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 
@@ -49,7 +53,25 @@ def mlp(
     *,
     norm_topk_prob: bool,
 ) -> Float[Array, "B S D"]:
-    """down(silu(gate(x)) * up(x)) of each token's experts, summed by the router's weights; all in one dtype."""
+    """down(silu(gate(x)) * up(x)) of each token's experts, summed by the router's weights; all in one dtype.
+
+    On a mesh (`jax.set_mesh`) each device sorts the tokens of its own rows.
+    """
+    mixture = functools.partial(_mlp, num_experts_per_tok=num_experts_per_tok, norm_topk_prob=norm_topk_prob)
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in mesh.axis_names if axis != "tensor")
+    num_shards = math.prod(mesh.shape[axis] for axis in axes)
+    if num_shards > 1 and x_BSD.shape[0] % num_shards == 0:
+        # Sorting all tokens at once would make every device compute all of them. The tensor axis stays XLA's to split.
+        rows, everywhere = PartitionSpec(axes), PartitionSpec()
+        # check_vma=False: the gradients of the experts are summed over devices when shard_map is transposed.
+        mixture = jax.shard_map(
+            mixture, in_specs=(rows, *(everywhere,) * 4), out_specs=rows, axis_names=set(axes), check_vma=False
+        )
+    return mixture(x_BSD, router_DE, gate_EDF, up_EDF, down_EFD)
+
+
+def _mlp(x_BSD, router_DE, gate_EDF, up_EDF, down_EFD, *, num_experts_per_tok: int, norm_topk_prob: bool):
     x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
     T, K, E = x_TD.shape[0], num_experts_per_tok, router_DE.shape[1]
     weights_TK, experts_TK = route(x_TD, router_DE, K, norm_topk_prob=norm_topk_prob)
