@@ -40,9 +40,13 @@ __all__ = [
 
 # Hugging Face's model_type -> the family's package.
 FAMILIES = {
+    "gemma2": "jdistill.models.gemma2",
+    "gemma3_text": "jdistill.models.gemma3",
     "llama": "jdistill.models.llama",
+    "mistral": "jdistill.models.mistral",
     "qwen2": "jdistill.models.qwen2",
     "qwen3": "jdistill.models.qwen3",
+    "qwen3_moe": "jdistill.models.qwen3_moe",
 }
 
 
@@ -73,7 +77,7 @@ def config_from_hf(path: str | pathlib.Path) -> DecoderConfig:
             "only causal language models can be trained or score tokens"
         )
     fields = HFFields(raw, source)
-    fields.refuse_unless("hidden_act", "silu")
+    fields.refuse_unless("hidden_act", family.HIDDEN_ACT)
     fields.refuse_unless("attention_dropout", 0)
     try:
         config = family.from_hf(fields)

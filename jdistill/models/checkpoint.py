@@ -1,5 +1,8 @@
 """Hugging Face safetensors -> sharded decoder, and back. Only the slices that a device needs are read.
 
+Parameters are stacked over layers, and over experts where there are any; the file has a tensor for each of them. Below,
+"one" is the part of a parameter that is one tensor there.
+
 Dimension key: L layers; shapes with "hf" are those of the file (a linear weight is [outputs, inputs] there).
 """
 
@@ -26,13 +29,13 @@ from jdistill import checkpoint_files
 from jdistill.models.decoder import Decoder, ParamSpec, param_specs
 from jdistill.models.partitioning import param_shardings
 
-# How one layer's parameter lies in the file.
+# How one layer's (and expert's) parameter lies in the file.
 TABLE = "table"  # as it is
 VECTOR = "vector"  # all dims flattened into one
 LINEAR = "linear"  # here [input, outputs..], there [outputs, input]
 LINEAR_FROM_HEADS = "linear_from_heads"  # here [heads, head_dim, output], there [output, heads * head_dim]
 
-Tensors = Mapping[str, tuple[str, str]]  # parameter -> (name pattern with {layer}, layout)
+Tensors = Mapping[str, tuple[str, str]]  # parameter -> (name pattern with {layer} and {expert}, layout)
 
 COPIED_FILES = (
     *checkpoint_files.TOKENIZER_FILES,
@@ -77,22 +80,24 @@ def read(
 
     def load_param(parameter: str) -> Callable[[tuple[slice, ...]], np.ndarray]:
         spec, (pattern, layout) = specs[parameter], tensors[parameter]
-        stacked = spec.axes[0] == "layer"
-        shape = spec.shape[1:] if stacked else spec.shape
-        for layer in range(spec.shape[0] if stacked else 1):
-            check(pattern.format(layer=layer), parameter, hf_shape(shape, layout))
+        num_stacked = len(spec.stacked)
+        shape = spec.shape[num_stacked:]
+        for name in _names(spec, pattern).values():
+            check(name, parameter, hf_shape(shape, layout))
         parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
             ranges = tuple(s.indices(size)[:2] for s, size in zip(index, spec.shape, strict=True))
             if ranges not in parts:  # replicas ask for the same part
-                layers, ranges_in_layer = (range(*ranges[0]), ranges[1:]) if stacked else (range(1), ranges)
-                hf_index = _hf_index(shape, layout, ranges_in_layer)
-                local = tuple(stop - start for start, stop in ranges_in_layer)
-                value = np.empty((len(layers), *local), jnp.dtype(param_dtype))
-                for i, layer in enumerate(layers):
-                    value[i] = from_hf(read_slice(pattern.format(layer=layer), hf_index), local, layout)
-                parts[ranges] = value if stacked else value[0]
+                ranges_in_one = ranges[num_stacked:]
+                hf_index = _hf_index(shape, layout, ranges_in_one)
+                local = tuple(stop - start for start, stop in ranges)
+                value = np.empty(local, jnp.dtype(param_dtype))
+                names = _names(spec, pattern)
+                for place in np.ndindex(local[:num_stacked]):
+                    name = names[tuple(i + start for i, (start, _) in zip(place, ranges, strict=False))]
+                    value[place] = from_hf(read_slice(name, hf_index), local[num_stacked:], layout)
+                parts[ranges] = value
             return parts[ranges]
 
         return part
@@ -120,8 +125,7 @@ def _check_names(
 ) -> None:
     expected = set()
     for parameter, spec in specs.items():
-        layers = range(spec.shape[0] if spec.axes[0] == "layer" else 1)
-        expected.update(tensors[parameter][0].format(layer=layer) for layer in layers)
+        expected.update(_names(spec, tensors[parameter][0]).values())
     if missing := sorted(expected - stored):
         raise ValueError(
             f"{path}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are): "
@@ -137,8 +141,14 @@ def _check_names(
         )
 
 
+def _names(spec: ParamSpec, pattern: str) -> dict[tuple[int, ...], str]:
+    """Index into the stacked dims -> the tensor's name; one entry with () where nothing is stacked."""
+    places = np.ndindex(spec.shape[: len(spec.stacked)])
+    return {place: pattern.format(**dict(zip(spec.stacked, place, strict=True))) for place in places}
+
+
 def hf_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
-    """Shape in the file of one layer's parameter."""
+    """Shape in the file of one parameter."""
     if layout == TABLE:
         return shape
     if layout == VECTOR:
@@ -153,7 +163,7 @@ def _split(dims: tuple, layout: str) -> tuple[tuple, tuple]:
 
 
 def _hf_index(shape: tuple[int, ...], layout: str, ranges: tuple[tuple[int, int], ...]) -> tuple[slice, ...]:
-    """Where the part `ranges` of one layer's parameter lies in the file."""
+    """Where the part `ranges` of one parameter lies in the file."""
 
     def flat(dims: tuple[int, ...], dim_ranges: tuple[tuple[int, int], ...]) -> slice:
         assert all(r == (0, n) for n, r in zip(dims[1:], dim_ranges[1:], strict=True)), "only heads are sharded"
@@ -225,23 +235,21 @@ def _write_tensors(
     decoder: Decoder, directory: pathlib.Path, tensors: Tensors, dtype: np.dtype, max_shard_bytes: int, writer: bool
 ) -> None:
     state = {".".join(map(str, p)): v[...] for p, v in nnx.to_flat_state(nnx.state(decoder, nnx.Param))}
-    plan: list[list[tuple[str, str, int | None]]] = [[]]  # shards of (name in the file, parameter, layer)
+    plan: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]  # shards of (name in the file, parameter, place)
     size = 0
     for parameter, spec in param_specs(decoder.config).items():
-        stacked = spec.axes[0] == "layer"
-        num_bytes = math.prod(spec.shape[1:] if stacked else spec.shape) * dtype.itemsize
-        for layer in range(spec.shape[0]) if stacked else [None]:
+        num_bytes = math.prod(spec.shape[len(spec.stacked) :]) * dtype.itemsize
+        for place, name in _names(spec, tensors[parameter][0]).items():
             if plan[-1] and size + num_bytes > max_shard_bytes:
                 plan.append([])
                 size = 0
             size += num_bytes
-            plan[-1].append((tensors[parameter][0].format(layer=layer), parameter, layer))
+            plan[-1].append((name, parameter, place))
     weight_map, total_bytes = {}, 0
     for i, shard in enumerate(plan, start=1):
         values = {}
-        for name, parameter, layer in shard:
-            array = state[parameter] if layer is None else state[parameter][layer]
-            values[name] = to_hf(_on_host(array).astype(dtype), tensors[parameter][1])
+        for name, parameter, place in shard:
+            values[name] = to_hf(_on_host(state[parameter][place]).astype(dtype), tensors[parameter][1])
             total_bytes += values[name].nbytes
         file = checkpoint_files.SAFETENSORS_FILE if len(plan) == 1 else f"model-{i:05d}-of-{len(plan):05d}.safetensors"
         weight_map.update(dict.fromkeys(values, file))

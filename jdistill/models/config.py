@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,12 +17,11 @@ import numpy as np
 HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_internal _commit_hash _name_or_path architectures bos_token_id
-    chunk_size_feed_forward dtype eos_token_id id2label keys_to_ignore_at_inference label2id max_window_layers
-    model_type num_labels output_attentions output_hidden_states pad_token_id prefix pretraining_tp problem_type
-    return_dict sep_token_id task_specific_params tie_last_hidden_states tokenizer_class torch_dtype
-    transformers_version unk_token_id unsloth_fixed unsloth_version use_cache
-    do_sample length_penalty max_length max_new_tokens min_length num_beams num_return_sequences repetition_penalty
-    temperature top_k top_p
+    cache_implementation chunk_size_feed_forward dtype eos_token_id id2label keys_to_ignore_at_inference label2id
+    max_window_layers model_type num_labels output_attentions output_hidden_states pad_token_id prefix pretraining_tp
+    problem_type return_dict sep_token_id task_specific_params tie_last_hidden_states tokenizer_class torch_dtype
+    transformers_version unk_token_id unsloth_fixed unsloth_version use_cache do_sample length_penalty max_length
+    max_new_tokens min_length num_beams num_return_sequences repetition_penalty temperature top_k top_p
     """.split()
 )
 
@@ -83,7 +83,7 @@ class DecoderConfig:
     family: str  # a key of jdistill.models.FAMILIES
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # F, of one expert where there are experts
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -97,6 +97,19 @@ class DecoderConfig:
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02  # standard deviation of the weights of random_init
+    hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"
+    sliding_window: int | None = None  # how many tokens a sliding layer attends to, its own included
+    sliding_layers: tuple[bool, ...] = ()  # one a layer; () where there is no window
+    local_rope: Rope | None = None  # of the sliding layers; None: theirs is `rope` too
+    query_pre_attn_scalar: float | None = None  # attention logits are q.k / sqrt of this; None: of head_dim
+    attention_softcap: float | None = None  # c: attention logits x become c * tanh(x / c)
+    final_softcap: float | None = None  # the same for the vocabulary's logits
+    norm_plus_one: bool = False  # norms multiply by 1 + weight
+    post_norms: bool = False  # norms after attention and MLP too, before the residual is added
+    scale_embedding: bool = False  # embeddings are multiplied by sqrt(hidden_size)
+    num_experts: int = 0  # of each layer's MLP; 0: one dense MLP
+    num_experts_per_tok: int = 0  # those with the largest router probabilities
+    norm_topk_prob: bool = False  # their probabilities are divided by their sum
 
     def __post_init__(self) -> None:
         for field in (
@@ -109,6 +122,29 @@ class DecoderConfig:
             raise ValueError(f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim}: rotary embeddings rotate pairs, so it must be even")
+        if len(self.sliding_layers) != (0 if self.sliding_window is None else self.num_layers):
+            raise ValueError(
+                f"sliding_layers has {len(self.sliding_layers)} entries with sliding_window = {self.sliding_window}: "
+                f"expected {self.num_layers} (num_layers) with a window, none without"
+            )
+        if self.local_rope is not None and self.sliding_window is None:
+            raise ValueError("local_rope is that of sliding layers, but sliding_window is None")
+        for field in ("sliding_window", "query_pre_attn_scalar", "attention_softcap", "final_softcap"):
+            value = getattr(self, field)
+            if value is not None and not value > 0:
+                raise ValueError(f"{field} = {value}: expected more than 0, or None")
+        if self.num_experts and (self.hidden_act != "silu" or self.mlp_bias):
+            raise ValueError("num_experts with mlp_bias or another hidden_act than silu: no family has that")
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok = {self.num_experts_per_tok}: expected 1 to num_experts = {self.num_experts}"
+            )
+
+    @property
+    def attention_scale(self) -> float | None:
+        """What attention logits are multiplied by; None: the usual head_dim**-0.5."""
+        usual = self.query_pre_attn_scalar in (None, self.head_dim)
+        return None if usual else self.query_pre_attn_scalar**-0.5
 
 
 class HFFields:
@@ -133,6 +169,26 @@ class HFFields:
         if type(value) not in kinds:
             raise ValueError(f"{self.source}: {name} = {value!r}: expected {' or '.join(k.__name__ for k in kinds)}")
         return value
+
+    def take_unless_null(self, name: str, kind: type | tuple[type, ...], default: Any) -> Any:
+        """As `take`, but null is None and not the default: where null switches something off."""
+        if name in self._fields and self._fields[name] is None:
+            self._taken.add(name)
+            return None
+        return self.take(name, kind, default)
+
+    def sliding_layers(self, num_layers: int, default: Sequence[bool]) -> tuple[bool, ...]:
+        """Which layers slide, by `layer_types`; `default` where it is absent."""
+        types = self.take("layer_types", list, None)
+        if types is None:
+            return tuple(default)
+        odd = sorted({str(kind) for kind in types} - {"full_attention", "sliding_attention"})
+        if odd or len(types) != num_layers:
+            raise ValueError(
+                f"{self.source}: layer_types = {types}: expected {num_layers} (num_hidden_layers) of full_attention "
+                "and sliding_attention"
+            )
+        return tuple(kind == "sliding_attention" for kind in types)
 
     def refuse_unless(self, name: str, *allowed: Any) -> None:
         """Raises ValueError unless the field is absent, null or one of `allowed`."""
@@ -235,7 +291,7 @@ def hf_fields(config: DecoderConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": config.hidden_act,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": rope.theta,
@@ -243,6 +299,11 @@ def hf_fields(config: DecoderConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "initializer_range": config.initializer_range,
     }
+
+
+def layer_types(config: DecoderConfig) -> list[str]:
+    """`sliding_layers` as config.json spells it."""
+    return ["sliding_attention" if sliding else "full_attention" for sliding in config.sliding_layers]
 
 
 _YARN_FIELDS = ("beta_fast", "beta_slow", "truncate", "attention_factor")

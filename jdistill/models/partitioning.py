@@ -15,6 +15,8 @@ MESH_AXES = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
+    # Not tensor, which splits every expert's MLP: experts are gathered at use, like any other weight on fsdp.
+    "expert": "fsdp",
 }
 
 

@@ -39,6 +39,7 @@ def target_logprobs(
     temperature: float,
     chunk_tokens: int,
     mesh: Mesh | None = None,
+    softcap: float | None = None,
 ) -> TargetLogprobs:
     """Log-softmax of hidden @ head / temperature at the targets and the candidates; differentiable in hidden and head.
 
@@ -51,6 +52,7 @@ def target_logprobs(
         temperature: of the softmax.
         chunk_tokens: C, targets of one device whose logits exist at once.
         mesh: the batch is split over its batch axes; None: one device.
+        softcap: c, where the model's logits x are c * tanh(x / c), before the temperature. None: they are x.
     """
     B, T, D = hidden.shape
     num_shards = 1
@@ -69,6 +71,7 @@ def target_logprobs(
     sharded = mesh if num_shards > 1 else None
     logprobs_NMK, entropy_NM = _chunked(
         temperature,
+        softcap,
         min(chunk_tokens, M),
         sharded,
         _split_rows(hidden.reshape(num_shards, M, D), sharded),
@@ -120,11 +123,13 @@ def _chunk_of(x, i, chunk: int):
     return jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1)
 
 
-def _logits(hidden_NCD, head_DV, temperature: float):
+def _logits(hidden_NCD, head_DV, temperature: float, softcap: float | None):
     # On NVIDIA GPUs the default for float32 is TF32, whose 10-bit mantissa is not what float32 promises.
     logits_NCV = jnp.einsum(
         "NCD,DV->NCV", hidden_NCD, head_DV, precision=_precision(head_DV), preferred_element_type=jnp.float32
     )
+    if softcap is not None:
+        logits_NCV = softcap * jnp.tanh(logits_NCV / softcap)
     return logits_NCV if temperature == 1 else logits_NCV / temperature
 
 
@@ -132,18 +137,22 @@ def _precision(x) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _chunked(temperature: float, chunk: int, mesh: Mesh | None, hidden_NMD, head_DV, ids_NMK, mask_NM):
-    return _forward(temperature, chunk, mesh, hidden_NMD, head_DV, ids_NMK, mask_NM)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _chunked(
+    temperature: float, softcap: float | None, chunk: int, mesh: Mesh | None, hidden_NMD, head_DV, ids_NMK, mask_NM
+):
+    return _forward(temperature, softcap, chunk, mesh, hidden_NMD, head_DV, ids_NMK, mask_NM)[0]
 
 
-def _forward(temperature: float, chunk: int, mesh: Mesh | None, hidden_NMD, head_DV, ids_NMK, mask_NM):
+def _forward(
+    temperature: float, softcap: float | None, chunk: int, mesh: Mesh | None, hidden_NMD, head_DV, ids_NMK, mask_NM
+):
     order = _order(mask_NM, chunk)
     whole_DV = _whole_width(head_DV, mesh)
 
     def body(i, filled):
         index_NC = _chunk_of(order.forth, i, chunk)
-        logits_NCV = _logits(_take(hidden_NMD, index_NC), whole_DV, temperature)
+        logits_NCV = _logits(_take(hidden_NMD, index_NC), whole_DV, temperature, softcap)
         max_NC1 = jnp.max(logits_NCV, axis=-1, keepdims=True)
         exp_NCV = jnp.exp(logits_NCV - max_NC1)
         sum_NC = jnp.sum(exp_NCV, axis=-1)
@@ -167,7 +176,7 @@ def _forward(temperature: float, chunk: int, mesh: Mesh | None, hidden_NMD, head
     return outputs, (hidden_NMD, head_DV, ids_NMK, mask_NM, norm_NM)
 
 
-def _backward(temperature: float, chunk: int, mesh: Mesh | None, residuals, cotangents):
+def _backward(temperature: float, softcap: float | None, chunk: int, mesh: Mesh | None, residuals, cotangents):
     hidden_NMD, head_DV, ids_NMK, mask_NM, norm_NM = residuals
     # entropy's cotangent is 0: target_logprobs stops it. where(): the others' are 0 too, unless a caller reads them.
     grad_NMK = jnp.where(mask_NM[..., None], cotangents[0], 0)
@@ -183,12 +192,14 @@ def _backward(temperature: float, chunk: int, mesh: Mesh | None, residuals, cota
         hidden_NCD = _take(hidden_NMD, index_NC)
         real_C = jax.lax.dynamic_slice_in_dim(real_M, i * chunk, chunk)
         grad_NCK = jnp.where(real_C[:, None], _take(grad_NMK, index_NC), 0)
-        logits_NCV = _logits(hidden_NCD, whole_DV, temperature)
+        logits_NCV = _logits(hidden_NCD, whole_DV, temperature, softcap)
         softmax_NCV = jnp.exp(logits_NCV - _take(norm_NM, index_NC)[..., None])
         grad_NCV = -jnp.sum(grad_NCK, axis=-1, keepdims=True) * softmax_NCV
         grad_NCV = jax.vmap(jax.vmap(lambda row, ids, grad: row.at[ids].add(grad)))(
             grad_NCV, _take(ids_NMK, index_NC), grad_NCK
         )
+        if softcap is not None:  # tanh' = 1 - tanh^2, and tanh is the capped logit over the cap
+            grad_NCV *= 1 - jnp.square(logits_NCV * (temperature / softcap))
         grad_NCV = (grad_NCV if temperature == 1 else grad_NCV / temperature).astype(head_DV.dtype)
         einsum = functools.partial(jnp.einsum, precision=_precision(head_DV), preferred_element_type=jnp.float32)
         grad_hidden_NCD = einsum("NCV,DV->NCD", grad_NCV, whole_DV).astype(hidden_NMD.dtype)

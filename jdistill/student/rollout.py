@@ -179,6 +179,7 @@ class Sampler:
         # One program a bucket of (rows, requests, prompts, prompt length, cache slots); nothing else is static.
         self._cast = jax.jit(self._cast_impl)
         self._empty = jax.jit(self._empty_impl, static_argnames=("num_rows", "num_slots"))
+        self._prefill = jax.jit(self._prefill_impl)
         self._admit = jax.jit(self._admit_impl, donate_argnames="rows")
         self._resize = jax.jit(self._resize_impl, static_argnames="num_slots")
         self._decode = jax.jit(self._decode_impl, donate_argnames="rows")
@@ -265,7 +266,7 @@ class Sampler:
         self, params: Any, requests: list[_Request], seed_N: np.ndarray, temperature: float, greedy: bool
     ) -> Iterator[Completion]:
         fixed = _Fixed(np.float32(temperature), np.bool_(greedy))
-        params = self._cast(params)
+        cast = self._cast(params)
         queue = collections.deque(requests)
         num_rows = self._num_rows(min(len(requests), self.max_rows or len(requests)))
         most_slots = max(_bucket(len(r.prompt), 16, self.max_prompt_tokens) + r.most for r in requests)
@@ -301,14 +302,13 @@ class Sampler:
                 else:
                     rows = self._resize(rows, None, None, num_slots=num_slots)
             if admitted:
-                rows, sampled = self._admit(
-                    params, rows, *self._to_admit(admitted, seed_N, prompt_slots, num_rows), fixed
-                )
+                prompts, places = self._to_admit(admitted, seed_N, prompt_slots, num_rows)
+                rows, sampled = self._admit(rows, *self._prefill(params, *prompts), *places, fixed)
                 for request in admitted:
                     request.ahead = 1
                 behind.append((sampled, dict(enumerate(admitted))))
             if any(r.ahead < r.most for r in running.values()):
-                rows, sampled = self._decode(params, rows, fixed)
+                rows, sampled = self._decode(cast, rows, fixed)
                 for request in running.values():
                     request.ahead += self.chunk_tokens
                 behind.append((sampled, dict(running)))
@@ -360,30 +360,33 @@ class Sampler:
             low, high = (low, middle) if has(middle) else (middle, high)
         return high
 
-    def _num_rows(self, num: int) -> int:
-        return self._num_shards * _bucket(-(-num // self._num_shards), 1)
+    def _num_rows(self, num: int, coarse: bool = False) -> int:
+        """`num` in whole rows of each device, rounded up; coarse: to a power of 4, so that there are few programs."""
+        per_shard = -(-num // self._num_shards)
+        return self._num_shards * (4 ** math.ceil(math.log(per_shard, 4)) if coarse else _bucket(per_shard, 1))
 
     def _to_admit(
         self, admitted: list[_Request], seed_N: np.ndarray, prompt_slots: int, num_rows: int
-    ) -> tuple[np.ndarray | jax.Array, ...]:
-        """(prompts [U, S], their lengths, which of them a request has, its row, seed, min and max position) of A."""
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What `_prefill` and `_admit` take: U different prompts, and of each request which of them it has."""
         places: dict[bytes, int] = {}
         source = [places.setdefault(request.prompt.tobytes(), len(places)) for request in admitted]
-        num_prompts = self._num_rows(len(places))
+        num_prompts = self._num_rows(len(places), coarse=True)
         token_US = np.zeros((num_prompts, prompt_slots), np.int32)
         length_U = np.ones(num_prompts, np.int32)  # a row of padding is a prompt of one token
         for request, place in zip(admitted, source, strict=True):
             token_US[place, : len(request.prompt)] = request.prompt
             length_U[place] = len(request.prompt)
         # What fills up the bucket goes to a row that does not exist, and so nowhere.
-        A = self._num_rows(len(admitted))
+        A = self._num_rows(len(admitted), coarse=True)
         source_A, row_A = np.zeros(A, np.int32), np.full(A, num_rows, np.int32)
         seed_A, min_A, max_A = np.zeros(A, np.uint32), np.zeros(A, np.int32), np.zeros(A, np.int32)
         for a, request in enumerate(admitted):
             source_A[a], row_A[a], seed_A[a] = source[a], request.row, seed_N[request.index]
             min_A[a] = len(request.prompt) + self.min_new_tokens - 1
             max_A[a] = len(request.prompt) + request.most - 1
-        return tuple(map(self._put, (token_US, length_U, source_A, row_A, seed_A, min_A, max_A)))
+        prompts = tuple(map(self._put, (token_US, length_U)))
+        return prompts, tuple(map(self._put, (length_U, source_A, row_A, seed_A, min_A, max_A)))
 
     def _put(self, array: np.ndarray) -> jax.Array | np.ndarray:
         return array if self._row_sharding is None else jax.device_put(array, self._row_sharding)
@@ -408,15 +411,19 @@ class Sampler:
             finish_reason=finish_reason,
         )
 
-    def _cast_impl(self, params: Any) -> Any:
-        """The parameters as decoding reads them: bf16 once for a call rather than float32 masters at every step."""
-        dtype = nnx.merge(self._graphdef, params).compute_dtype
+    def _cast_impl(self, params: Any) -> tuple[Any, list[dict[str, jax.Array]]]:
+        """What decoding reads: bf16 once for a call rather than float32 masters at every step, and an array a layer."""
+        decoder = nnx.merge(self._graphdef, params)
 
         # Norm scales are multiplied in float32 by the decoder whatever its compute dtype; casting them would change it.
         def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-            return x if "norm" in jax.tree_util.keystr(path) else x.astype(dtype)
+            return x if "norm" in jax.tree_util.keystr(path) else x.astype(decoder.compute_dtype)
 
-        return jax.tree_util.tree_map_with_path(cast, params)
+        def without_layers(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+            return jnp.zeros(0, x.dtype) if "layers" in jax.tree_util.keystr(path) else cast(path, x)
+
+        layers = jax.tree_util.tree_map_with_path(cast, decoder.unstacked())
+        return jax.tree_util.tree_map_with_path(without_layers, params), layers
 
     def _empty_impl(self, params: Any, num_rows: int, num_slots: int) -> _Rows:
         decoder = nnx.merge(self._graphdef, params)
@@ -431,11 +438,19 @@ class Sampler:
             last_positions=zeros(jnp.int32),
         )
 
+    def _prefill_impl(self, params: Any, token_US: jax.Array, length_U: jax.Array) -> tuple[jax.Array, models.KVCache]:
+        """The logits after each prompt, and its cache."""
+        decoder = nnx.merge(self._graphdef, params)
+        position_US = jnp.broadcast_to(jnp.arange(token_US.shape[1], dtype=jnp.int32), token_US.shape)
+        hidden_USD, cache = decoder.prefill(token_US, position_US)
+        hidden_UD = jnp.take_along_axis(hidden_USD, (length_U - 1)[:, None, None], axis=1)[:, 0]
+        return decoder.logits(hidden_UD), self._constrain(cache)
+
     def _admit_impl(
         self,
-        params: Any,
         rows: _Rows,
-        token_US: jax.Array,
+        logits_UV: jax.Array,
+        cache: models.KVCache,
         length_U: jax.Array,
         source_A: jax.Array,
         row_A: jax.Array,
@@ -444,14 +459,8 @@ class Sampler:
         max_A: jax.Array,
         fixed: _Fixed,
     ) -> tuple[_Rows, _Sampled]:
-        """Computes each prompt once, and gives every request a row with its prompt's cache and its first token."""
-        decoder = nnx.merge(self._graphdef, params)
-        num_prompts, prompt_slots = token_US.shape
-        cache = models.init_cache(decoder.config, num_prompts, prompt_slots, self._dtype(decoder))
-        position_US = jnp.broadcast_to(jnp.arange(prompt_slots, dtype=jnp.int32), token_US.shape)
-        hidden_USD, cache = decoder(token_US, position_US, cache=self._constrain(cache))
-        hidden_UD = jnp.take_along_axis(hidden_USD, (length_U - 1)[:, None, None], axis=1)[:, 0]
-        logits_AV, length_A = decoder.logits(hidden_UD)[source_A], length_U[source_A]
+        """Gives every request a row with its prompt's cache, and its first token."""
+        logits_AV, length_A = logits_UV[source_A], length_U[source_A]
         drawn = self._draw(logits_AV, length_A, seed_A, min_A, fixed)
         done_A = self._ends(drawn[0], length_A, min_A, max_A)
         new = _Rows(None, drawn[0], length_A, done_A, seed_A, min_A, max_A)
@@ -460,9 +469,16 @@ class Sampler:
             for name in _Rows._fields
             if name != "cache"
         }
+        prompt_slots = cache.num_slots
         kept = models.KVCache(
-            k=rows.cache.k.at[:, row_A, :, :, :prompt_slots].set(cache.k[:, source_A], mode="drop"),
-            v=rows.cache.v.at[:, row_A, :, :prompt_slots].set(cache.v[:, source_A], mode="drop"),
+            tuple(
+                to.at[row_A, :, :, :prompt_slots].set(k[source_A].astype(to.dtype), mode="drop")
+                for to, k in zip(rows.cache.k, cache.k, strict=True)
+            ),
+            tuple(
+                to.at[row_A, :, :prompt_slots].set(v[source_A].astype(to.dtype), mode="drop")
+                for to, v in zip(rows.cache.v, cache.v, strict=True)
+            ),
         )
         return _Rows(cache=self._constrain(kept), **put), _Sampled(*(x[:, None] for x in drawn))
 
@@ -471,12 +487,15 @@ class Sampler:
     ) -> _Rows:
         """The rows at `index_B` (None: all), with as many slots."""
         if index_B is not None:
-            cache = jax.tree.map(lambda x: x[:, index_B], rows.cache)
+            cache = jax.tree.map(lambda x: x[index_B], rows.cache)
             rows = _Rows(cache, *(x[index_B] for x in rows[1:]))
             rows = rows._replace(done=rows.done | padding_B)
         return rows._replace(cache=self._constrain(models.resize_cache(rows.cache, num_slots)))
 
-    def _decode_impl(self, params: Any, rows: _Rows, fixed: _Fixed) -> tuple[_Rows, _Sampled]:
+    def _decode_impl(
+        self, cast: tuple[Any, list[dict[str, jax.Array]]], rows: _Rows, fixed: _Fixed
+    ) -> tuple[_Rows, _Sampled]:
+        params, layers = cast
         decoder = nnx.merge(self._graphdef, params)
         shape_BC = (rows.tokens.shape[0], self.chunk_tokens)
         sampled = _Sampled(
@@ -491,7 +510,7 @@ class Sampler:
 
         def one_step(carry: tuple[jax.Array, _Rows, _Sampled]) -> tuple[jax.Array, _Rows, _Sampled]:
             step, rows, sampled = carry
-            hidden_B1D, cache = decoder(rows.tokens[:, None], rows.positions[:, None], cache=rows.cache)
+            hidden_B1D, cache = decoder(rows.tokens[:, None], rows.positions[:, None], cache=rows.cache, layers=layers)
             next_B = rows.positions + 1
             drawn = self._draw(decoder.logits(hidden_B1D[:, 0]), next_B, rows.seeds, rows.first_ends, fixed)
             sampled = _Sampled(
@@ -538,7 +557,7 @@ class Sampler:
     def _constrain(self, cache: models.KVCache) -> models.KVCache:
         if self._row_sharding is None:
             return cache
-        sharding = NamedSharding(self._row_sharding.mesh, PartitionSpec(None, BATCH_AXES))
+        sharding = NamedSharding(self._row_sharding.mesh, PartitionSpec(BATCH_AXES))
         return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), cache)
 
 

@@ -232,6 +232,7 @@ class TrainStep:
             temperature=config.rollout.temperature if config.objective.kind == "on_policy" else 1.0,
             chunk_tokens=config.objective.chunk_tokens,
             mesh=self._mesh,
+            softcap=decoder.config.final_softcap,
         )
         values_BT = None
         if head is not None:

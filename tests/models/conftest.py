@@ -10,9 +10,13 @@ import torch
 import transformers
 
 CLASSES = {
+    "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
+    "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
 }
 
 
@@ -36,7 +40,8 @@ def make_reference(directory, family, seed=0, dtype=torch.float32, **fields):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            center = 1.0 if "norm" in name else 0.0
+            # Gemma's norms multiply by 1 + weight.
+            center = 1.0 if "norm" in name and not family.startswith("gemma") else 0.0
             parameter.copy_(center + 0.15 * torch.randn(parameter.shape, generator=generator))
     model = model.to(dtype)
     model.save_pretrained(directory)

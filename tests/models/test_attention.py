@@ -23,7 +23,7 @@ def plain(q, k, v, segment_ids=None):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("S", [1, 5, 64, 65, 150])  # less than, exactly and more than a block of queries
+@pytest.mark.parametrize("S", [5, 64, 150])  # less than, exactly and more than a block of queries
 def test_causal_attention_and_its_gradients(S, packed):
     q, k, v, weights = inputs(6, S)
     segments = jnp.sort(jax.random.randint(jax.random.key(1), (6, S), 0, 3), axis=1) if packed else None
@@ -31,8 +31,8 @@ def test_causal_attention_and_its_gradients(S, packed):
     def total(f):
         return lambda q, k, v: jnp.sum(f(q, k, v, segments) * weights)
 
-    np.testing.assert_allclose(causal_attention(q, k, v, segments), plain(q, k, v, segments), atol=2e-6)
-    found, expected = (jax.grad(total(f), argnums=(0, 1, 2))(q, k, v) for f in (causal_attention, plain))
+    np.testing.assert_allclose(jax.jit(causal_attention)(q, k, v, segments), plain(q, k, v, segments), atol=2e-6)
+    found, expected = (jax.jit(jax.grad(total(f), argnums=(0, 1, 2)))(q, k, v) for f in (causal_attention, plain))
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 

@@ -20,17 +20,27 @@ from jdistill import checkpoint_files, models
 from jdistill.models import DecoderConfig, Rope, checkpoint
 from jdistill.models.llama.params import TENSORS as LLAMA_TENSORS
 
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "intermediate_size": 36,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+GEMMA = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "norm_plus_one": True,
+    "post_norms": True,
+    "scale_embedding": True,
+    "tie_word_embeddings": True,
+}
 LLAMA = DecoderConfig(
     family="llama",
-    vocab_size=40,
-    hidden_size=24,
-    intermediate_size=36,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=10,
-    max_position_embeddings=64,
-    rms_norm_eps=1e-5,
+    **SIZES,
     rope=Rope(
         theta=5e5,
         kind="llama3",
@@ -56,6 +66,27 @@ CONFIGS = [
         mlp_bias=False,
         rope=Rope(kind="yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=1.2, truncate=False),
     ),
+    DecoderConfig(family="mistral", **SIZES, sliding_window=9, sliding_layers=(True, True, True)),
+    DecoderConfig(
+        family="gemma2",
+        **(SIZES | GEMMA),
+        sliding_window=9,
+        sliding_layers=(True, False, True),
+        query_pre_attn_scalar=12.0,
+        attention_softcap=3.0,
+        final_softcap=4.0,
+    ),
+    DecoderConfig(
+        family="gemma3_text",
+        **(SIZES | GEMMA),
+        qk_norm=True,
+        rope=Rope(kind="linear", theta=1e6, factor=8.0),
+        local_rope=Rope(theta=300.0),
+        sliding_window=9,
+        sliding_layers=(False, True, True),
+        query_pre_attn_scalar=10.0,
+    ),
+    DecoderConfig(family="qwen3_moe", **SIZES, qk_norm=True, num_experts=5, num_experts_per_tok=2, norm_topk_prob=True),
 ]
 
 

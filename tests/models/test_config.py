@@ -35,7 +35,7 @@ def read(tmp_path, remove=(), **fields):
     [
         (
             {"model_type": "mixtral"},
-            r"config.json: model_type = 'mixtral' is not supported \(only llama, qwen2, qwen3\)",
+            r"config.json: model_type = 'mixtral' is not supported \(only gemma2, .*, qwen3, qwen3_moe\)",
         ),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "only causal language models"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
@@ -65,6 +65,79 @@ def read(tmp_path, remove=(), **fields):
 def test_an_unsupported_field_is_refused_by_name_value_and_file(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, **fields)
+
+
+GEMMA2 = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "hidden_act": "gelu_pytorch_tanh"}
+GEMMA3 = {
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "hidden_act": None,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+MOE = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        (GEMMA2, {"hidden_act": "silu"}, "hidden_act = 'silu' is not supported"),
+        (GEMMA2, {"hidden_activation": "gelu"}, "hidden_activation = 'gelu' is not supported"),
+        (GEMMA2, {"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not supported"),
+        (GEMMA2, {"sliding_window_size": 64}, "sliding_window_size = 64 is not supported .only 4096"),
+        (GEMMA2, {"sliding_window": None}, "sliding_window is null, but 1 of 2 layers are sliding"),
+        (GEMMA2, {"layer_types": ["full_attention"]}, r"layer_types = \['full_attention'\]: expected 2"),
+        (GEMMA2, {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types = .* expected 2"),
+        (GEMMA2, {"final_logit_softcapping": -1.0}, "final_softcap = -1.0: expected more than 0"),
+        (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
+        (GEMMA3, {"rope_parameters": {"rope_theta": 1e4}}, "expected one entry for full_attention"),
+        (
+            GEMMA3,
+            {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}},
+            "rope_parameters.full_attention and rope_theta, rope_scaling disagree",
+        ),
+        (
+            GEMMA3,
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "rope_parameters.sliding_attention.rope_type = 'linear' is not supported",
+        ),
+        (MISTRAL, {"sliding_window": 0}, "sliding_window = 0: expected more than 0"),
+        (MOE, {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] is not supported"),
+        (MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported"),
+        (MOE, {"num_experts_per_tok": 5}, "num_experts_per_tok = 5: expected 1 to num_experts = 4"),
+    ],
+)
+def test_what_a_family_cannot_do_is_refused(tmp_path, family, fields, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, **{**family, **fields})
+
+
+def test_null_switches_off_what_absent_leaves_on(tmp_path):
+    assert read(tmp_path, **MISTRAL).sliding_window == 4096
+    assert read(tmp_path, **MISTRAL, sliding_window=None).sliding_window is None
+    config = read(tmp_path, **GEMMA2)
+    assert (config.attention_softcap, config.final_softcap) == (50.0, 30.0)
+    assert config.sliding_layers == (True, False)
+    config = read(tmp_path, **GEMMA2, attn_logit_softcapping=None, final_logit_softcapping=None)
+    assert (config.attention_softcap, config.final_softcap) == (None, None)
+
+
+def test_both_spellings_of_gemma_3s_rotations_are_read_alike(tmp_path):
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    old = read(tmp_path, **GEMMA3, rope_local_base_freq=2e4, rope_scaling=scaling, num_hidden_layers=12)
+    both = {"full_attention": {**scaling, "rope_theta": 1e6}, "sliding_attention": {"rope_theta": 20000}}
+    new = read(tmp_path, ("rope_theta",), **GEMMA3, rope_parameters=both, num_hidden_layers=12)
+    assert new == old
+    assert (old.rope.theta, old.rope.kind, old.rope.factor, old.local_rope.theta) == (1e6, "linear", 8.0, 2e4)
+    assert [layer for layer, sliding in enumerate(old.sliding_layers) if not sliding] == [5, 11]
+    default = read(tmp_path, ("rope_theta",), **GEMMA3)
+    assert (default.rope.theta, default.local_rope.theta) == (1e6, 1e4)
 
 
 def test_a_missing_field_is_named(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from jdistill import models
-from jdistill.models import Decoder, DecoderConfig
+from jdistill.models import Decoder, DecoderConfig, Rope
 
 CONFIG = DecoderConfig(
     family="qwen3",
@@ -26,11 +26,42 @@ CONFIG = DecoderConfig(
     qk_norm=True,
     initializer_range=0.2,
 )
+GEMMA2 = dataclasses.replace(
+    CONFIG,
+    family="gemma2",
+    qk_norm=False,
+    hidden_act="gelu_pytorch_tanh",
+    sliding_window=6,
+    sliding_layers=(True, False, True),
+    query_pre_attn_scalar=5.0,
+    attention_softcap=1.5,
+    final_softcap=2.0,
+    norm_plus_one=True,
+    post_norms=True,
+    scale_embedding=True,
+)
+GEMMA3 = dataclasses.replace(
+    GEMMA2,
+    family="gemma3_text",
+    qk_norm=True,
+    attention_softcap=None,
+    final_softcap=None,
+    rope=Rope(theta=1e6, kind="linear", factor=4.0),
+    local_rope=Rope(theta=100.0),
+)
+MOE = dataclasses.replace(CONFIG, family="qwen3_moe", num_experts=5, num_experts_per_tok=2)
+CONFIGS = [CONFIG, GEMMA2, GEMMA3, MOE]
 
 
 @functools.cache  # compiling the random numbers is most of the time of these tests
-def random_decoder():
-    return models.random_init(CONFIG, 7)
+def random_decoder(config=CONFIG):
+    if config == CONFIG:
+        return models.random_init(config, 7)
+    rng = np.random.default_rng(7)
+    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    state = nnx.state(decoder, nnx.Param)
+    nnx.update(decoder, jax.tree.map(lambda x: jnp.asarray(0.2 * rng.standard_normal(x.shape, np.float32)), state))
+    return decoder
 
 
 @nnx.jit
@@ -46,15 +77,16 @@ def forward(decoder, tokens_BS, positions_BS=None, **kwargs):
     return np.asarray(logits_BSV), cache
 
 
-def test_cached_decode_of_right_padded_prompts_equals_the_full_forward():
-    decoder = random_decoder()
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.family)
+def test_cached_decode_of_right_padded_prompts_equals_the_full_forward(config):
+    decoder = random_decoder(config)
     rng = np.random.default_rng(0)
     B, S, prompt_S = 4, 24, 10
     tokens_BS = rng.integers(0, 61, (B, S))
     lengths_B = np.array([10, 7, 1, 4])
     full_BSV, _ = forward(decoder, tokens_BS)
     prompt_BS = np.where(np.arange(prompt_S) < lengths_B[:, None], tokens_BS[:, :prompt_S], 5)
-    cache = models.init_cache(CONFIG, B, S, "float32")
+    cache = models.init_cache(config, B, S, "float32")
     logits_BSV, cache = forward(decoder, prompt_BS, cache=cache)
     for b, length in enumerate(lengths_B):
         np.testing.assert_allclose(logits_BSV[b, :length], full_BSV[b, :length], rtol=0, atol=5e-5)
@@ -70,7 +102,8 @@ def test_a_position_outside_the_cache_writes_nothing():
     cache = models.init_cache(CONFIG, 2, 6, "float32")
     tokens_BS = np.array([[3, 4], [5, 6]])
     _, cache = forward(decoder, tokens_BS, np.array([[0, 1], [6, 7]]), cache=cache)
-    for written_LBM in (jnp.abs(cache.k).sum((2, 3)) > 0, jnp.abs(cache.v).sum((2, 4)) > 0):
+    k_LBKHM, v_LBKMH = (jnp.abs(jnp.stack(part)) for part in cache)
+    for written_LBM in (k_LBKHM.sum((2, 3)) > 0, v_LBKMH.sum((2, 4)) > 0):
         assert written_LBM[:, 0].tolist() == [[True, True, False, False, False, False]] * 3
         assert not written_LBM[:, 1].any()
 
@@ -79,18 +112,18 @@ def test_decoding_copies_no_cache():
     decoder = random_decoder()
     graphdef, state = nnx.split(decoder)
 
-    def step(state, tokens_BS, positions_BS, cache):
-        return nnx.merge(graphdef, state)(tokens_BS, positions_BS, cache=cache)
+    def step(state, layers, tokens_BS, positions_BS, cache):
+        return nnx.merge(graphdef, state)(tokens_BS, positions_BS, cache=cache, layers=layers)
 
     cache = models.init_cache(CONFIG, 2, 64, "float32")
     one_BS = jnp.zeros((2, 1), jnp.int32)
-    compiled = jax.jit(step, donate_argnums=3).lower(state, one_BS, one_BS, cache).compile()
+    compiled = jax.jit(step, donate_argnums=4).lower(state, decoder.unstacked(), one_BS, one_BS, cache).compile()
     text = compiled.as_text()
-    for part in cache:
+    for part, *_ in cache:
         shape = re.escape(f"f32[{','.join(map(str, part.shape))}]")
         assert re.search(rf"= {shape}\S* (scatter|dynamic-update-slice)\(", text), "the update is not where it was"
         assert not re.findall(rf"= {shape}\S* (?:copy|transpose|concatenate)\(.*", text)
-    assert compiled.memory_analysis().temp_size_in_bytes < 2 * cache.k.nbytes
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * sum(k.nbytes for k in cache.k)
 
 
 def test_remat_changes_no_gradient_and_a_tied_embedding_gets_both_gradients():
@@ -121,11 +154,49 @@ def test_remat_changes_no_gradient_and_a_tied_embedding_gets_both_gradients():
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
-def test_compiled_size_does_not_grow_with_depth():
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("sliding_window", 5),
+        ("sliding_layers", (False, True, True)),
+        ("query_pre_attn_scalar", 6.0),
+        ("attention_softcap", 1.0),
+        ("local_rope", Rope(theta=50.0)),
+    ],
+)
+def test_a_flag_changes_the_numbers(flag, value):
+    # Parity with another implementation shows nothing about a flag that is not felt.
+    state = nnx.state(random_decoder(GEMMA2))
+    tokens_BS = np.random.default_rng(0).integers(0, 61, (1, 12))
+    positions_BS = np.arange(12)[None]
+
+    def logits(config):
+        decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+        nnx.update(decoder, state)
+        return decoder.logits(decoder(tokens_BS, positions_BS)[0])
+
+    assert np.abs(logits(dataclasses.replace(GEMMA2, **{flag: value})) - logits(GEMMA2)).max() > 1e-2
+
+
+def test_packed_segments_of_sliding_layers_equal_separate_rows():
+    decoder = random_decoder(GEMMA2)
+    rng = np.random.default_rng(2)
+    parts = [rng.integers(0, 61, (1, n)) for n in (9, 3, 11)]
+    tokens_BS = np.concatenate(parts, axis=1)
+    positions_BS = np.concatenate([np.arange(p.shape[1]) for p in parts])[None]
+    segments_BS = np.repeat(np.arange(3), [9, 3, 11])[None]
+    ours, _ = forward(decoder, tokens_BS, positions_BS, segment_ids_BS=jnp.asarray(segments_BS))
+    expected = np.concatenate([forward(decoder, part)[0] for part in parts], axis=1)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.family)
+def test_compiled_size_does_not_grow_with_depth(config):
     def size(num_layers):
-        config = dataclasses.replace(CONFIG, num_layers=num_layers)
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
-        tokens_BS = jnp.zeros((1, 4), jnp.int32)
+        layers = (True, False) * (num_layers // 2) if config.sliding_layers else ()
+        deeper = dataclasses.replace(config, num_layers=num_layers, sliding_layers=layers)
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(deeper, rngs=nnx.Rngs(0))))
+        tokens_BS = jnp.zeros((1, 8), jnp.int32)
         return len(jax.jit(lambda s: nnx.merge(graphdef, s)(tokens_BS, tokens_BS)[0]).lower(state).as_text())
 
     assert size(24) < 1.05 * size(2)

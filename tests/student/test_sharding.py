@@ -1,5 +1,6 @@
 """Meshes from configuration, and where parameters lie on them."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -58,10 +59,12 @@ def test_one_device_is_a_mesh_too():
 
 
 def test_every_logical_axis_is_in_the_table_and_the_table_names_mesh_axes_only():
-    used = {axis for spec in param_specs(CONFIG).values() for axis in spec.axes if axis is not None}
+    experts = dataclasses.replace(CONFIG, family="qwen3_moe", mlp_bias=False, num_experts=4, num_experts_per_tok=2)
+    specs = param_specs(CONFIG) | {f"experts.{name}": spec for name, spec in param_specs(experts).items()}
+    used = {axis for spec in specs.values() for axis in spec.axes if axis is not None}
     assert used == set(MESH_AXES)
     assert {axis for axis in MESH_AXES.values() if axis is not None} <= set(sharding.AXES)
-    for name, spec in param_specs(CONFIG).items():
+    for name, spec in specs.items():
         mesh_axes = [MESH_AXES[axis] for axis in spec.axes if axis is not None and MESH_AXES[axis] is not None]
         assert len(set(mesh_axes)) == len(mesh_axes), f"{name} would be sharded twice over one axis"
 

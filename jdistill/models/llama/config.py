@@ -7,6 +7,7 @@ from typing import Any
 from jdistill.models.config import DecoderConfig, HFFields, hf_fields
 
 ARCHITECTURE = "LlamaForCausalLM"
+HIDDEN_ACT = "silu"
 
 
 def from_hf(fields: HFFields) -> DecoderConfig:

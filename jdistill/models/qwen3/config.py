@@ -8,6 +8,7 @@ from jdistill.models.config import DecoderConfig, HFFields, hf_fields
 from jdistill.models.qwen2.config import refuse_sliding_window
 
 ARCHITECTURE = "Qwen3ForCausalLM"
+HIDDEN_ACT = "silu"
 
 
 def from_hf(fields: HFFields) -> DecoderConfig:

@@ -1,0 +1,78 @@
+"""config.json of Gemma 3 (text) -> DecoderConfig."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jdistill.models.config import DecoderConfig, HFFields, Rope
+from jdistill.models.gemma2.config import HIDDEN_ACT, gemma_fields, gemma_hf_fields
+
+__all__ = ["ARCHITECTURE", "HIDDEN_ACT", "from_hf", "to_hf"]
+
+ARCHITECTURE = "Gemma3ForCausalLM"
+
+
+def from_hf(fields: HFFields) -> DecoderConfig:
+    """Defaults are those of transformers' Gemma3TextConfig, where sizes that matter have none."""
+    # transformers has the field, and no code that applies it.
+    fields.refuse_unless("attn_logit_softcapping")
+    pattern = fields.take("sliding_window_pattern", int, 6)
+    fields.take("_sliding_window_pattern", int, pattern)  # layer_types is always beside it
+    rope = _rope(fields, "full_attention", {"rope_theta": "rope_theta", "rope_scaling": "rope_scaling"}, 1_000_000.0)
+    local_rope = _rope(fields, "sliding_attention", {"rope_local_base_freq": "rope_theta"}, 10_000.0)
+    if local_rope.kind != "default":
+        raise ValueError(
+            f"{fields.source}: rope_parameters.sliding_attention.rope_type = {local_rope.kind!r} is not supported "
+            "(only 'default'): use another checkpoint, or serve it with the vllm or transformers engine"
+        )
+    shared = gemma_fields(fields, max_position_embeddings=131_072, full_every=pattern, rope=rope)
+    return DecoderConfig(
+        family="gemma3_text",
+        qk_norm=True,
+        local_rope=None if shared["sliding_window"] is None else local_rope,
+        final_softcap=fields.take("final_logit_softcapping", float, None),
+        **shared,
+    )
+
+
+def _rope(fields: HFFields, kind: str, flat_names: dict[str, str], theta: float) -> Rope:
+    """The rotation of one kind of layer, from either spelling.
+
+    Args:
+        fields: of config.json.
+        kind: full_attention or sliding_attention, the key in `rope_parameters` (transformers 5).
+        flat_names: the older fields of config.json -> what they are called where there is one rotation.
+        theta: the default.
+
+    Raises:
+        ValueError: the two spellings disagree, or the rotation is not supported.
+    """
+    flat = {name: fields.take(old, (dict, float), None) for old, name in flat_names.items()}
+    both = fields.take("rope_parameters", dict, None)
+    if both is not None and not set(both) <= {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"{fields.source}: rope_parameters = {both}: expected one entry for full_attention and one for "
+            "sliding_attention"
+        )
+    length = fields.take("max_position_embeddings", int, 131_072)
+    given = None if both is None else both.get(kind)
+    flat_rope = HFFields({"rope_theta": theta, **_set(flat)}, fields.source).rope(max_position_embeddings=length)
+    if given is None:
+        return flat_rope
+    where = f"{fields.source}: rope_parameters.{kind}"
+    rope = HFFields({"rope_parameters": {"rope_theta": theta, **_set(given)}}, where).rope(
+        max_position_embeddings=length
+    )
+    if _set(flat) and rope != flat_rope:
+        raise ValueError(f"{where} and {', '.join(flat_names)} disagree: delete the wrong one")
+    return rope
+
+
+def _set(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json that `from_hf` reads back, in the spelling that every version of transformers reads."""
+    local = config.local_rope or Rope()
+    return {"architectures": [ARCHITECTURE], **gemma_hf_fields(config), "rope_local_base_freq": local.theta}

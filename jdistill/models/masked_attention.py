@@ -1,0 +1,55 @@
+"""Attention of the families that ask for more than causality: windows that differ by layer, softcaps, other scales.
+
+All scores of a row exist at once, unlike in the plain attention; that one is used wherever it will do.
+
+Dimension key: B rows, S queries, M keys, N query heads, K key-value heads, G = N / K, H head_dim.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def masked_attention(
+    q_BSNH: Float[Array, "B S N H"],
+    k_BMKH: Float[Array, "B M K H"],
+    v_BMKH: Float[Array, "B M K H"],
+    slots_BS: Int[Array, "#B S"],
+    segment_ids_BS: Int[Array, "B S"] | None = None,
+    *,
+    window: Int[Array, ""] | None,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B S N H"]:
+    """Each query attends to the keys of its own slot and of those before it; logits and softmax are float32.
+
+    Args:
+        q_BSNH: queries.
+        k_BMKH: keys by slot.
+        v_BMKH: values by slot.
+        slots_BS: the queries' own slots.
+        segment_ids_BS: only keys of a query's own segment count. Only where M = S: rows without a cache.
+        window: how many slots count, the query's own included; traced, so that layers may differ. None: all.
+        scale: what the products of queries and keys are multiplied by.
+        softcap: c: scaled products x become c * tanh(x / c). None: they stay.
+    """
+    keys_M = jnp.arange(k_BMKH.shape[1])
+    mask_BSM = keys_M <= slots_BS[:, :, None]
+    if window is not None:
+        mask_BSM &= keys_M > slots_BS[:, :, None] - window
+    if segment_ids_BS is not None:
+        mask_BSM &= segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
+    mask_B1SM = mask_BSM[:, None]
+    if softcap is None:
+        return jax.nn.dot_product_attention(q_BSNH, k_BMKH, v_BMKH, mask=mask_B1SM, scale=scale)
+    B, S, N, H = q_BSNH.shape
+    K = k_BMKH.shape[2]
+    q_BSKGH = q_BSNH.reshape(B, S, K, N // K, H)
+    logits_BKGSM = jnp.einsum("BSKGH,BMKH->BKGSM", q_BSKGH, k_BMKH, preferred_element_type=jnp.float32) * scale
+    logits_BKGSM = softcap * jnp.tanh(logits_BKGSM / softcap)
+    # Not -inf: an idle row, whose position is outside the cache, may see no slot at all.
+    logits_BKGSM = jnp.where(mask_B1SM[:, :, None], logits_BKGSM, jnp.finfo(jnp.float32).min)
+    probs_BKGSM = jax.nn.softmax(logits_BKGSM, axis=-1).astype(v_BMKH.dtype)
+    return jnp.einsum("BKGSM,BMKH->BSKGH", probs_BKGSM, v_BMKH).reshape(B, S, N, H)

@@ -1,0 +1,65 @@
+"""config.json of Qwen3-MoE -> DecoderConfig."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jdistill.models.config import DecoderConfig, HFFields, hf_fields
+from jdistill.models.qwen2.config import refuse_sliding_window
+
+ARCHITECTURE = "Qwen3MoeForCausalLM"
+HIDDEN_ACT = "silu"
+
+
+def from_hf(fields: HFFields) -> DecoderConfig:
+    """Defaults are those of transformers' Qwen3MoeConfig, where sizes that matter have none."""
+    attention_bias = fields.take("attention_bias", bool, False)
+    num_layers = fields.take("num_hidden_layers", int)
+    num_heads = fields.take("num_attention_heads", int)
+    hidden_size = fields.take("hidden_size", int)
+    max_position_embeddings = fields.take("max_position_embeddings", int, 32768)
+    refuse_sliding_window(fields, num_layers)
+    # Every layer has experts: a dense one among them would not stack.
+    fields.refuse_unless("decoder_sparse_step", 1)
+    fields.refuse_unless("mlp_only_layers", [])
+    fields.take("intermediate_size", int, 6144)  # of dense layers
+    fields.take("router_aux_loss_coef", float, 0.001)  # of a loss that is not this one
+    fields.take("output_router_logits", bool, False)
+    num_experts = fields.take("num_local_experts", int, None)  # transformers 5's name
+    return DecoderConfig(
+        family="qwen3_moe",
+        vocab_size=fields.take("vocab_size", int),
+        hidden_size=hidden_size,
+        intermediate_size=fields.take("moe_intermediate_size", int),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=fields.take("num_key_value_heads", int, 4),
+        # transformers has no default of its own here, unlike for Qwen3.
+        head_dim=fields.take("head_dim", int, hidden_size // num_heads),
+        max_position_embeddings=max_position_embeddings,
+        rms_norm_eps=fields.take("rms_norm_eps", float, 1e-6),
+        rope=fields.rope(max_position_embeddings=max_position_embeddings),
+        qk_norm=True,
+        qkv_bias=attention_bias,
+        output_bias=attention_bias,
+        tie_word_embeddings=fields.take("tie_word_embeddings", bool, False),
+        initializer_range=fields.take("initializer_range", float, 0.02),
+        num_experts=fields.take("num_experts", int, num_experts or 128),
+        num_experts_per_tok=fields.take("num_experts_per_tok", int, 8),
+        norm_topk_prob=fields.take("norm_topk_prob", bool, False),
+    )
+
+
+def to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json that `from_hf` reads back."""
+    return {
+        "architectures": [ARCHITECTURE],
+        **hf_fields(config),
+        "attention_bias": config.qkv_bias,
+        "moe_intermediate_size": config.intermediate_size,
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "norm_topk_prob": config.norm_topk_prob,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }

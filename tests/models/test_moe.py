@@ -1,0 +1,82 @@
+"""Experts: the blocks, and gradients against a dense mixture in which every expert sees every token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdistill.models import moe
+
+D, F = 6, 5
+
+
+def random_arguments(num_tokens, num_experts, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = [(2, num_tokens // 2, D), (D, num_experts), (num_experts, D, F), (num_experts, D, F), (num_experts, F, D)]
+    return [jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes]
+
+
+def dense(x_BSD, router_DE, gate_EDF, up_EDF, down_EFD, num_experts_per_tok, *, norm_topk_prob):
+    """The weights of experts that are not chosen are 0."""
+    probs_BSE = jax.nn.softmax(x_BSD @ router_DE)
+    least_BS1 = jnp.sort(probs_BSE)[..., -num_experts_per_tok, None]
+    weights_BSE = jnp.where(probs_BSE >= least_BS1, probs_BSE, 0)
+    if norm_topk_prob:
+        weights_BSE /= weights_BSE.sum(-1, keepdims=True)
+    h_BSEF = jax.nn.silu(jnp.einsum("BSD,EDF->BSEF", x_BSD, gate_EDF)) * jnp.einsum("BSD,EDF->BSEF", x_BSD, up_EDF)
+    return jnp.einsum("BSEF,EFD,BSE->BSD", h_BSEF, down_EFD, weights_BSE)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "num_experts_per_tok", "norm_topk_prob", "skew"),
+    [(14, 5, 2, True, 0.0), (14, 5, 2, False, 50.0), (2, 7, 3, True, 0.0), (8, 3, 3, False, 0.0)],
+    ids=["even", "two experts have all tokens", "fewer pairs than experts", "every expert"],
+)
+def test_values_and_gradients_equal_the_dense_mixture(
+    num_tokens, num_experts, num_experts_per_tok, norm_topk_prob, skew
+):
+    x_BSD, router_DE, *weights = random_arguments(num_tokens, num_experts)
+    x_BSD = x_BSD.at[..., 0].set(1.0)
+    router_DE = router_DE.at[0, :2].add(skew)
+    mark_BSD = jnp.asarray(np.random.default_rng(1).standard_normal(x_BSD.shape, np.float32))
+
+    def value_and_gradients(mixture):
+        def total(*arguments):
+            y_BSD = mixture(*arguments, num_experts_per_tok, norm_topk_prob=norm_topk_prob)
+            return jnp.sum(y_BSD * mark_BSD), y_BSD
+
+        return jax.jit(jax.grad(total, argnums=range(5), has_aux=True))(x_BSD, router_DE, *weights)
+
+    ours, expected = (jax.tree.leaves(value_and_gradients(mixture)) for mixture in (moe.mlp, dense))
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    assert all(np.abs(b).max() > 0.1 for b in expected if skew == 0), "the reference says nothing"
+
+
+def test_pairs_go_to_blocks_of_their_own_expert():
+    rng = np.random.default_rng(0)
+    for num_pairs, num_experts in ((4, 3), (1, 6), (40, 4), (33, 8), (7, 1)):
+        for _ in range(5):
+            # Of few experts too: a group much larger than a block.
+            expert_P = rng.integers(0, rng.integers(1, num_experts + 1), num_pairs)
+            place_P, expert_N, block = moe._blocks(jnp.asarray(expert_P), num_experts)
+            place_P = np.asarray(place_P)
+            assert len(set(place_P.tolist())) == num_pairs, "two pairs in one place"
+            assert place_P.max() < len(expert_N) * block
+            np.testing.assert_array_equal(np.asarray(expert_N)[place_P // block], expert_P)
+            assert len(expert_N) <= 2 * min(num_experts, num_pairs)
+
+
+def test_no_array_of_tokens_by_experts_by_width_exists():
+    arguments = random_arguments(32, 32)
+
+    def gradients(*arguments):
+        return jax.grad(lambda *a: moe.mlp(*a, 2, norm_topk_prob=True).sum(), argnums=range(5))(*arguments)
+
+    largest = max(
+        int(np.prod(variable.aval.shape))
+        for equation in jax.make_jaxpr(gradients)(*arguments).eqns
+        for variable in equation.outvars
+    )
+    # The gathered experts, at most twice all of them; all tokens by all experts would be 32 * 32 * F.
+    assert largest <= 2 * 32 * D * F < 32 * 32 * F
