@@ -108,7 +108,25 @@ class RolloutSection(Section):
     max_prompt_tokens: int = pydantic.Field(512, ge=1)
     max_new_tokens: int = pydantic.Field(512, ge=1)
     temperature: float = pydantic.Field(1.0, gt=0)  # of the student's sampling, the student's loss and the teacher
+    min_new_tokens: int = pydantic.Field(0, ge=0)  # no stop token before so many
+    top_k: int | None = pydantic.Field(None, ge=1)  # of these three see student/rollout.py; None: off
+    top_p: float | None = pydantic.Field(None, gt=0, le=1)
+    min_p: float | None = pydantic.Field(None, gt=0, le=1)
+    stop_strings: tuple[str, ...] = pydantic.Field((), strict=False)  # beside the task's stop tokens
+    max_rows: int | None = pydantic.Field(None, ge=1)  # sequences decoded at once; None: all of a step
+    cache_dtype: Literal["float32", "bfloat16"] | None = None  # of keys and values; None: model.compute_dtype
     chunk_tokens: int = pydantic.Field(16, ge=1)  # decode steps between two looks at which sequences have ended
+
+    @pydantic.model_validator(mode="after")
+    def _lengths(self) -> RolloutSection:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens = {self.min_new_tokens} is above max_new_tokens = {self.max_new_tokens}")
+        return self
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether tokens are sampled from a part of the distribution."""
+        return (self.top_k, self.top_p, self.min_p) != (None, None, None)
 
 
 class ScheduleSection(Section):

@@ -88,6 +88,12 @@ def check(config: TrainConfig) -> None:
             "teacher.tokenizer: a teacher with another tokenizer scores spans of text, not the student's tokens, so "
             f"objective.distillation must be sampled_reverse_kl, got {objective.distillation}"
         )
+    of_distribution = term is not None and term.needs_candidates is not None
+    if has_teacher and config.rollout.is_truncated and not of_distribution:
+        raise ConfigError(
+            "rollout.top_k, top_p, min_p: tokens of a part of the distribution do not estimate its divergence from the "
+            "teacher: leave them out, or set objective.distillation: topk_reverse_kl, which sees more than the token"
+        )
     several = None if teacher is None else teacher.several
     unknown = sorted(set(objective.teacher_weights) - set(several or ()))
     if unknown:

@@ -399,8 +399,9 @@ class Sampler:
         if not np.isfinite(logprob_R).all():
             place = int(np.argmin(np.isfinite(logprob_R)))
             raise FloatingPointError(
-                f"sample: request {request.index}, sampled token {place}: the model's log-prob is {logprob_R[place]}; its "
-                "parameters or activations are not finite. Look at the last update's gradient norm and learning rate."
+                f"sample: request {request.index}, sampled token {place}: the model's log-prob is {logprob_R[place]}; "
+                "its parameters or activations are not finite. Look at the last update's gradient norm and learning "
+                "rate."
             )
         return Completion(
             index=request.index,

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from jdistill import models
-from jdistill.student.rollout import Sampler, draw_tokens
+from jdistill.student.rollout import Sampler, _Kept, draw_tokens
 
 VOCAB = 23
 CONFIG = models.DecoderConfig(
@@ -231,6 +231,106 @@ def test_completions_leave_before_the_batch_has_ended(decoder, params):
     assert all(later >= earlier - 2 for earlier, later in itertools.pairwise(lengths))
 
 
+LIMITS = {"max_prompt_tokens": 8, "max_new_tokens": 40, "stop_token_ids": (3, 7), "chunk_tokens": 3}
+
+
+def test_rows_are_refilled_and_moved_together_without_changing_a_completion(decoder, params):
+    # Prompts that several requests share, of several lengths, and a limit for each request.
+    prompts = [prompt for prompt in make_prompts(5, 2, 8, 3, 5, 4) for _ in range(4)]
+    most = np.random.default_rng(0).integers(1, 41, len(prompts))
+    options = {"seeds": np.arange(100, 100 + len(prompts)), "max_new_tokens": most, "temperature": 0.7}
+    plain = [
+        run(
+            Sampler(decoder, **LIMITS, num_candidates=2),
+            params,
+            [prompt],
+            **{k: v[i : i + 1] if k != "temperature" else v for k, v in options.items()},
+        )[0]
+        for i, prompt in enumerate(prompts[:3])
+    ]
+    at_once = run(Sampler(decoder, **LIMITS, num_candidates=2), params, prompts, **options)
+    assert {c.finish_reason for c in at_once} == {"stop", "length"}
+    for completion, limit in zip(at_once, most, strict=True):
+        assert len(completion.completion_ids) <= limit
+        assert completion.finish_reason == "stop" or len(completion.completion_ids) == limit
+    for max_rows in (1, 5):
+        queued = run(Sampler(decoder, **LIMITS, num_candidates=2, max_rows=max_rows), params, prompts, **options)
+        for a, b in zip(at_once, queued, strict=True):
+            np.testing.assert_array_equal(a.token_ids, b.token_ids)
+            np.testing.assert_allclose(a.sampler_logprobs, b.sampler_logprobs, atol=1e-5)
+            np.testing.assert_array_equal(a.candidate_ids, b.candidate_ids)
+            assert a.finish_reason == b.finish_reason
+    for a, b in zip(plain, at_once, strict=False):
+        np.testing.assert_array_equal(a.token_ids, b.token_ids)
+
+
+def test_a_refilled_row_starts_before_the_batch_has_ended(decoder, params):
+    sampler = Sampler(decoder, **LIMITS | {"stop_token_ids": ()}, max_rows=2)
+    most = [40, 4, 4, 4]
+    order = [
+        c.index
+        for c in sampler.sample(params, make_prompts(3, 3, 3, 3), seeds=range(4), temperature=1.0, max_new_tokens=most)
+    ]
+    assert order == [1, 2, 3, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"top_k": 3}, [0, 1, 2]),
+        ({"top_p": 0.6}, [0, 1]),
+        ({"top_p": 0.5}, [0]),
+        ({"min_p": 0.35}, [0, 1]),
+        ({"top_k": 3, "top_p": 0.8}, [0, 1]),  # of what top_k leaves 0.5 and 0.3 are 0.8 / 0.9
+        ({"top_k": 2, "min_p": 0.1}, [0, 1]),
+        ({"top_p": 1.0}, [0, 1, 2, 3]),
+    ],
+)
+def test_truncation_keeps_the_tokens_that_it_says(options, kept):
+    probabilities = np.array([0.5, 0.3, 0.1, 0.1 * (1 - 1e-3), 1e-4])
+    order = np.array([3, 0, 4, 1, 2])  # not sorted
+    logits = jnp.log(jnp.asarray(probabilities / probabilities.sum()))[np.argsort(order)][None]
+    allowed = _Kept(*(options.get(name) for name in ("top_k", "top_p", "min_p")))(logits)
+    found = np.flatnonzero(np.isfinite(allowed[0]))
+    assert set(found) >= {order[i] for i in kept} and (options == {"top_p": 1.0} or len(found) == len(kept))
+    draws = 2000
+    repeat = (jnp.repeat(x, draws, axis=0) for x in (logits, allowed))
+    full, part = repeat
+    tokens, logprobs = draw_tokens(full, jnp.arange(draws, dtype=jnp.uint32), jnp.zeros(draws, jnp.int32), False, part)
+    assert set(np.asarray(tokens)) <= set(found)
+    np.testing.assert_allclose(logprobs, logits[0, tokens], atol=1e-5)  # of the whole distribution
+    shares = np.bincount(np.asarray(tokens), minlength=5) / draws
+    expected = np.asarray(jax.nn.softmax(allowed[0]))
+    np.testing.assert_allclose(shares, expected, atol=0.05)
+
+
+def test_no_stop_token_before_min_new_tokens(decoder, params):
+    prompts = make_prompts(*[4] * 24)
+    plain = run(Sampler(decoder, **LIMITS), params, prompts)
+    assert min(len(c.completion_ids) for c in plain) < 6
+    longer = run(Sampler(decoder, **LIMITS, min_new_tokens=6), params, prompts)
+    for completion in longer:
+        assert not np.isin(completion.completion_ids[:5], LIMITS["stop_token_ids"]).any()
+        assert len(completion.completion_ids) >= 6
+    assert min(len(c.completion_ids) for c in longer) == 6
+
+
+def test_a_completion_ends_with_the_token_that_completes_a_stop_string(decoder, params):
+    def decode(ids):
+        return "".join(chr(ord("a") + int(i)) for i in ids)
+
+    limits = LIMITS | {"stop_token_ids": ()}
+    prompts = make_prompts(*[4] * 6)
+    plain = run(Sampler(decoder, **limits), params, prompts)
+    strings = [decode(plain[0].completion_ids[9:11]), decode(plain[1].completion_ids[20:21])]
+    stopped = run(Sampler(decoder, **limits, stop_strings=strings, decode=decode, max_rows=4), params, prompts)
+    for whole, cut in zip(plain, stopped, strict=True):
+        text = decode(whole.completion_ids)
+        ends = [text.find(string) + len(string) for string in strings if string in text]
+        assert decode(cut.completion_ids) == text[: min(ends, default=len(text))]
+        assert cut.finish_reason == ("stop" if ends else "length")
+
+
 def test_bf16_samples_near_the_float32_distribution(decoder, params):
     bf16 = models.Decoder(CONFIG, rngs=nnx.Rngs(0), compute_dtype="bfloat16")
     sampler = Sampler(bf16, max_prompt_tokens=8, max_new_tokens=10, stop_token_ids=(), chunk_tokens=4)
@@ -267,6 +367,18 @@ def test_wrong_sizes_are_refused(decoder):
     with pytest.raises(ValueError, match="num_candidates must be at most the vocabulary's 23, got 24"):
         Sampler(decoder, max_prompt_tokens=4, max_new_tokens=1, stop_token_ids=(), num_candidates=24).sample(
             nnx.split(decoder)[1], [[1]], seeds=[0], temperature=1.0
+        )
+    for options, message in (
+        ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"min_new_tokens": 41}, "above max_new_tokens"),
+        ({"stop_strings": ["x"]}, "need decode"),
+        ({"max_rows": 0}, "max_rows must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Sampler(decoder, **LIMITS, **options)
+    with pytest.raises(ValueError, match="from 1 to the sampler's 40"):
+        Sampler(decoder, **LIMITS).sample(
+            nnx.split(decoder)[1], make_prompts(2), seeds=[0], temperature=1.0, max_new_tokens=[41]
         )
 
 
