@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jdistill import checkpoint_files
 from jdistill.models import checkpoint
 from jdistill.models.config import DecoderConfig, HFFields, Rope
-from jdistill.models.decoder import Decoder, KVCache, Remat, init_cache, param_specs
+from jdistill.models.decoder import Decoder, KVCache, Remat, init_cache, param_specs, resize_cache
 from jdistill.models.partitioning import param_shardings
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "param_shardings",
     "param_specs",
     "random_init",
+    "resize_cache",
     "save",
 ]
 

@@ -1,7 +1,8 @@
 """Decoder: the transformer that all families share; they differ by flags of DecoderConfig.
 
 Parameters of all layers are stacked ([L, ...]) and the layers run in one `lax.scan`, so compile time does not grow with
-depth. Masters stay in their own dtype (float32) and are cast at use; norms, rotary embeddings and softmax are float32.
+depth. Decoding alone unrolls them: a step does so little that slices of stacked arrays would be a third of it. Masters
+stay in their own dtype (float32) and are cast at use; norms, rotary embeddings and softmax are float32.
 
 Dimension key: B sequences, S tokens, M cache slots, L layers, D width, N query heads, K key-value heads, H head_dim,
 F MLP width, V vocabulary, E experts.
@@ -13,14 +14,16 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jdistill.models import moe
+from jdistill.models.attention import cached_attention, causal_attention
 from jdistill.models.config import DecoderConfig
 from jdistill.models.masked_attention import masked_attention
 
@@ -31,16 +34,37 @@ _NO_WINDOW = 2**30  # the window of a layer without one; position - window still
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers, at the slot of their position."""
+    """Keys and values of each layer, at the slot of their position.
 
-    k: Float[Array, "L B M K H"]
-    v: Float[Array, "L B M K H"]
+    Laid out as attention's matrix products read them (in another order each step would transpose all of it), and an
+    array a layer (a step would copy its part out of a stacked one).
+    """
+
+    k: tuple[Float[Array, "B K H M"], ...]
+    v: tuple[Float[Array, "B K M H"], ...]
+
+    @property
+    def num_slots(self) -> int:
+        """M."""
+        return self.k[0].shape[3]
 
 
 def init_cache(config: DecoderConfig, batch: int, max_len: int, dtype: jnp.dtype | str) -> KVCache:
     """An empty cache for `batch` sequences of up to `max_len` tokens."""
-    shape = (config.num_layers, batch, max_len, config.num_kv_heads, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    K, H = config.num_kv_heads, config.head_dim
+    return KVCache(
+        tuple(jnp.zeros((batch, K, H, max_len), dtype) for _ in range(config.num_layers)),
+        tuple(jnp.zeros((batch, K, max_len, H), dtype) for _ in range(config.num_layers)),
+    )
+
+
+def resize_cache(cache: KVCache, num_slots: int) -> KVCache:
+    """The cache with `num_slots` slots, the new ones empty."""
+    more = num_slots - cache.num_slots
+    return KVCache(
+        tuple(jnp.pad(k, ((0, 0), (0, 0), (0, 0), (0, more))) for k in cache.k),
+        tuple(jnp.pad(v, ((0, 0), (0, 0), (0, more), (0, 0))) for v in cache.v),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +170,7 @@ class Decoder(nnx.Module):
         *,
         segment_ids_BS: Int[Array, "B S"] | None = None,
         cache: KVCache | None = None,
+        layers: Sequence[Mapping[str, Array]] | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         """Hidden states after the final norm, in compute dtype, and the cache with these tokens in it.
 
@@ -158,28 +183,40 @@ class Decoder(nnx.Module):
             tokens_BS: ids in [0, V); padding too (an id outside gives NaN).
             positions_BS: rotary position, and slot in the cache; not negative.
             segment_ids_BS: only without a cache.
-            cache: from `init_cache` or the previous call. Donate it to update it in place.
+            cache: from `init_cache`, `prefill` or the previous call. Donate it to update it in place.
+            layers: with a cache, the layers' parameters from `unstacked`, for whoever calls this in a loop.
         """
         if cache is not None and segment_ids_BS is not None:
             raise ValueError("segment_ids_BS with a cache: packed rows cannot be decoded; give one of the two")
         with jax.default_matmul_precision(_matmul_precision(self.compute_dtype)):
-            return self._forward(tokens_BS, positions_BS, segment_ids_BS, cache)
+            hidden_BSD, cached = self._forward(tokens_BS, positions_BS, segment_ids_BS, cache, layers)
+        return hidden_BSD, cached if cache is not None else None
 
-    def _forward(self, tokens_BS, positions_BS, segment_ids_BS, cache):
+    def prefill(
+        self, tokens_BS: Int[Array, "B S"], positions_BS: Int[Array, "B S"]
+    ) -> tuple[Float[Array, "B S D"], KVCache]:
+        """Hidden states as without a cache, and a cache of S slots with these tokens in it."""
+        with jax.default_matmul_precision(_matmul_precision(self.compute_dtype)):
+            hidden_BSD, (k_LBSKH, v_LBSKH) = self._forward(tokens_BS, positions_BS, None, None, None)
+        return hidden_BSD, KVCache(
+            tuple(k_BSKH.transpose(0, 2, 3, 1) for k_BSKH in k_LBSKH), tuple(v.swapaxes(1, 2) for v in v_LBSKH)
+        )
+
+    def unstacked(self) -> list[dict[str, Array]]:
+        """The parameters of each layer, as decoding reads them: once for many steps."""
+        weights = {name: param[...] for name, param in nnx.state(self.layers, nnx.Param).items()}
+        return [{name: w[layer] for name, w in weights.items()} for layer in range(self.config.num_layers)]
+
+    def _forward(self, tokens_BS, positions_BS, segment_ids_BS, cache, layers):
         config, dtype = self.config, self.compute_dtype
-        num_slots = tokens_BS.shape[1] if cache is None else cache.k.shape[2]
         rotation = _rotation(config, positions_BS)
+        num_slots = tokens_BS.shape[1] if cache is None else cache.num_slots
         if config.local_rope is not None:
             local_rotation = _rotation(dataclasses.replace(config, rope=config.local_rope), positions_BS)
         # A window that holds the whole row changes nothing.
         windowed = config.sliding_window is not None and config.sliding_window < num_slots
         # What the plain attention does not do; every other model takes the path below that is fast.
         special = windowed or config.attention_softcap is not None or config.attention_scale is not None
-        mask_B1SM: Bool[Array, "B 1 S M"] | None = None
-        if cache is not None:
-            mask_B1SM = (jnp.arange(num_slots) <= positions_BS[:, :, None])[:, None]
-        elif segment_ids_BS is not None:
-            mask_B1SM = (segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :])[:, None]
 
         def norm(x, scale):
             # In float32: 1 + weight in bfloat16 would round a small weight away.
@@ -214,17 +251,22 @@ class Decoder(nnx.Module):
             if config.local_rope is not None:
                 turn = jax.tree.map(lambda a, b: jnp.where(w["window"] < _NO_WINDOW, a, b), local_rotation, rotation)
             q_BSNH, k_BSKH = _rotate(q_BSNH, turn), _rotate(k_BSKH, turn)
-            if cached is not None:
-                k_LBMKH, v_LBMKH, layer = cached
-                k_LBMKH = _write(k_LBMKH, layer, positions_BS, k_BSKH)
-                v_LBMKH = _write(v_LBMKH, layer, positions_BS, v_BSKH)
-                cached = (k_LBMKH, v_LBMKH, layer)
-                k_BSKH, v_BSKH = k_LBMKH[layer].astype(dtype), v_LBMKH[layer].astype(dtype)
-            if special:
-                a_BSNH = special_attention(q_BSNH, k_BSKH, v_BSKH, w)
+            if cached is None:
+                cached = (k_BSKH, v_BSKH)
+                if special:
+                    a_BSNH = special_attention(q_BSNH, k_BSKH, v_BSKH, w)
+                else:
+                    a_BSNH = causal_attention(q_BSNH, k_BSKH, v_BSKH, segment_ids_BS)
             else:
-                # The public attention keeps logits and softmax in float32 whatever the inputs' dtype.
-                a_BSNH = jax.nn.dot_product_attention(q_BSNH, k_BSKH, v_BSKH, mask=mask_B1SM, is_causal=cached is None)
+                cached = (
+                    _write(cached[0], positions_BS, k_BSKH, slots=3),
+                    _write(cached[1], positions_BS, v_BSKH, slots=2),
+                )
+                k_BKHM, v_BKMH = (x.astype(dtype) for x in cached)
+                if special:
+                    a_BSNH = special_attention(q_BSNH, k_BKHM.transpose(0, 3, 1, 2), v_BKMH.swapaxes(1, 2), w)
+                else:
+                    a_BSNH = cached_attention(q_BSNH, k_BKHM, v_BKMH, positions_BS)
             y_BSD = _project(a_BSNH, w["output"].astype(dtype), num_in=2)
             return (y_BSD + w["output_bias"].astype(dtype) if config.output_bias else y_BSD), cached
 
@@ -251,37 +293,33 @@ class Decoder(nnx.Module):
             y_BSD = mlp(norm(x_BSD, w["mlp_norm"]), w)
             return x_BSD + (norm(y_BSD, w["post_mlp_norm"]) if config.post_norms else y_BSD), cached
 
-        weights = {name: param[...] for name, param in nnx.state(self.layers, nnx.Param).items()}
         x_BSD = jnp.take(self.embed[...], tokens_BS, axis=0, mode="fill", fill_value=jnp.nan).astype(dtype)
         if config.scale_embedding:
             # The factor is rounded to the compute dtype too, as the models were trained.
             x_BSD *= jnp.asarray(math.sqrt(config.hidden_size), dtype)
+        windows = {}
         if config.sliding_window is not None:
             # Scanned like the weights, so that layers that differ are still one loop.
-            windows = [config.sliding_window if sliding else _NO_WINDOW for sliding in config.sliding_layers]
-            weights["window"] = jnp.asarray(windows, jnp.int32)
+            all_windows = [config.sliding_window if sliding else _NO_WINDOW for sliding in config.sliding_layers]
+            windows = {"window": jnp.asarray(all_windows, jnp.int32)}
         if cache is None:
+            weights = {name: param[...] for name, param in nnx.state(self.layers, nnx.Param).items()}
 
             def step(x_BSD, w):
-                return block(x_BSD, w, None)[0], None
+                return block(x_BSD, w, None)
 
             # prevent_cse=False: inside scan nothing can be merged with the first forward pass, and the barrier costs.
             step = jax.checkpoint(step, prevent_cse=False) if self.remat == "layer" else step
-            x_BSD, _ = jax.lax.scan(step, x_BSD, weights)
+            # Keys and values that nobody asks for cost nothing: the compiler leaves them out.
+            x_BSD, cached = jax.lax.scan(step, x_BSD, weights | windows)
         else:
-
-            def cached_step(carry, per_layer):
-                x_BSD, k_LBMKH, v_LBMKH = carry
-                w, layer = per_layer
-                x_BSD, (k_LBMKH, v_LBMKH, _) = block(x_BSD, w, (k_LBMKH, v_LBMKH, layer))
-                return (x_BSD, k_LBMKH, v_LBMKH), None
-
-            # The whole cache is carried and written at [layer, row, position]: as inputs and outputs of the scan, each
-            # step would copy all of it.
-            layers = jnp.arange(config.num_layers)
-            (x_BSD, *kv), _ = jax.lax.scan(cached_step, (x_BSD, *cache), (weights, layers))
-            cache = KVCache(*kv)
-        return norm(x_BSD, self.final_norm[...]), cache
+            all_cached = []
+            for layer, w in enumerate(self.unstacked() if layers is None else layers):
+                w = {**w, **{name: x[layer] for name, x in windows.items()}}
+                x_BSD, one = block(x_BSD, w, (cache.k[layer], cache.v[layer]))
+                all_cached.append(one)
+            cached = KVCache(*map(tuple, zip(*all_cached, strict=True)))
+        return norm(x_BSD, self.final_norm[...]), cached
 
     def head_DV(self) -> Float[Array, "D V"]:  # noqa: N802
         """The output projection in compute dtype: the transposed embedding where they are tied."""
@@ -332,20 +370,18 @@ def _rotate(x_BSNH, rotation):
     return rotated.astype(x_BSNH.dtype)
 
 
-def _write(cache_LBMKH, layer, positions_BS, x_BSKH):
-    """Puts x at [layer, row, position]; a position outside the cache writes nothing."""
-    # One scatter whose batch dim is the row: a cache sharded by rows stays where it is, and unlike with vmap the batch
-    # dim need not come first, which would transpose the whole cache twice.
-    layers_BS = jnp.full_like(positions_BS, layer)
+def _write(cache, positions_BS, x_BSKH, *, slots: int):
+    """Puts x at [row, position]; a position outside the cache writes nothing. `slots`: the dim of the slots."""
+    # One scatter whose batch dim is the row: a cache sharded by rows stays where it is.
     return jax.lax.scatter(
-        cache_LBMKH,
-        jnp.stack([layers_BS, positions_BS], axis=-1),
-        x_BSKH.astype(cache_LBMKH.dtype),
+        cache,
+        positions_BS[..., None],
+        x_BSKH.astype(cache.dtype),
         jax.lax.ScatterDimensionNumbers(
             update_window_dims=(2, 3),
-            inserted_window_dims=(0, 2),
-            scatter_dims_to_operand_dims=(0, 2),
-            operand_batching_dims=(1,),
+            inserted_window_dims=(slots,),
+            scatter_dims_to_operand_dims=(slots,),
+            operand_batching_dims=(0,),
             scatter_indices_batching_dims=(0,),
         ),
         mode=jax.lax.GatherScatterMode.FILL_OR_DROP,

@@ -1,0 +1,99 @@
+"""Attention, as each backend does it fastest: of whole rows, and of the newest tokens to a cache.
+
+Dimension key: B rows, S tokens, N query heads, K key-value heads, H head_dim, M cache slots; Q query heads of one
+key-value head x S.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+logger = logging.getLogger(__name__)
+
+# Of one block's scores, in bytes: about a core's share of the cache. Larger is as slow as all at once, smaller loses
+# time to the loop; 0.5 to 2 MiB made no difference on two cores.
+_BLOCK_BYTES = 1 << 20
+_LEAST_QUERIES = 64  # of a block
+_MOST_BLOCKS = 8  # of a row: they are unrolled, so each takes compile time
+
+
+def causal_attention(
+    q_BSNH: Float[Array, "B S N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    segment_ids_BS: Int[Array, "B S"] | None = None,
+) -> Float[Array, "B S N H"]:
+    """Each token attends to itself and to the tokens before it in its row, and in its segment where there are any.
+
+    On one CPU, a block of queries of a few rows at a time against the keys up to them: what is above the diagonal is
+    not computed, the scores stay in the cache and are computed again for the backward pass (3.5 times as fast as all at
+    once, forward and backward, for 16 rows of 256 tokens). On NVIDIA GPUs cuDNN's flash attention, where it takes these
+    shapes and this dtype.
+
+    Logits and softmax are float32 whatever the dtype.
+    """
+    if jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1:
+        return _in_blocks(q_BSNH, k_BSKH, v_BSKH, segment_ids_BS)
+    mask_B1SS = None if segment_ids_BS is None else _same_segment(segment_ids_BS, segment_ids_BS)
+    args, kwargs = (q_BSNH, k_BSKH, v_BSKH), {"mask": mask_B1SS, "is_causal": True}
+    implementation = None
+    if jax.default_backend() == "gpu" and q_BSNH.dtype in (jnp.bfloat16, jnp.float16):
+        try:
+            jax.eval_shape(lambda *a: jax.nn.dot_product_attention(*a, **kwargs, implementation="cudnn"), *args)
+            implementation = "cudnn"
+        except (RuntimeError, NotImplementedError, ValueError) as e:
+            logger.warning("attention without cuDNN, at the cost of memory for all scores: %s", e)
+    return jax.nn.dot_product_attention(*args, **kwargs, implementation=implementation)
+
+
+def cached_attention(
+    q_BSNH: Float[Array, "B S N H"],
+    k_BKHM: Float[Array, "B K H M"],
+    v_BKMH: Float[Array, "B K M H"],
+    positions_BS: Int[Array, "B S"],
+) -> Float[Array, "B S N H"]:
+    """Each token attends to the slots of a cache up to its own position.
+
+    Not jax.nn.dot_product_attention: for one query a row and these layouts of the cache, two plain products are five
+    times as fast on the CPU. Logits and softmax are float32 whatever the dtype.
+    """
+    B, S, N, H = q_BSNH.shape
+    K, M = k_BKHM.shape[1], k_BKHM.shape[3]
+    # Heads and tokens share one dim, so that a row and a key-value head is one product.
+    q_BKQH = q_BSNH.reshape(B, S, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    logits_BKQM = jnp.einsum("BKQH,BKHM->BKQM", q_BKQH, k_BKHM, preferred_element_type=jnp.float32) * H**-0.5
+    visible_B1QM = jnp.tile(jnp.arange(M) <= positions_BS[:, :, None], (1, N // K, 1))[:, None]
+    weights_BKQM = jax.nn.softmax(jnp.where(visible_B1QM, logits_BKQM, -jnp.inf), axis=-1)
+    a_BKQH = jnp.einsum("BKQM,BKMH->BKQH", weights_BKQM.astype(v_BKMH.dtype), v_BKMH)
+    return a_BKQH.reshape(B, K, N // K, S, H).transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
+
+
+def _in_blocks(q_BSNH, k_BSKH, v_BSKH, segment_ids_BS):
+    B, S, N, _ = q_BSNH.shape
+    size = max(_LEAST_QUERIES, -(-S // _MOST_BLOCKS))
+
+    def some_rows(x):
+        q_RSNH, k_RSKH, v_RSKH, segments_RS = x
+        blocks = []
+        for start in range(0, S, size):
+            stop = min(start + size, S)
+            mask = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop))[None, None]
+            if segments_RS is not None:
+                mask &= _same_segment(segments_RS[:, start:stop], segments_RS[:, :stop])
+            queries = q_RSNH[:, start:stop]
+            blocks.append(jax.nn.dot_product_attention(queries, k_RSKH[:, :stop], v_RSKH[:, :stop], mask=mask))
+        return jnp.concatenate(blocks, axis=1)
+
+    most_rows = max(_BLOCK_BYTES // (4 * N * min(size, S) * S), 1)
+    rows = max(r for r in range(1, B + 1) if B % r == 0 and r <= most_rows)
+    x = jax.tree.map(lambda x: x.reshape(B // rows, rows, *x.shape[1:]), (q_BSNH, k_BSKH, v_BSKH, segment_ids_BS))
+    # prevent_cse=False: inside the loop nothing can be merged with the first forward pass, and the barrier costs.
+    return jax.lax.map(jax.checkpoint(some_rows, prevent_cse=False), x).reshape(q_BSNH.shape)
+
+
+def _same_segment(queries_BS: Int[Array, "B S"], keys_BS: Int[Array, "B S2"]) -> Bool[Array, "B 1 S S2"]:
+    return queries_BS[:, None, :, None] == keys_BS[:, None, None, :]
