@@ -49,11 +49,9 @@ CASES = [
     ("qwen3", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4, "truncate": False}, "head_dim": 64}),
     ("qwen3", {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 6, "hidden_size": 40}),
     ("qwen3", {"rope_parameters": LLAMA3, "num_hidden_layers": 4}),
-    ("mistral", {}),  # a window of 4096, longer than the row
     ("mistral", {"sliding_window": 8, "num_hidden_layers": 3}),
     ("mistral", {"sliding_window": None, "head_dim": 20, "num_key_value_heads": 1}),
     ("gemma2", {"sliding_window": 16, "num_hidden_layers": 4, "attn_logit_softcapping": 2.0}),
-    ("gemma2", {"query_pre_attn_scalar": 7, "final_logit_softcapping": None, "attn_logit_softcapping": None}),
     (
         "gemma2",
         {
@@ -62,14 +60,16 @@ CASES = [
             "attention_bias": True,
             "tie_word_embeddings": False,
             "final_logit_softcapping": 1.0,
+            "attn_logit_softcapping": None,
+            "query_pre_attn_scalar": 7,
         },
     ),
-    ("gemma3_text", {"query_pre_attn_scalar": 12}),  # no row is longer than its window: the plain attention
+    # No row is longer than its window: the plain attention.
+    ("gemma3_text", {"query_pre_attn_scalar": 12, "final_logit_softcapping": 2.0, "attention_bias": True}),
     ("gemma3_text", {"sliding_window": 16, "num_hidden_layers": 7, "query_pre_attn_scalar": 20}),
     ("gemma3_text", {"sliding_window": 9, "rope_parameters": GEMMA3_ROPES, "layer_types": ALTERNATING, "head_dim": 32}),
     ("qwen3_moe", MOE),
     ("qwen3_moe", {**MOE, "norm_topk_prob": True, "num_experts_per_tok": 3, "attention_bias": True}),
-    ("gemma3_text", {"final_logit_softcapping": 2.0, "attention_bias": True, "sliding_window": 1}),
 ]
 
 

@@ -4,8 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from jdistill import models
 from jdistill.student.logprobs import target_logprobs
+from jdistill.student.rollout import Sampler
+from jdistill.teacher.engines import jax as jax_engine
 
 B, T, D, V, K = 2, 5, 6, 23, 3
 CAP = 1.5
@@ -50,3 +54,58 @@ def test_a_softcap_is_in_the_scores_and_in_both_gradients(temperature):
     for ours_x, plain_x in zip(got[0], want[0], strict=True):
         assert np.abs(plain_x).max() > 0.1
         np.testing.assert_allclose(ours_x, plain_x, rtol=0, atol=5e-6)
+
+
+def test_sampler_engine_and_step_agree_on_a_softcapped_model():
+    config = models.DecoderConfig(
+        family="gemma2",
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        hidden_act="gelu_pytorch_tanh",
+        sliding_window=4,
+        sliding_layers=(True, False),
+        attention_softcap=1.0,
+        final_softcap=CAP,
+        norm_plus_one=True,
+        post_norms=True,
+        scale_embedding=True,
+        tie_word_embeddings=True,
+    )
+    rng = np.random.default_rng(0)
+    decoder = nnx.eval_shape(lambda: models.Decoder(config, rngs=nnx.Rngs(0)))
+    shapes = nnx.state(decoder, nnx.Param)
+    nnx.update(decoder, jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), shapes))
+    graphdef, params = nnx.split(decoder, nnx.Param)
+    sampler = Sampler(graphdef, max_prompt_tokens=5, max_new_tokens=12, stop_token_ids=())
+    (sampled,) = sampler.sample(params, [np.arange(5)], seeds=[3], temperature=0.7)
+    tokens_BS = sampled.token_ids[None]
+    targets_T = sampled.token_ids[5:]
+
+    @jax.jit
+    def scores(params):
+        decoder = nnx.merge(graphdef, params)
+        hidden_BTD, _ = decoder(tokens_BS[:, :-1], np.arange(16)[None])
+        mask_BT = jnp.ones((1, 16), bool)
+        step = target_logprobs(
+            hidden_BTD,
+            decoder.head_DV(),
+            jnp.asarray(tokens_BS[:, 1:]),
+            mask_BT,
+            temperature=0.7,
+            chunk_tokens=8,
+            softcap=decoder.config.final_softcap,
+        )
+        none_nC = jnp.zeros((12, 0), jnp.int32)
+        engine = jax_engine._project(graphdef, params, hidden_BTD[0, 4:], targets_T, none_nC, 0.7, top_k=1)
+        return step.logprobs[0, 4:], engine[0]
+
+    step_T, engine_T = scores(params)
+    assert np.ptp(step_T) > 0.5
+    np.testing.assert_allclose(step_T, sampled.sampler_logprobs, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(step_T, engine_T, rtol=0, atol=1e-5)
