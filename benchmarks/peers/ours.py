@@ -5,14 +5,12 @@ Dimension key: B rows, S tokens of a row, T = S - 1 targets, R completion tokens
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
+import dataclasses
 import inspect
 import json
 import pathlib
 import tempfile
+import time
 from typing import Any
 
 import jax
@@ -42,6 +40,12 @@ def load_model() -> tuple[nnx.GraphDef, nnx.State]:
         (directory / "config.json").write_text(json.dumps(work.hf_config()))
         safetensors.numpy.save_file(work.weights(), directory / "model.safetensors")
         return nnx.split(models.load(directory), nnx.Param)
+
+
+def model_config() -> models.DecoderConfig:
+    with tempfile.TemporaryDirectory(prefix="bench-student-") as name:
+        pathlib.Path(name, "config.json").write_text(json.dumps(work.hf_config()))
+        return models.config_from_hf(name)
 
 
 def config(distillation: str, **changes: Any) -> TrainConfig:
@@ -131,7 +135,7 @@ def train(door: work.Door) -> None:
     facts = FACTS | {"mean_logprob": float(_logprobs(graphdef, params, batch)[batch.loss_mask].mean())}
     step, state = make_step(asked, graphdef, params)
 
-    def once() -> dict[str, Any]:
+    def once(_: dict[str, Any]) -> dict[str, Any]:
         nonlocal state
         state, metrics = step(state, batch)
         jax.block_until_ready(state)
@@ -146,7 +150,7 @@ def train_topk(door: work.Door) -> None:
     batch = with_candidates(given_batch())
     step, state = make_step(config("topk_reverse_kl", objective={"distill_placement": None}), graphdef, params)
 
-    def once() -> dict[str, Any]:
+    def once(_: dict[str, Any]) -> dict[str, Any]:
         nonlocal state
         state, metrics = step(state, batch)
         jax.block_until_ready(state)
@@ -174,7 +178,7 @@ def score(door: work.Door) -> None:
     batch = given_batch()
     run = jax.jit(_score, static_argnums=0)
 
-    def once() -> dict[str, Any]:
+    def once(_: dict[str, Any]) -> dict[str, Any]:
         found = np.asarray(run(graphdef, params, batch.tokens, batch.loss_mask))
         return {"mean_logprob": float(found[batch.loss_mask].mean())}
 
@@ -184,6 +188,11 @@ def score(door: work.Door) -> None:
 def generate(door: work.Door) -> None:
     prompts = work.batch()["prompt_ids"]
     _generate(door, prompts, np.full(len(prompts), work.NEW_TOKENS))
+
+
+def first_token(door: work.Door) -> None:
+    prompts = work.batch()["prompt_ids"]
+    _generate(door, prompts, np.ones(len(prompts), np.int32))
 
 
 def generate_varied(door: work.Door) -> None:
@@ -200,7 +209,7 @@ def _generate(door: work.Door, prompts: np.ndarray, lengths: np.ndarray) -> None
     more = {"max_new_tokens": lengths} if own_lengths else {}
     seed = 0
 
-    def once() -> dict[str, Any]:
+    def once(_: dict[str, Any]) -> dict[str, Any]:
         nonlocal seed
         seed += 1
         seeds = np.arange(len(prompts)) + seed * len(prompts)
@@ -238,7 +247,7 @@ def grpo_step(door: work.Door) -> None:
     prompts = np.repeat(work.batch()["prompt_ids"][: rollout.num_prompts], work.GROUP, axis=0)
     num_calls = 0
 
-    def once() -> dict[str, Any]:
+    def once(_: dict[str, Any]) -> dict[str, Any]:
         nonlocal state, num_calls
         num_calls += 1
         seeds = np.arange(len(prompts)) + num_calls * len(prompts)
@@ -258,14 +267,38 @@ def grpo_step(door: work.Door) -> None:
     door.serve(once, FACTS)
 
 
+def compile_time(door: work.Door) -> None:
+    """Tracing, lowering and compiling the training step of the model with request["layers"] layers."""
+    steps: dict[int, tuple[TrainStep, TrainState]] = {}
+    asked, batch = config("straight_through_reverse_kl"), given_batch()
+
+    def once(request: dict[str, Any]) -> dict[str, Any]:
+        num_layers = request["layers"]
+        if num_layers not in steps:
+            decoder = models.random_init(dataclasses.replace(model_config(), num_layers=num_layers), work.SEED)
+            steps[num_layers] = make_step(asked, *nnx.split(decoder, nnx.Param))
+        step, state = steps[num_layers]
+        jax.clear_caches()
+        begin = time.perf_counter()
+        compiled = jax.jit(step.step, donate_argnums=0).lower(state, batch).compile()
+        return {
+            "seconds": time.perf_counter() - begin,
+            "temp_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
+        }
+
+    door.serve(once, FACTS)
+
+
 if __name__ == "__main__":
     work.main(
         {
             "train": train,
             "train_topk": train_topk,
             "generate": generate,
+            "first_token": first_token,
             "generate_varied": generate_varied,
             "score": score,
             "grpo_step": grpo_step,
+            "compile_time": compile_time,
         }
     )

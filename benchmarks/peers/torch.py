@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -63,7 +60,7 @@ def train(door: work.Door) -> None:
     )
     targets_BR, advantages_B1 = data["tokens"][:, -work.NEW_TOKENS :], data["advantages"][:, None]
 
-    def once() -> dict[str, Any]:
+    def once(_: dict[str, Any]) -> dict[str, Any]:
         logits_BRV = completion_logits(model, data["tokens"])
         logprobs_BR = target_logprobs(logits_BRV, targets_BR)
         with torch.no_grad():
@@ -83,7 +80,7 @@ def train(door: work.Door) -> None:
 def generate(door: work.Door) -> None:
     model, prompts = make_model().eval(), tensors()["prompt_ids"].long()
 
-    def once() -> dict[str, Any]:
+    def once(_: dict[str, Any]) -> dict[str, Any]:
         with torch.inference_mode():
             found = model.generate(
                 prompts,
@@ -106,7 +103,7 @@ def score(door: work.Door) -> None:
     model, data = make_model().eval(), tensors()
     targets_BR = data["tokens"][:, -work.NEW_TOKENS :]
 
-    def once() -> dict[str, Any]:
+    def once(_: dict[str, Any]) -> dict[str, Any]:
         with torch.inference_mode():
             found = target_logprobs(completion_logits(model, data["tokens"]), targets_BR)
         return {"mean_logprob": float(found.mean())}

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 import functools
 import logging
 import time
-import warnings
 from collections.abc import Iterator
 from typing import Any
-
-warnings.filterwarnings("ignore")
-logging.disable(logging.WARNING)
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +24,7 @@ from tunix.sft.peft_trainer import TrainingConfig
 
 from benchmarks.peers import work
 
+logging.disable(logging.WARNING)
 NEVER = 10**9
 END_ID = work.VOCAB_SIZE  # outside the vocabulary: never sampled, so every row has its full length
 FACTS = {"versions": work.versions("google-tunix", "jax", "flax", "optax")}
@@ -138,7 +130,7 @@ def train(door: work.Door) -> None:
         old_per_token_logps=jnp.asarray(data["old_logprobs"]),
     )
 
-    def once() -> dict[str, Any]:
+    def once(_: dict[str, Any]) -> dict[str, Any]:
         found = jax.block_until_ready(step(example))
         jax.block_until_ready(nnx.state(model))
         return {"loss": float(found[0])}
@@ -149,6 +141,11 @@ def train(door: work.Door) -> None:
 def generate(door: work.Door) -> None:
     prompts = work.batch()["prompt_ids"]
     _generate(door, prompts, np.full(len(prompts), work.NEW_TOKENS))
+
+
+def first_token(door: work.Door) -> None:
+    prompts = work.batch()["prompt_ids"]
+    _generate(door, prompts, np.ones(len(prompts), np.int32))
 
 
 def generate_varied(door: work.Door) -> None:
@@ -166,7 +163,7 @@ def _generate(door: work.Door, prompts: np.ndarray, lengths: np.ndarray) -> None
     )
     sampler, words, seed = Sampler(make_model(), IdTokenizer(), cache), texts(prompts), 0
 
-    def once() -> dict[str, Any]:
+    def once(_: dict[str, Any]) -> dict[str, Any]:
         nonlocal seed
         seed += 1
         found = sampler(
@@ -201,7 +198,7 @@ def score(door: work.Door) -> None:
         temperature=1.0,
     )
 
-    def once() -> dict[str, Any]:
+    def once(_: dict[str, Any]) -> dict[str, Any]:
         found = run()
         found = jax.block_until_ready(found[0] if isinstance(found, tuple) else found)
         return {"mean_logprob": float(found.mean())}
@@ -247,7 +244,7 @@ def grpo_step(door: work.Door) -> None:
 
     def steps() -> Iterator[dict[str, Any]]:
         door.say(FACTS)
-        while door.wait():
+        while door.wait() is not None:
             begin = time.perf_counter(), time.process_time()
             yield {"prompts": prompts}
             jax.block_until_ready(nnx.state(cluster.actor_trainer.model))
@@ -261,6 +258,7 @@ if __name__ == "__main__":
         {
             "train": train,
             "generate": generate,
+            "first_token": first_token,
             "generate_varied": generate_varied,
             "score": score,
             "grpo_step": grpo_step,

@@ -148,19 +148,20 @@ class Door:
     def say(self, answer: Any) -> None:
         self._out.write(json.dumps(answer) + "\n")
 
-    def wait(self) -> bool:
-        """Until the next repetition is asked for; False: there will be none."""
-        return bool(sys.stdin.readline())
+    def wait(self) -> dict[str, Any] | None:
+        """Until the next repetition is asked for, and what is said of it; None: there will be none."""
+        line = sys.stdin.readline()
+        return json.loads(line) if line else None
 
-    def serve(self, once: Callable[[], dict[str, Any] | None], facts: dict[str, Any]) -> None:
-        """Does `once`, which blocks until its result is there, for each line on stdin, and answers what it took.
+    def serve(self, once: Callable[[dict[str, Any]], dict[str, Any]], facts: dict[str, Any]) -> None:
+        """Does `once`, which blocks until its result is there, for each request, and answers what it took.
 
         The first answer is `facts`.
         """
         self.say(facts)
-        while self.wait():
+        while (request := self.wait()) is not None:
             begin = time.perf_counter(), time.process_time()
-            found = once() or {}
+            found = once(request)
             self.say({**costs(*begin), **found})
 
 
