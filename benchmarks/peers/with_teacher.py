@@ -61,13 +61,15 @@ def config(directory: pathlib.Path, name: str, case: str, num_steps: int, endpoi
 def run(asked: TrainConfig) -> dict[str, float]:
     """Medians of the steps that did not compile; teacher_wait_s where there is one."""
     train(asked)
-    lines = [json.loads(line) for line in pathlib.Path(asked.run_dir, "metrics.jsonl").read_text().splitlines()]
-    steps = lines[SKIPPED:]
-    names = [name for name in ("step_s", "rollout_s", "train_s", "teacher_wait_s") if name in steps[0]]
-    found = {name: statistics.median(step[name] for step in steps) for name in names}
+    lines = {}
+    for kind in ("metrics", "timings"):
+        text = pathlib.Path(asked.run_dir, f"{kind}.jsonl").read_text()
+        lines[kind] = [json.loads(line) for line in text.splitlines()][SKIPPED:]
+    names = [name for name in ("step_s", "rollout_s", "train_s", "teacher_wait_s") if name in lines["timings"][0]]
+    found = {name: statistics.median(line[name] for line in lines["timings"]) for name in names}
     rollout = asked.rollout
     num_rows = rollout.num_prompts * rollout.num_completions
-    found["tokens"] = num_rows * (8 + statistics.mean(step["response_length"] for step in steps))
+    found["tokens"] = num_rows * (8 + statistics.mean(line["response_length"] for line in lines["metrics"]))
     return found
 
 
