@@ -312,7 +312,7 @@ def compile_time(sides: Sides) -> tuple[list[Table], Figures]:
 
 
 def with_teacher(sides: Sides) -> tuple[list[Table], Figures]:
-    count, num_steps = (1, 6) if sides.quick else (2, 20)
+    count, num_steps = (1, 6) if sides.quick else (2, 12)
     texts = {"varied": "completions of 1 to 64 tokens", "equal": "completions of 34 tokens, all ending at once"}
     table = Table(
         "`jdistill train`: a step beside a teacher that takes as long as the rollout, and without a teacher",

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.peers import work
 from benchmarks.service import processes
+from jdistill import checkpoint_files
 from jdistill.config import TrainConfig, parse
 from jdistill.student.train import train
 
@@ -75,7 +76,7 @@ def run(asked: TrainConfig) -> dict[str, float]:
 
 def main() -> None:
     case, num_steps = sys.argv[1], int(sys.argv[2])
-    door = work.Door()
+    door, fingerprint = work.Door(), checkpoint_files.tokenizer_fingerprint(STUDENT)
     with tempfile.TemporaryDirectory(prefix="bench-student-") as name:
         directory, num_runs = pathlib.Path(name), 0
 
@@ -86,7 +87,7 @@ def main() -> None:
             without = run(config(directory, f"without-{num_runs}", case, num_steps, None))
             pace = without["tokens"] / without["rollout_s"]
             args = ("--engine", "fake", "--model", directory, "--engine-arg", "vocab_size=16")
-            args += ("--engine-arg", f"tokens_per_s={pace:.1f}")
+            args += ("--engine-arg", f"tokens_per_s={pace:.1f}", "--engine-arg", f"tokenizer_fingerprint={fingerprint}")
             with processes.sidecar(directory, f"teacher-{num_runs}", *args) as teacher:
                 beside = run(config(directory, f"with-{num_runs}", case, num_steps, teacher.endpoint))
             return {"without": without, "with": beside}
