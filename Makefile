@@ -12,6 +12,7 @@ STUDENT := .venv
 TORCH := .venv-torch
 VLLM := .venv-vllm
 SGLANG := .venv-sglang
+TUNIX := .venv-tunix
 
 TEACHER_PYTHON_jax := $(STUDENT)/bin/python
 TEACHER_PYTHON_transformers := $(TORCH)/bin/python
@@ -20,7 +21,7 @@ TEACHER_ENV_jax := $(STUDENT)/.student
 TEACHER_ENV_transformers := $(TORCH)/.transformers
 TEACHER_ENV_vllm := $(VLLM)/.vllm
 
-.PHONY: help demo figure tune bench-service warmup test lint proto clean
+.PHONY: help demo figure tune bench-service bench-student warmup test lint proto clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -62,6 +63,13 @@ $(SGLANG)/.sglang: pyproject.toml tests/teacher/requirements-sglang-cpu.txt
 	@$(SGLANG)/bin/$(PIP) --no-deps 'sglang==0.5.23'
 	@touch $@
 
+# A peer of `make bench-student`: nothing else uses it.
+$(TUNIX)/.tunix:
+	@echo "making Tunix's environment ($(TUNIX))"
+	@$(PYTHON) -m venv $(TUNIX)
+	@$(TUNIX)/bin/$(PIP) 'google-tunix==0.1.7'
+	@touch $@
+
 # --- what people run ---
 
 demo: $(STUDENT)/.student $(TEACHER_ENV_$(TEACHER))  ## three ways to train a student, side by side, in a few minutes; TEACHER=jax|transformers|vllm
@@ -78,6 +86,10 @@ figure-objectives: $(STUDENT)/.student  ## every objective, with a good teacher 
 
 bench-service: $(VLLM)/.vllm  ## the teacher service beside vLLM in process, vLLM's HTTP server and other wires (10 minutes); ARGS=--quick
 	@$(VLLM)/bin/python -m benchmarks.service $(ARGS)
+
+# The tests' environment has PyTorch and transformers, which are the other peer.
+bench-student: $(STUDENT)/.dev $(TUNIX)/.tunix  ## the student beside Tunix and PyTorch: step, sampler, loop, memory (15 minutes); ARGS=--quick
+	@$(STUDENT)/bin/python -m benchmarks.student $(ARGS)
 
 warmup: $(STUDENT)/.student  ## train the demo's teacher and student again from nothing (examples/addition)
 	@$(STUDENT)/bin/python examples/addition/make_models.py runs/warmup

@@ -1,0 +1,1 @@
+"""The sides of `make bench-student`, each task a process: `python -m benchmarks.peers.SIDE TASK`."""
