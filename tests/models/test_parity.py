@@ -50,7 +50,6 @@ CASES = [
     ("qwen3", {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 6, "hidden_size": 40}),
     ("qwen3", {"rope_parameters": LLAMA3, "num_hidden_layers": 4}),
     ("mistral", {"sliding_window": 8, "num_hidden_layers": 3}),
-    ("mistral", {"sliding_window": None, "head_dim": 20, "num_key_value_heads": 1}),
     ("gemma2", {"sliding_window": 16, "num_hidden_layers": 4, "attn_logit_softcapping": 2.0}),
     (
         "gemma2",
