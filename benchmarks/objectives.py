@@ -1,7 +1,8 @@
 """The objectives side by side on the demo task, with a nearly perfect teacher and with one stopped half way.
 
     python -m benchmarks.objectives [--steps 150] [--seeds 0 1 2] [--grid 2e-4 6e-4] [--teachers perfect imperfect]
-                                    [--to runs/objectives] [--output benchmarks/results/objectives.md]
+                                    [--arms "RL only" ...] [--to runs/objectives]
+                                    [--output benchmarks/results/objectives.md]
 
 Every arm is tuned over the same grid of learning rates with one seed, by held-out accuracy at T = 1, and then run with
 every seed. A run that is there already is not done again, so a comparison that was cut short goes on. Beside accuracy:
@@ -44,13 +45,14 @@ from jdistill.wire.types import TokenScores
 
 K1 = "k1_in_the_loss"
 ANNEALED = "objective.distill_loss_weight={kind: linear, begin: 1.0, end: 0.0}"
+DEFAULT = "RL + distillation, top-k (default)"
 # Arm -> what it changes in configs/demo.yaml, which is RL + distillation by top-k reverse KL.
 ARMS = {
     "RL only": ["objective.distill_loss_weight=0", "objective.rl_loss_weight=1"],
     "distillation only, sampled": ["objective.rl_loss_weight=0", "objective.distillation=sampled_reverse_kl"],
     "distillation only, top-k": ["objective.rl_loss_weight=0"],
     "RL + distillation, sampled": ["objective.distillation=sampled_reverse_kl"],
-    "RL + distillation, top-k (default)": [],
+    DEFAULT: [],
     "RL + annealed distillation, top-k": [ANNEALED, "objective.rl_loss_weight=1"],
     "RL + k1 in the loss (the mistake)": [f"objective.distillation={K1}", "objective.rl_loss_weight=1"],
 }
@@ -75,6 +77,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--grid", type=float, nargs="+", default=[2e-4, 6e-4])
     parser.add_argument("--teachers", nargs="+", default=["perfect", "imperfect"], choices=["perfect", "imperfect"])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     parser.add_argument("--to", type=pathlib.Path, default=pathlib.Path("runs/objectives"))
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("benchmarks/results/objectives.md"))
     args = parser.parse_args()
@@ -140,7 +143,7 @@ def one_teacher(args: argparse.Namespace, name: str, path: str) -> list[str]:
     to = args.to / name
     to.mkdir(parents=True, exist_ok=True)
     with TeacherProcess(section, to / "teacher.log") as teacher:
-        for arm in ARMS:
+        for arm in args.arms:
             tuned = {rate: run_arm(args, to, teacher.endpoint, arm, rate, args.seeds[0]) for rate in args.grid}
             rate = max(tuned, key=lambda rate: final(tuned[rate])["eval/accuracy"])
             runs = [run_arm(args, to, teacher.endpoint, arm, rate, seed) for seed in args.seeds]
@@ -155,10 +158,12 @@ def one_teacher(args: argparse.Namespace, name: str, path: str) -> list[str]:
             ]
             rows.append(f"| {arm} | {rate:g} | " + " | ".join(cells) + " |")
             console.print(rows[-1])
-    picture = pathlib.Path("docs/images") / f"objectives-{name}.png"
+    suffix = "" if args.arms == list(ARMS) else f"-{args.steps}"
+    picture = pathlib.Path("docs/images") / f"objectives-{name}{suffix}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     title = f"3-digit addition, a teacher that is right {accuracy['eval/accuracy']:.0%} of the time"
     plot.draw(groups, picture, to / "objectives.html", title=title, notes=[], teacher=accuracy, commands=[])
+    last = DEFAULT if DEFAULT in groups else args.arms[-1]
     start = models.load(base.model.path, compute_dtype="float32")
     return [
         f"## The {name} teacher: {accuracy['eval/accuracy']:.3f} right at T = 1, "
@@ -170,13 +175,13 @@ def one_teacher(args: argparse.Namespace, name: str, path: str) -> list[str]:
         "",
         "Cosine between the gradient of an estimator on one batch of 128 completions and the exact gradient of the "
         "per-token reverse KL at the same positions, at the student that every run begins with and at the one that "
-        "RL + distillation ends with:",
+        f"{last} ends with:",
         "",
         "| estimator | at the beginning | at the end |",
         "| --- | ---: | ---: |",
         *(
             f"| {label} | {measured.cosine(start, overrides):.3f} | "
-            f"{measured.cosine(measured.student(groups['RL + distillation, top-k (default)'][0]), overrides):.3f} |"
+            f"{measured.cosine(measured.student(groups[last][0]), overrides):.3f} |"
             for label, overrides in GRADIENTS.items()
         ),
     ]
