@@ -57,7 +57,7 @@ def config(distillation: str, **changes: Any) -> TrainConfig:
     data: dict[str, Any] = {
         "run_dir": "unused",
         "num_steps": 1_000_000,
-        "model": {"path": "unused", "compute_dtype": "float32", "remat": "none"},
+        "model": {"path": "unused", "compute_dtype": "float32", "remat": "layer"},
         "task": {"name": "unused"},
         "teacher": {"endpoints": ["unused:1"]},
         "rollout": {
