@@ -67,14 +67,17 @@ class Sides:
         finally:
             process.stop()
 
-    def turns(self, task: str, sides: Sequence[str], count: int, repeats: dict[str, str] | None = None) -> Turns:
-        """`count` turns of one task on each side, after one that compiles and one that warms up.
+    def turns(
+        self, task: str, sides: Sequence[str], count: int, *, repeats: dict[str, str] | None = None, warm_ups: int = 1
+    ) -> Turns:
+        """`count` turns of one task on each side, after one that compiles and some that warm up.
 
         Args:
             task: of each side's module.
             sides: names; ours first.
             count: turns of each, unless they take longer than TURNS_S.
             repeats: name of a further way -> the task of our side that it is.
+            warm_ups: turns of each that do not count, after the one that compiles.
         """
         tasks = {side: (side, task) for side in sides} | {name: ("ours", t) for name, t in (repeats or {}).items()}
         with contextlib.ExitStack() as stack:
@@ -82,7 +85,7 @@ class Sides:
             for name, (side, its_task) in tasks.items():
                 running[name], _ = stack.enter_context(self.process(side, its_task, side=side))
             first = {name: ask(process, {}) for name, process in running.items()}
-            for process in running.values():
+            for process in list(running.values()) * warm_ups:
                 ask(process, {})
             answers: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
             at_load, begin = [load()], time.monotonic()
@@ -147,7 +150,7 @@ def check(what: str, found: float, expected: float, tolerance: float) -> None:
 
 def train(sides: Sides) -> tuple[list[Table], Figures]:
     repeats = {"topk": "train_topk"}
-    found = sides.turns("train", ["ours", "tunix", "torch"], 3 if sides.quick else 9, repeats)
+    found = sides.turns("train", ["ours", "tunix", "torch"], 3 if sides.quick else 9, repeats=repeats)
     for side in ("ours", "tunix", "torch"):
         check(f"{NAMES[side]}'s first loss", found.first[side]["loss"], work.LOSS_FIRST, 1e-6)
     tokens = work.NUM_ROWS * work.ROW_TOKENS
@@ -199,7 +202,8 @@ def generate(sides: Sides) -> tuple[list[Table], Figures]:
 
 
 def generate_varied(sides: Sides) -> tuple[list[Table], Figures]:
-    found = sides.turns("generate_varied", ["ours", "tunix"], 1 if sides.quick else 3)
+    # Half a minute a turn and side: the one that compiles has warmed up as well.
+    found = sides.turns("generate_varied", ["ours", "tunix"], 1 if sides.quick else 3, warm_ups=0)
     _, lengths = work.varied()
     tokens = int(lengths.sum())
     check("tokens kept", min(a["tokens"] for turns in found.answers.values() for a in turns), tokens, 0)
