@@ -72,7 +72,9 @@ def init_state(
     if value_width is not None:
         head = ValueHead(jnp.zeros(value_width), jnp.zeros(()))
     if mesh is None:
-        return TrainState(params, optimizer.init(_trained(params, head)), jnp.zeros((), jnp.int32), head)
+        state = TrainState(params, optimizer.init(_trained(params, head)), jnp.zeros((), jnp.int32), head)
+        # Committed to their device, as the step gives them back: else the second step would compile again.
+        return jax.device_put(state, jax.tree.map(lambda x: x.sharding, state))
     everywhere = NamedSharding(mesh, PartitionSpec())
     head = jax.device_put(head, everywhere)
     trained = _trained(params, head)

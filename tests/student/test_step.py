@@ -311,6 +311,7 @@ def test_one_compilation_for_each_shape():
     for num_targets, seed in [(12, 0), (12, 1), (18, 0), (12, 2), (18, 1)]:
         state, _ = step(state, random_batch(num_targets=num_targets, seed=seed))
     assert traces == [(8, 13), (8, 19)]
+    assert step._compiled._cache_size() == 2  # where a state lies is a part of the key
 
 
 def test_a_batch_without_what_the_objective_reads_is_refused():
