@@ -103,9 +103,9 @@ def test_what_cannot_be_served_is_refused_with_the_remedy(tmp_path, config, mess
 
 def test_an_architecture_that_is_not_ours_is_refused_with_the_engines_that_take_it(tmp_path):
     path = write_checkpoint(tmp_path / "tiny")
-    text = (path / "config.json").read_text().replace('"qwen3"', '"gemma3_text"')
+    text = (path / "config.json").read_text().replace('"qwen3"', '"falcon_h1"')
     (path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"'gemma3_text' is not supported.*vllm or transformers engine"):
+    with pytest.raises(ValueError, match=r"'falcon_h1' is not supported.*vllm or transformers engine"):
         asyncio.run(JaxEngine.create(TeacherServerConfig(engine="jax", model=str(path))))
 
 
