@@ -250,6 +250,8 @@ class OptimizerSection(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up, to the last step
     end_factor: float = pydantic.Field(0.05, ge=0, le=1)  # the last step's rate as a share of learning_rate
     minibatches: int = pydantic.Field(1, ge=1)  # updates a step; 1 is strictly on-policy
+    accumulate: int = pydantic.Field(1, ge=1)  # parts of an update, one after another: memory for one of them
+    packing: bool = False  # rows without their padding; worth it where lengths differ
     batch_size: int = pydantic.Field(64, ge=1)  # supervised only: sequences a step
 
 
@@ -292,7 +294,7 @@ class TrainConfig(Section):
     def _relations(self) -> TrainConfig:
         objective = self.objective
         if objective.kind == "supervised":
-            return self
+            return self._check_parts(self.optimizer.batch_size, "optimizer.batch_size")
         if objective.has_distillation and self.teacher is None:
             raise ValueError(
                 "objective.distill_loss_weight > 0 needs a teacher: set teacher.endpoints or teacher.spawn, "
@@ -310,10 +312,14 @@ class TrainConfig(Section):
                 f"{self.rollout.max_new_tokens}"
             )
         num_rows = self.rollout.num_prompts * self.rollout.num_completions
-        if num_rows % self.optimizer.minibatches:
+        return self._check_parts(num_rows, "rollout.num_prompts * rollout.num_completions")
+
+    def _check_parts(self, num_rows: int, what: str) -> TrainConfig:
+        section = self.optimizer
+        if num_rows % (section.minibatches * section.accumulate):
+            times = f" * optimizer.accumulate = {section.accumulate}" if section.accumulate > 1 else ""
             raise ValueError(
-                f"optimizer.minibatches = {self.optimizer.minibatches} does not divide "
-                f"rollout.num_prompts * rollout.num_completions = {num_rows}"
+                f"optimizer.minibatches = {section.minibatches}{times} does not divide {what} = {num_rows}"
             )
         return self
 

@@ -10,7 +10,7 @@ import logging
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +25,8 @@ def causal_attention(
     q_BSNH: Float[Array, "B S N H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
-    segment_ids_BS: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S N H"]:
-    """Each token attends to itself and to the tokens before it in its row, and in its segment where there are any.
+    """Each token attends to itself and to the tokens before it in its row.
 
     On one CPU, a block of queries of a few rows at a time against the keys up to them: what is above the diagonal is
     not computed, the scores stay in the cache and are computed again for the backward pass (3.5 times as fast as all at
@@ -37,9 +36,8 @@ def causal_attention(
     Logits and softmax are float32 whatever the dtype.
     """
     if jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1:
-        return _in_blocks(q_BSNH, k_BSKH, v_BSKH, segment_ids_BS)
-    mask_B1SS = None if segment_ids_BS is None else _same_segment(segment_ids_BS, segment_ids_BS)
-    args, kwargs = (q_BSNH, k_BSKH, v_BSKH), {"mask": mask_B1SS, "is_causal": True}
+        return _in_blocks(q_BSNH, k_BSKH, v_BSKH)
+    args, kwargs = (q_BSNH, k_BSKH, v_BSKH), {"is_causal": True}
     implementation = None
     if jax.default_backend() == "gpu" and q_BSNH.dtype in (jnp.bfloat16, jnp.float16):
         try:
@@ -72,28 +70,22 @@ def cached_attention(
     return a_BKQH.reshape(B, K, N // K, S, H).transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
 
 
-def _in_blocks(q_BSNH, k_BSKH, v_BSKH, segment_ids_BS):
+def _in_blocks(q_BSNH, k_BSKH, v_BSKH):
     B, S, N, _ = q_BSNH.shape
     size = max(_LEAST_QUERIES, -(-S // _MOST_BLOCKS))
 
     def some_rows(x):
-        q_RSNH, k_RSKH, v_RSKH, segments_RS = x
+        q_RSNH, k_RSKH, v_RSKH = x
         blocks = []
         for start in range(0, S, size):
             stop = min(start + size, S)
             mask = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop))[None, None]
-            if segments_RS is not None:
-                mask &= _same_segment(segments_RS[:, start:stop], segments_RS[:, :stop])
             queries = q_RSNH[:, start:stop]
             blocks.append(jax.nn.dot_product_attention(queries, k_RSKH[:, :stop], v_RSKH[:, :stop], mask=mask))
         return jnp.concatenate(blocks, axis=1)
 
     most_rows = max(_BLOCK_BYTES // (4 * N * min(size, S) * S), 1)
     rows = max(r for r in range(1, B + 1) if B % r == 0 and r <= most_rows)
-    x = jax.tree.map(lambda x: x.reshape(B // rows, rows, *x.shape[1:]), (q_BSNH, k_BSKH, v_BSKH, segment_ids_BS))
+    x = jax.tree.map(lambda x: x.reshape(B // rows, rows, *x.shape[1:]), (q_BSNH, k_BSKH, v_BSKH))
     # prevent_cse=False: inside the loop nothing can be merged with the first forward pass, and the barrier costs.
     return jax.lax.map(jax.checkpoint(some_rows, prevent_cse=False), x).reshape(q_BSNH.shape)
-
-
-def _same_segment(queries_BS: Int[Array, "B S"], keys_BS: Int[Array, "B S2"]) -> Bool[Array, "B 1 S S2"]:
-    return queries_BS[:, None, :, None] == keys_BS[:, None, None, :]

@@ -26,6 +26,7 @@ from jdistill.models import moe
 from jdistill.models.attention import cached_attention, causal_attention
 from jdistill.models.config import DecoderConfig
 from jdistill.models.masked_attention import masked_attention
+from jdistill.models.packing import Packing
 
 Remat = Literal["none", "layer"]
 
@@ -168,28 +169,29 @@ class Decoder(nnx.Module):
         tokens_BS: Int[Array, "B S"],
         positions_BS: Int[Array, "B S"],
         *,
-        segment_ids_BS: Int[Array, "B S"] | None = None,
+        packing: Packing | None = None,
         cache: KVCache | None = None,
         layers: Sequence[Mapping[str, Array]] | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         """Hidden states after the final norm, in compute dtype, and the cache with these tokens in it.
 
-        Without a cache a token attends to itself and the tokens before it in its row, and with `segment_ids_BS` only to
-        those of its own segment (packed rows). With a cache the keys and values of a token are written to the slot of
-        its position, and it attends to all slots up to that one: right-padded prompts need no lengths, since what
-        padding wrote is overwritten before anything attends to it. A position >= M writes nothing (an idle row).
+        Without a cache a token attends to itself and the tokens before it in its row; with a packing its row is the
+        packing's, and tokens, positions and hidden states are lines of packed tokens. With a cache the keys and values
+        of a token are written to the slot of its position, and it attends to all slots up to that one: right-padded
+        prompts need no lengths, since what padding wrote is overwritten before anything attends to it. A position >= M
+        writes nothing (an idle row).
 
         Args:
             tokens_BS: ids in [0, V); padding too (an id outside gives NaN).
             positions_BS: rotary position, and slot in the cache; not negative.
-            segment_ids_BS: only without a cache.
+            packing: what it packed are the tokens and positions; only without a cache.
             cache: from `init_cache`, `prefill` or the previous call. Donate it to update it in place.
             layers: with a cache, the layers' parameters from `unstacked`, for whoever calls this in a loop.
         """
-        if cache is not None and segment_ids_BS is not None:
-            raise ValueError("segment_ids_BS with a cache: packed rows cannot be decoded; give one of the two")
+        if cache is not None and packing is not None:
+            raise ValueError("packing with a cache: packed rows cannot be decoded; give one of the two")
         with jax.default_matmul_precision(_matmul_precision(self.compute_dtype)):
-            hidden_BSD, cached = self._forward(tokens_BS, positions_BS, segment_ids_BS, cache, layers)
+            hidden_BSD, cached = self._forward(tokens_BS, positions_BS, packing, cache, layers)
         return hidden_BSD, cached if cache is not None else None
 
     def prefill(
@@ -207,10 +209,13 @@ class Decoder(nnx.Module):
         weights = {name: param[...] for name, param in nnx.state(self.layers, nnx.Param).items()}
         return [{name: w[layer] for name, w in weights.items()} for layer in range(self.config.num_layers)]
 
-    def _forward(self, tokens_BS, positions_BS, segment_ids_BS, cache, layers):
+    def _forward(self, tokens_BS, positions_BS, packing, cache, layers):
         config, dtype = self.config, self.compute_dtype
         rotation = _rotation(config, positions_BS)
-        num_slots = tokens_BS.shape[1] if cache is None else cache.num_slots
+        if cache is not None:
+            num_slots = cache.num_slots
+        else:
+            num_slots = tokens_BS.shape[1] if packing is None else packing.place_of.shape[2]
         if config.local_rope is not None:
             local_rotation = _rotation(dataclasses.replace(config, rope=config.local_rope), positions_BS)
         # A window that holds the whole row changes nothing.
@@ -224,13 +229,12 @@ class Decoder(nnx.Module):
             return _rms_norm(x, scale, config.rms_norm_eps)
 
         def special_attention(q_BSNH, k_BMKH, v_BMKH, w):
-            # Rows without a cache are masked by place, not by position: within a packed segment both count alike.
+            # Without a cache a token's place in its row decides, whatever position it is given.
             return masked_attention(
                 q_BSNH,
                 k_BMKH,
                 v_BMKH,
                 jnp.arange(num_slots)[None] if cache is None else positions_BS,
-                segment_ids_BS,
                 window=w["window"] if windowed else None,
                 scale=config.attention_scale or config.head_dim**-0.5,
                 softcap=config.attention_softcap,
@@ -253,10 +257,14 @@ class Decoder(nnx.Module):
             q_BSNH, k_BSKH = _rotate(q_BSNH, turn), _rotate(k_BSKH, turn)
             if cached is None:
                 cached = (k_BSKH, v_BSKH)
+                if packing is not None:
+                    q_BSNH, k_BSKH, v_BSKH = packing.unpack(q_BSNH), packing.unpack(k_BSKH), packing.unpack(v_BSKH)
                 if special:
                     a_BSNH = special_attention(q_BSNH, k_BSKH, v_BSKH, w)
                 else:
-                    a_BSNH = causal_attention(q_BSNH, k_BSKH, v_BSKH, segment_ids_BS)
+                    a_BSNH = causal_attention(q_BSNH, k_BSKH, v_BSKH)
+                if packing is not None:
+                    a_BSNH = packing.pack(a_BSNH)
             else:
                 cached = (
                     _write(cached[0], positions_BS, k_BSKH, slots=3),

@@ -17,7 +17,6 @@ def masked_attention(
     k_BMKH: Float[Array, "B M K H"],
     v_BMKH: Float[Array, "B M K H"],
     slots_BS: Int[Array, "#B S"],
-    segment_ids_BS: Int[Array, "B S"] | None = None,
     *,
     window: Int[Array, ""] | None,
     scale: float,
@@ -30,7 +29,6 @@ def masked_attention(
         k_BMKH: keys by slot.
         v_BMKH: values by slot.
         slots_BS: the queries' own slots.
-        segment_ids_BS: only keys of a query's own segment count. Only where M = S: rows without a cache.
         window: how many slots count, the query's own included; traced, so that layers may differ. None: all.
         scale: what the products of queries and keys are multiplied by.
         softcap: c: scaled products x become c * tanh(x / c). None: they stay.
@@ -39,8 +37,6 @@ def masked_attention(
     mask_BSM = keys_M <= slots_BS[:, :, None]
     if window is not None:
         mask_BSM &= keys_M > slots_BS[:, :, None] - window
-    if segment_ids_BS is not None:
-        mask_BSM &= segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
     mask_B1SM = mask_BSM[:, None]
     if softcap is None:
         return jax.nn.dot_product_attention(q_BSNH, k_BMKH, v_BMKH, mask=mask_B1SM, scale=scale)

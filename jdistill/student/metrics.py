@@ -40,6 +40,7 @@ METRICS = {
     "behavior_kept_share": Metric("share of scored tokens that behavior's rejection keeps", "1"),
     "entropy": Metric("entropy of the student per scored token, at the loss's temperature", "nats"),
     "grad_norm": Metric("global norm of the gradient before clipping", "1"),
+    "padding_share": Metric("share of the trained batch's places that hold no token; see optimizer.packing", "1"),
     "learning_rate": Metric("of this step's updates", "1"),
     "ratio_mean": Metric("mean probability ratio, trainer over sampler; 1 where they agree on-policy", "1"),
     "ratio_max": Metric("largest probability ratio", "1"),

@@ -94,6 +94,14 @@ def check(config: TrainConfig) -> None:
             "rollout.top_k, top_p, min_p: tokens of a part of the distribution do not estimate its divergence from the "
             "teacher: leave them out, or set objective.distillation: topk_reverse_kl, which sees more than the token"
         )
+    if config.optimizer.accumulate > 1:
+        rejects = objective.behavior is not None and objective.behavior.action == "mask"
+        if rejects or objective.distill_entropy_weight:
+            key = "behavior.action: mask" if rejects else "distill_entropy_weight"
+            raise ConfigError(
+                f"optimizer.accumulate: objective.{key} is relative to all tokens of an update, which are then never "
+                "looked at together: leave one of the two out (optimizer.packing and model.remat save memory too)"
+            )
     several = None if teacher is None else teacher.several
     unknown = sorted(set(objective.teacher_weights) - set(several or ()))
     if unknown:
@@ -119,7 +127,7 @@ def term_of(objective: ObjectiveSection, batch: TrainBatch) -> estimators.Object
 
 def check_batch(config: TrainConfig, batch: TrainBatch) -> None:
     """Whether a batch has what the objective reads. Raises ValueError."""
-    objective, num_updates = config.objective, config.optimizer.minibatches
+    objective, num_parts = config.objective, config.optimizer.minibatches * config.optimizer.accumulate
     needed = []
     if objective.kind == "on_policy":
         needed += ["sampler_logprobs"]
@@ -135,8 +143,10 @@ def check_batch(config: TrainConfig, batch: TrainBatch) -> None:
             "their candidates) before make_batch, or change objective.distillation or the weights"
         )
     num_rows = len(batch.tokens)
-    if num_rows % num_updates:
-        raise ValueError(f"optimizer.minibatches = {num_updates} does not divide the batch's {num_rows} rows")
+    if num_rows % num_parts:
+        raise ValueError(
+            f"optimizer.minibatches * optimizer.accumulate = {num_parts} does not divide the batch's {num_rows} rows"
+        )
     if isinstance(batch.loss_mask, np.ndarray) and not batch.loss_mask.any():
         raise ValueError("no target of the batch is scored: there is nothing to learn from it")
 
@@ -170,6 +180,43 @@ def loss(
     total, metrics = (_on_policy if objective.kind == "on_policy" else _supervised)(config, scored, batch, step)
     metrics["entropy"] = masked.masked_mean(scored.entropy, batch.loss_mask)
     return total, jax.lax.stop_gradient(metrics)
+
+
+class Shares(NamedTuple):
+    """How much of a whole each of the A parts of an update is."""
+
+    of_loss: Float[Array, "A"]
+    of_tokens: Float[Array, "A"]
+
+
+# Metrics that are reduced as the loss is; the others are means over scored tokens, or maxima.
+_REDUCED = ("policy_loss", "distill_loss", "reference_kl", "value_loss")
+
+
+def shares_of_parts(config: TrainConfig, mask: Bool[Array, "A R T"]) -> Shares:
+    """What to weigh the parts' losses with, so that they add up to the loss of all rows at once.
+
+    Every reduction is a sum over a count: of scored tokens, or of sequences that have any.
+    """
+    tokens_A = jnp.sum(mask, axis=(1, 2), dtype=jnp.float32)
+    sequences_A = jnp.sum(jnp.any(mask, axis=2), axis=1, dtype=jnp.float32)
+    of_tokens, of_sequences = (count_A / jnp.maximum(jnp.sum(count_A), 1) for count_A in (tokens_A, sequences_A))
+    return Shares(of_tokens if config.objective.reduction == "token_mean" else of_sequences, of_tokens)
+
+
+def join_metrics(parts: dict[str, Float[Array, "A"]], shares: Shares) -> dict[str, Float[Array, ""]]:
+    """The metrics of all rows at once from those of the parts that `loss` gave."""
+    joined = {}
+    for name, values_A in parts.items():
+        if name.endswith("_max"):
+            joined[name] = jnp.max(values_A)
+            continue
+        share_A = shares.of_loss if name in _REDUCED else shares.of_tokens
+        if name == "reverse_kl" and "teacher_usable_share" in parts:  # a mean over the usable tokens alone
+            share_A = share_A * parts["teacher_usable_share"]
+            share_A /= jnp.maximum(jnp.sum(share_A), jnp.finfo(jnp.float32).tiny)
+        joined[name] = jnp.sum(share_A * values_A)
+    return joined
 
 
 def _supervised(config: TrainConfig, scored: Scored, batch: TrainBatch, step: Int[Array, ""]):
@@ -224,7 +271,6 @@ def _on_policy(config: TrainConfig, scored: Scored, batch: TrainBatch, step: Int
         metrics["value_loss"] = reduce(
             value.value_loss(values_BT, old_BT, returns_BT, clip=objective.value_clip), mask_BT
         )
-        metrics["explained_variance"] = value.explained_variance(old_BT, returns_BT, mask_BT)
         total += objective.value_loss_weight * metrics["value_loss"]
 
     ratio_BT = policy_gradient.probability_ratio(logprobs_BT, sampler_BT)

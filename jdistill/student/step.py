@@ -3,8 +3,11 @@
 Before the first update a step looks at the whole batch once more where its objective needs it: for the log-probs of the
 policy that the ratio is relative to, for those of a frozen reference, and for the value head's estimates.
 
-Dimension key: B sequences, S tokens of a row, T = S - 1 targets, D width, K candidates, U updates of a step
-(minibatches).
+A step's rows are taken in parts: U updates (minibatches) of A parts each, whose gradients add up (accumulation), and
+each part alone is ever in a forward or backward pass. A part's rows may be packed, so that padding costs nothing.
+
+Dimension key: B sequences, S tokens of a row, T = S - 1 targets, D width, K candidates, U updates of a step, A parts of
+an update, N = U * A parts of a step, R = B / N rows of a part, G groups of a part's rows (devices that share it).
 """
 
 from __future__ import annotations
@@ -13,13 +16,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jdistill.config import TrainConfig
-from jdistill.losses import advantages, masked
+from jdistill.losses import advantages, masked, value
+from jdistill.models.packing import Packing, num_places, pack_rows
 from jdistill.student import objective
 from jdistill.student.batch import TrainBatch
 from jdistill.student.logprobs import target_logprobs
@@ -124,73 +129,116 @@ class TrainStep:
             ValueError: the batch lacks what the objective needs, or does not split into minibatches and devices.
         """
         objective.check_batch(self._config, batch)
+        packing = None
+        if self._config.optimizer.packing:
+            batch, packing = self._pack(batch)
         if self._compiled is None:
             # A state that came back elsewhere than it was would compile everything again.
             shardings = jax.tree.map(lambda x: x.sharding, state)
             self._compiled = jax.jit(self.step, donate_argnums=0, out_shardings=(shardings, None))
         if self._mesh is not None:
             batch = jax.device_put(batch, batch_sharding(self._mesh))
-        return self._compiled(state, batch, self._reference)
+            packing = jax.device_put(packing, self._parts_sharding())
+        return self._compiled(state, batch, self._reference, packing)
+
+    def _pack(self, batch: TrainBatch) -> tuple[TrainBatch, Packing]:
+        """The rows in another order, so that all parts have about as many tokens, and the packing of each part.
+
+        The rows of an update stay its rows; where a loss adds over rows, their order means nothing.
+        """
+        if not isinstance(batch.loss_mask, np.ndarray):
+            raise ValueError("optimizer.packing: rows are packed on the host: give the batch as numpy arrays")
+        section = self._config.optimizer
+        num_groups = 1 if self._mesh is None else self._mesh.size // self._mesh.shape.get("tensor", 1)
+        U, A, T = section.minibatches, section.accumulate, batch.loss_mask.shape[1]
+        lengths_B = np.asarray(_lengths(batch.loss_mask))
+        order = _balanced_order(lengths_B, U, A, num_groups)
+        batch, lengths_B = jax.tree.map(lambda x: x[order], batch), lengths_B[order]
+        lengths_NR = [lengths_B[part :: U * A] for part in range(U * A)]
+        most = max(int(lengths_R.reshape(num_groups, -1).sum(axis=1).max()) for lengths_R in lengths_NR)
+        places = num_places(most, lengths_NR[0].size // num_groups * T)
+        packings = [pack_rows(lengths_R, T, num_groups=num_groups, places=places) for lengths_R in lengths_NR]
+        return batch, Packing(*(np.stack(field) for field in zip(*packings, strict=True)))
 
     def step(
-        self, state: TrainState, batch: TrainBatch, reference: nnx.State | None = None
+        self,
+        state: TrainState,
+        batch: TrainBatch,
+        reference: nnx.State | None = None,
+        packing: Packing | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """The pure function that is compiled."""
-        num_updates = self._config.optimizer.minibatches
-        batch = self._prepare(state, batch, reference)
-        if num_updates == 1:
-            new, metrics = self._update(state, batch)
+        """The pure function that is compiled. The fields of `packing` are stacked: [N, ...]."""
+        section = self._config.optimizer
+        U, A = section.minibatches, section.accumulate
+        parts = (jax.tree.map(lambda x: self._split(x, U * A), batch), packing)
+        parts = self._prepare(state, parts, reference)
+        if U == 1:
+            new, metrics = self._update(state, parts)
         else:
-            new, metrics = self._updates(state, batch, num_updates)
-        metrics["learning_rate"] = self._schedule(state.step * num_updates)
+            # Part n is of update n % U.
+            parts = jax.tree.map(lambda x: x.reshape(A, U, *x.shape[1:]).swapaxes(0, 1), parts)
+            new, metrics_U = jax.lax.scan(self._update, state, parts)
+            metrics = {
+                name: (jnp.all if name == "finite" else jnp.max if name.endswith("_max") else jnp.mean)(values)
+                for name, values in metrics_U.items()
+            }
+        metrics["learning_rate"] = self._schedule(state.step * U)
+        num_places = batch.loss_mask.size if packing is None else packing.token_of.size
+        metrics["padding_share"] = 1 - jnp.sum(_lengths(batch.loss_mask)) / num_places
+        rows = parts[0]
+        if rows.values is not None:
+            flat = [x.reshape(-1, x.shape[-1]) for x in (rows.values, rows.returns, rows.loss_mask)]
+            metrics["explained_variance"] = value.explained_variance(*flat)
         ok = metrics["finite"]
         # Of all or nothing: with several updates this keeps a second copy of the state while the step runs.
         new = jax.tree.map(lambda after, before: jnp.where(ok, after, before), new, state)
         return new._replace(step=state.step + ok.astype(jnp.int32)), metrics
 
-    def _prepare(self, state: TrainState, batch: TrainBatch, reference: nnx.State | None) -> TrainBatch:
-        """Adds what the objective needs of the whole batch before its first update."""
-        asked, mask_BT = self._config.objective, batch.loss_mask
+    def _parts_sharding(self) -> NamedSharding:
+        """Of arrays [parts, rows, ...]."""
+        assert self._mesh is not None
+        return NamedSharding(self._mesh, PartitionSpec(None, *batch_sharding(self._mesh).spec))
+
+    def _split(self, x: Array, num: int) -> Array:
+        """Row b is in part b % num: each device splits its own rows, and no prompt is alone in an update."""
+        x = x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1)
+        return x if self._mesh is None else jax.lax.with_sharding_constraint(x, self._parts_sharding())
+
+    def _prepare(self, state: TrainState, parts: _Parts, reference: nnx.State | None) -> _Parts:
+        """Adds what the objective needs of all rows before the first update."""
+        asked, (rows, packing) = self._config.objective, parts
         if asked.kind != "on_policy":
-            return batch
+            return parts
+
+        def score(params, head=None):
+            scored = _one_by_one(lambda part: self._score(params, *part, head), parts)
+            return jax.lax.stop_gradient(scored)
+
         recompute = asked.proximal == "recomputed" and self._config.optimizer.minibatches > 1
         if recompute or state.value_head is not None:
-            now = jax.lax.stop_gradient(self._score(state.params, batch, state.value_head))
+            now = score(state.params, state.value_head)
             if recompute:
-                batch = batch._replace(proximal_logprobs=now.logprobs)
+                rows = rows._replace(proximal_logprobs=now.logprobs)
             if state.value_head is not None:
-                values_BT = masked.fill(now.values, mask_BT)
-                rewards_BT = masked.fill(batch.token_rewards, mask_BT)
+                shape, mask_BT = now.values.shape, rows.loss_mask.reshape(-1, now.values.shape[-1])
+                values_BT = masked.fill(now.values.reshape(mask_BT.shape), mask_BT)
+                rewards_BT = masked.fill(rows.token_rewards.reshape(mask_BT.shape), mask_BT)
                 advantages_BT, returns_BT = advantages.gae(
                     rewards_BT, values_BT, mask_BT, discount=asked.discount, gae_lambda=asked.gae_lambda
                 )
                 advantages_BT = advantages.whiten(advantages_BT, mask_BT)
-                batch = batch._replace(advantages=advantages_BT, values=values_BT, returns=returns_BT)
+                rows = rows._replace(
+                    advantages=advantages_BT.reshape(shape),
+                    values=values_BT.reshape(shape),
+                    returns=returns_BT.reshape(shape),
+                )
         if reference is not None:
-            batch = batch._replace(reference_logprobs=jax.lax.stop_gradient(self._score(reference, batch)).logprobs)
-        return batch
+            rows = rows._replace(reference_logprobs=score(reference).logprobs)
+        return rows, packing
 
-    def _updates(self, state: TrainState, batch: TrainBatch, num: int) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Row b is in minibatch b % num: each device splits its own rows, and no prompt is alone in an update."""
-
-        def split(x):
-            x = x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1)
-            if self._mesh is None:
-                return x
-            spec = PartitionSpec(None, *batch_sharding(self._mesh).spec)
-            return jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh, spec))
-
-        new, metrics_U = jax.lax.scan(self._update, state, jax.tree.map(split, batch))
-        metrics = {
-            name: jnp.max(values) if name.endswith("_max") else jnp.mean(values)
-            for name, values in metrics_U.items()
-            if name != "finite"
-        }
-        return new, metrics | {"finite": jnp.all(metrics_U["finite"])}
-
-    def _update(self, state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, jax.Array]]:
-        grad_fn = jax.value_and_grad(self._loss, has_aux=True)
-        (loss, metrics), grads = grad_fn((state.params, state.value_head), batch, state.step)
+    def _update(self, state: TrainState, parts: _Parts) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update from its A parts."""
+        grads, metrics = self._gradient((state.params, state.value_head), parts, state.step)
         param_grads, head_grads = grads
         if self._mesh is not None:
             shardings = param_shardings(nnx.merge(self._graphdef, state.params), self._mesh)
@@ -200,49 +248,111 @@ class TrainStep:
         updates, opt_state = self._optimizer.update(grads, state.opt_state, trained)
         new = optax.apply_updates(trained, updates)
         params, head = (new, None) if state.value_head is None else new
-        metrics |= {"loss": loss, "grad_norm": grad_norm, "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm)}
+        metrics |= {"grad_norm": grad_norm, "finite": jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)}
         return TrainState(params, opt_state, state.step, head), metrics
 
+    def _gradient(self, trained: Any, parts: _Parts, step: Int[Array, ""]) -> tuple[Any, dict[str, jax.Array]]:
+        """The gradient of the loss over all parts, and the metrics, as if they had been one."""
+        grad_fn = jax.value_and_grad(self._loss, has_aux=True)
+        mask_ART = parts[0].loss_mask
+        if len(mask_ART) == 1:
+            (loss, metrics), grads = grad_fn(trained, jax.tree.map(lambda x: x[0], parts), step)
+            return grads, metrics | {"loss": loss}
+        shares = objective.shares_of_parts(self._config, mask_ART)
+
+        def add(total, part_and_share):
+            part, share = part_and_share
+            (loss, metrics), grads = grad_fn(trained, part, step, share)
+            return jax.tree.map(jnp.add, total, grads), metrics | {"loss": loss}
+
+        zero = jax.tree.map(jnp.zeros_like, trained)
+        grads, metrics_A = jax.lax.scan(add, zero, (parts, shares.of_loss))
+        loss = jnp.sum(metrics_A.pop("loss"))  # each times its share
+        return grads, objective.join_metrics(metrics_A, shares) | {"loss": loss}
+
     def _loss(
-        self, trained: tuple[nnx.State, ValueHead | None], batch: TrainBatch, step: Int[Array, ""]
+        self, trained: Any, part: _Parts, step: Int[Array, ""], share: Float[Array, ""] | float = 1.0
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        params, head = trained
-        term = objective.term_of(self._config.objective, batch)
-        candidate_ids = None if term is None or term.needs_candidates is None else batch.candidate_ids
-        scored = self._score(params, batch, head, candidate_ids)
-        return objective.loss(self._config, scored, batch, step)
+        (params, head), (rows, packing) = trained, part
+        term = objective.term_of(self._config.objective, rows)
+        candidate_ids = None if term is None or term.needs_candidates is None else rows.candidate_ids
+        scored = self._score(params, rows, packing, head, candidate_ids)
+        loss, metrics = objective.loss(self._config, scored, rows, step)
+        return share * loss, metrics
 
     def _score(
         self,
         params: nnx.State,
-        batch: TrainBatch,
+        rows: TrainBatch,
+        packing: Packing | None,
         head: ValueHead | None = None,
-        candidate_ids: Int[Array, "B T K"] | None = None,
+        candidate_ids: Int[Array, "R T K"] | None = None,
     ) -> objective.Scored:
-        """The forward pass over a batch, and what is read from it."""
+        """The forward pass over a part, and what is read from it."""
         config = self._config
         decoder = nnx.merge(self._graphdef, params)
-        inputs_BT, targets_BT = batch.tokens[:, :-1], batch.tokens[:, 1:]
-        positions_BT = jnp.broadcast_to(jnp.arange(inputs_BT.shape[1]), inputs_BT.shape)
-        hidden_BTD, _ = decoder(inputs_BT, positions_BT)
+        asked = (rows.tokens[:, :-1], rows.tokens[:, 1:], rows.loss_mask, candidate_ids)
+        positions = jnp.broadcast_to(jnp.arange(rows.loss_mask.shape[1]), rows.loss_mask.shape)
+        if packing is not None:
+            asked, positions = jax.tree.map(packing.pack, (asked, positions))
+        # From here to the end [R, T] or [G, P].
+        inputs, targets, mask, candidate_ids = asked
+        hidden, _ = decoder(inputs, positions, packing=packing)
         scored = target_logprobs(
-            hidden_BTD,
+            hidden,
             decoder.head_DV(),
-            targets_BT,
-            batch.loss_mask,
+            targets,
+            mask,
             candidate_ids,
             temperature=config.rollout.temperature if config.objective.kind == "on_policy" else 1.0,
             chunk_tokens=config.objective.chunk_tokens,
             mesh=self._mesh,
             softcap=decoder.config.final_softcap,
         )
-        values_BT = None
+        values = None
         if head is not None:
-            values_BT = jnp.einsum(
-                "BTD,D->BT", hidden_BTD.astype(jnp.float32), head.kernel, precision=jax.lax.Precision.HIGHEST
+            values = jnp.einsum(
+                "btd,d->bt", hidden.astype(jnp.float32), head.kernel, precision=jax.lax.Precision.HIGHEST
             )
-            values_BT += head.bias
-        return objective.Scored(*scored, values_BT)
+            values += head.bias
+        scored = objective.Scored(*scored, values)
+        return scored if packing is None else jax.tree.map(packing.unpack, scored)
+
+
+# Rows of a part, or of several with one dim more, and how they are packed.
+_Parts = tuple[TrainBatch, Packing | None]
+
+
+def _lengths(mask_BT: Bool[Array, "B T"]) -> Int[Array, "B"]:
+    """Of each row; what comes after its last scored target is of no use to anything."""
+    return jnp.max(jnp.where(mask_BT, jnp.arange(1, mask_BT.shape[1] + 1), 0), axis=1)
+
+
+def _one_by_one(f: Any, parts: _Parts) -> Any:
+    """f of each part, stacked; without a loop where there is one."""
+    if len(parts[0].tokens) == 1:
+        return jax.tree.map(lambda x: x[None], f(jax.tree.map(lambda x: x[0], parts)))
+    return jax.lax.map(f, parts)
+
+
+def _balanced_order(lengths_B: np.ndarray, num_updates: int, num_parts: int, num_groups: int) -> np.ndarray:
+    """Rows in an order in which all groups of all parts have about as many tokens; int [B].
+
+    Row b stays in update b % num_updates. The longest first, each to the group with the fewest tokens that has room.
+    """
+    order = np.empty(len(lengths_B), np.int64)
+    rows_each = len(lengths_B) // (num_updates * num_parts * num_groups)
+    for update in range(num_updates):
+        rows = np.arange(update, len(lengths_B), num_updates)
+        tokens, taken = np.zeros(num_parts * num_groups, np.int64), np.zeros(num_parts * num_groups, np.int64)
+        for row in rows[np.argsort(-lengths_B[rows], kind="stable")]:
+            target = int(np.argmin(np.where(taken < rows_each, tokens, np.iinfo(np.int64).max)))
+            part, group = divmod(target, num_groups)
+            place = group * rows_each + taken[target]  # in the part
+            order[(place * num_parts + part) * num_updates + update] = row
+            tokens[target] += lengths_B[row]
+            taken[target] += 1
+    return order
 
 
 def make_train_step(

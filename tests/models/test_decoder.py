@@ -12,6 +12,7 @@ from flax import nnx
 
 from jdistill import models
 from jdistill.models import Decoder, DecoderConfig, Rope
+from jdistill.models.packing import pack_rows
 
 CONFIG = DecoderConfig(
     family="qwen3",
@@ -55,8 +56,8 @@ def random_decoder(config=CONFIG):
 
 
 @nnx.jit
-def jitted(decoder, tokens_BS, positions_BS, segment_ids_BS=None, cache=None):
-    hidden_BSD, cache = decoder(tokens_BS, positions_BS, segment_ids_BS=segment_ids_BS, cache=cache)
+def jitted(decoder, tokens_BS, positions_BS, packing=None, cache=None):
+    hidden_BSD, cache = decoder(tokens_BS, positions_BS, packing=packing, cache=cache)
     return decoder.logits(hidden_BSD), cache
 
 
@@ -166,16 +167,21 @@ def test_a_flag_changes_the_numbers():
         assert np.abs(changed - expected).max() > 1e-2, flag
 
 
-def test_packed_segments_of_sliding_layers_equal_separate_rows():
-    decoder = random_decoder(ALL_FLAGS)
-    rng = np.random.default_rng(2)
-    parts = [rng.integers(0, 61, (1, n)) for n in (9, 9)]
-    tokens_BS = np.concatenate(parts, axis=1)
-    positions_BS = np.concatenate([np.arange(p.shape[1]) for p in parts])[None]
-    segments_BS = np.repeat(np.arange(2), 9)[None]
-    ours, _ = forward(decoder, tokens_BS, positions_BS, segment_ids_BS=jnp.asarray(segments_BS))
-    expected = np.concatenate([forward(decoder, part)[0] for part in parts], axis=1)
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=5e-5)
+@pytest.mark.parametrize("num_groups", [1, 2])
+@pytest.mark.parametrize("config", [CONFIG, ALL_FLAGS], ids=["no flags", "all flags"])
+def test_packed_rows_equal_separate_rows(config, num_groups):
+    decoder = random_decoder(config)
+    lengths_B = [9, 1, 13, 5]
+    tokens_BS = np.random.default_rng(2).integers(0, 61, (4, 13))
+    packing = pack_rows(lengths_B, 13, num_groups=num_groups)
+    assert packing.token_of.shape == (num_groups, 33 if num_groups == 1 else 20)  # 28 of 52 tokens; 18 of 26
+    positions_BS = np.broadcast_to(np.arange(13), tokens_BS.shape)
+    packed_GPV, _ = forward(decoder, packing.pack(tokens_BS), packing.pack(positions_BS), packing=packing)
+    ours_BSV = packing.unpack(packed_GPV)
+    for row, length in enumerate(lengths_B):
+        expected, _ = forward(decoder, tokens_BS[row : row + 1, :length])
+        np.testing.assert_allclose(ours_BSV[row, :length], expected[0], rtol=0, atol=5e-5)
+        assert np.all(ours_BSV[row, length:] == 0)
 
 
 @pytest.mark.parametrize("config", [CONFIG, ALL_FLAGS], ids=["no flags", "all flags"])
@@ -204,5 +210,5 @@ def test_wrong_arguments_are_named():
         Decoder(CONFIG, rngs=nnx.Rngs(0), remat="all")
     decoder = random_decoder()
     tokens_BS = np.zeros((1, 2), np.int32)
-    with pytest.raises(ValueError, match="segment_ids_BS with a cache"):
-        forward(decoder, tokens_BS, segment_ids_BS=tokens_BS, cache=models.init_cache(CONFIG, 1, 4, "float32"))
+    with pytest.raises(ValueError, match="packing with a cache"):
+        forward(decoder, tokens_BS, packing=pack_rows([2], 2), cache=models.init_cache(CONFIG, 1, 4, "float32"))

@@ -77,8 +77,8 @@ def positions_like(tokens_BS):
 
 
 @nnx.jit
-def jitted(decoder, tokens_BS, positions_BS, segment_ids_BS=None):
-    hidden_BSD, _ = decoder(tokens_BS, positions_BS, segment_ids_BS=segment_ids_BS)
+def jitted(decoder, tokens_BS, positions_BS):
+    hidden_BSD, _ = decoder(tokens_BS, positions_BS)
     return hidden_BSD.dtype.type(0), decoder.logits(hidden_BSD)
 
 

@@ -1,0 +1,94 @@
+"""Ragged rows without their padding: all real tokens side by side, spread out into rows for attention alone.
+
+A transformer looks at one token at a time except in its attention. So the tokens of B rows lie in one line of P < B * S
+places, every matrix product is over P of them, and attention alone sees [B, S] again, where causality keeps padding
+away from every real token: packed rows cannot see each other on any backend, and no kernel has to know of them.
+
+Dimension key: G groups of rows (devices that share a batch), B rows of a group, S tokens of a row, P places of a line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int, Shaped
+
+
+class Packing(NamedTuple):
+    """Which token of which row is at which place, and the reverse."""
+
+    token_of: Int[Array, "G P"]  # b * S + s; B * S: nothing is there
+    place_of: Int[Array, "G B S"]  # P: padding, which is nowhere
+
+    def pack(self, x: Shaped[Array, "G*B S *rest"]) -> Shaped[Array, "G P *rest"]:
+        """Rows -> a line a group; 0 (false) where nothing is."""
+        G, B, S = self.place_of.shape
+        return _take(x.reshape(G, B * S, *x.shape[2:]), self.token_of, self.place_of.reshape(G, B * S))
+
+    def unpack(self, x: Shaped[Array, "G P *rest"]) -> Shaped[Array, "G*B S *rest"]:
+        """A line a group -> rows; 0 (false) where padding is."""
+        G, B, S = self.place_of.shape
+        return _take(x, self.place_of.reshape(G, B * S), self.token_of).reshape(G * B, S, *x.shape[2:])
+
+
+@jax.custom_vjp
+def _take(x, index, inverse):
+    return jax.vmap(lambda rows, i: rows.at[i].get(mode="fill", fill_value=0))(x, index)
+
+
+def _take_forward(x, index, inverse):
+    return _take(x, index, inverse), (index, inverse)
+
+
+def _take_backward(indices, grad):
+    index, inverse = indices
+    # Each token is at one place, so the transposed gather is the other gather: no scatter, which would add one by one.
+    return _take(grad, inverse, index), None, None
+
+
+_take.defvjp(_take_forward, _take_backward)
+
+
+def num_places(most_tokens: int, num_tokens: int) -> int:
+    """P for a line of at most `most_tokens` real tokens of `num_tokens` = B * S: an eighth of them or a multiple.
+
+    So a run compiles a handful of shapes, and less than an eighth of the rows is computed for nothing.
+    """
+    if not 0 <= most_tokens <= num_tokens:
+        raise ValueError(f"{most_tokens} real tokens in rows of {num_tokens}: a row cannot hold more than it has")
+    return next(size for k in range(1, 9) if (size := -(-num_tokens * k // 8)) >= most_tokens)
+
+
+def pack_rows(lengths: Sequence[int], row_length: int, *, num_groups: int = 1, places: int | None = None) -> Packing:
+    """The packing of rows whose first `lengths[b]` tokens are real.
+
+    Args:
+        lengths: of each row, at most row_length.
+        row_length: S.
+        num_groups: G; each has the next len(lengths) / G rows.
+        places: P; default: `num_places` of the group with the most tokens.
+
+    Raises:
+        ValueError: a length below 0 or above S, rows that do not split into groups, more tokens than places.
+    """
+    lengths_GB = np.asarray(lengths, np.int64)
+    if lengths_GB.size % num_groups:
+        raise ValueError(f"{lengths_GB.size} rows do not split into {num_groups} groups")
+    if lengths_GB.min() < 0 or lengths_GB.max() > row_length:
+        raise ValueError(f"rows of {lengths_GB.min()} to {lengths_GB.max()} tokens, expected 0 to {row_length}")
+    lengths_GB = lengths_GB.reshape(num_groups, -1)
+    B, S = lengths_GB.shape[1], row_length
+    most = int(lengths_GB.sum(axis=1).max())
+    P = num_places(most, B * S) if places is None else places
+    if most > P:
+        raise ValueError(f"{most} tokens do not fit {P} places")
+    real_GBS = np.arange(S) < lengths_GB[:, :, None]
+    place_GBS = np.where(real_GBS, np.cumsum(real_GBS.reshape(num_groups, -1), axis=1).reshape(real_GBS.shape) - 1, P)
+    token_GP = np.full((num_groups, P), B * S)
+    for group, real_BS in enumerate(real_GBS):
+        tokens = np.flatnonzero(real_BS)
+        token_GP[group, : len(tokens)] = tokens
+    return Packing(token_GP.astype(np.int32), place_GBS.astype(np.int32))

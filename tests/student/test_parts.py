@@ -1,0 +1,135 @@
+"""A step in parts (accumulation) and without padding (packing) against the same step at once."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jdistill.config import ConfigError
+from jdistill.student.optimizer import make_optimizer
+from jdistill.student.step import _balanced_order, init_state, make_train_step
+from tests.student.test_step import make_params, random_batch, train_config
+
+CASES = {
+    "default": {},
+    "sequence_mean, sampled": {"reduction": "sequence_mean", "distillation": "sampled_reverse_kl", "policy": "gspo"},
+    "constant, gae, reference": {
+        "reduction": "constant",
+        "advantage": "gae",
+        "distill_loss_weight": 0.0,
+        "reference": {"path": "unused", "weight": 0.3},
+        "proximal": "recomputed",
+        "behavior": {"level": "sequence"},
+    },
+    "segments": {"distillation": "sampled_reverse_kl", "distill_discount": 0.9},
+}
+
+
+def uneven_batch(case):
+    """16 rows, of which the first have far more tokens and one has none."""
+    batch = random_batch(16)
+    batch.loss_mask[:4, 1:] = True
+    batch.loss_mask[9] = False
+    if case == "segments":
+        segments_BT = np.cumsum(np.random.default_rng(1).random(batch.loss_mask.shape) < 0.7, axis=1)
+        return batch._replace(teacher_segments=np.where(segments_BT % 4 == 3, -1, segments_BT).astype(np.int32))
+    rewards_BT = np.zeros(batch.loss_mask.shape, np.float32)
+    for row in range(16):
+        scored = np.flatnonzero(batch.loss_mask[row])
+        rewards_BT[row, scored[-1:]] = row % 3
+    return batch._replace(token_rewards=rewards_BT)
+
+
+def run(batch, objective, **optimizer):
+    """Two steps: the second shows that the first one's update was the same."""
+    config = train_config(objective=objective, optimizer={"clip_norm": 1e9, **optimizer})
+    graphdef, params = make_params()
+    reference = make_params()[1] if config.objective.reference else None
+    maker = make_optimizer(config.optimizer, config.num_steps)
+    state = init_state(params, maker, value_width=16 if config.objective.advantage == "gae" else None)
+    step = make_train_step(graphdef, config, maker, reference=reference)
+    state, first = step(state, batch)
+    state, second = step(state, batch)
+    return first, second
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parts_and_packing_change_no_number(case):
+    batch, objective = uneven_batch(case), CASES[case]
+    expected = run(batch, objective, minibatches=2)
+    for optimizer in ({"accumulate": 4}, {"accumulate": 2, "packing": True}):
+        found = run(batch, objective, minibatches=2, **optimizer)
+        for a, b, tolerance in zip(found, expected, (2e-4, 5e-3), strict=True):
+            assert set(a) == set(b)
+            assert a["padding_share"] < b["padding_share"] if "packing" in optimizer else True
+            for name in set(a) - {"padding_share"}:
+                np.testing.assert_allclose(a[name], b[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def test_accumulation_takes_less_memory_and_packing_less_work():
+    batch = random_batch(32, 64)
+    batch.loss_mask[:] = False
+    batch.loss_mask[:, :8] = True
+    batch.loss_mask[:2] = True  # 368 of 2,048 tokens
+
+    def compiled(**optimizer):
+        config = train_config(optimizer=optimizer)
+        graphdef, params = make_params()
+        maker = make_optimizer(config.optimizer, config.num_steps)
+        step = make_train_step(graphdef, config, maker)
+        packed = step._pack(batch) if config.optimizer.packing else (batch, None)
+        return jax.jit(step.step).lower(init_state(params, maker), packed[0], None, packed[1]).compile()
+
+    plain = compiled()
+    assert compiled(accumulate=8).memory_analysis().temp_size_in_bytes < plain.memory_analysis().temp_size_in_bytes / 3
+    # A quarter of the places; but attention stays, and a chunk of the log-probs counts once, however many there are.
+    assert compiled(packing=True).cost_analysis()["flops"] < 0.6 * plain.cost_analysis()["flops"]
+
+
+def test_packed_batches_of_about_as_many_tokens_compile_once():
+    config = train_config(optimizer={"packing": True})
+    graphdef, params = make_params()
+    maker = make_optimizer(config.optimizer, config.num_steps)
+    step, state = make_train_step(graphdef, config, maker), init_state(params, maker)
+    shares = []
+    for lengths in ([5, 6, 7, 5, 6, 7, 5, 6], [6, 6, 6, 5, 6, 7, 4, 6], [12, 5, 5, 5, 5, 5, 5, 5], [12] * 8):
+        batch = random_batch()
+        batch.loss_mask[:] = np.arange(12) < np.array(lengths)[:, None]  # 47, 46, 47 and 96 of 96 tokens
+        state, metrics = step(state, batch)
+        shares.append(float(metrics["padding_share"]))
+    assert step._compiled._cache_size() == 2
+    np.testing.assert_allclose(shares, [1 / 48, 2 / 48, 1 / 48, 0], atol=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from([(1, 1, 1), (2, 3, 2), (1, 4, 1), (4, 1, 2)]), st.integers(1, 4), st.integers(0, 2**31))
+def test_rows_stay_in_their_update_and_groups_are_balanced(sizes, rows_each, seed):
+    U, A, G = sizes
+    lengths_B = np.random.default_rng(seed).integers(0, 50, U * A * G * rows_each)
+    order = _balanced_order(lengths_B, U, A, G)
+    assert sorted(order) == list(range(len(order)))
+    assert np.all(order % U == np.arange(len(order)) % U)
+    for update in range(U):
+        tokens = [lengths_B[order][u :: U * A].reshape(G, -1).sum(axis=1) for u in range(update, U * A, U)]
+        assert np.max(tokens) - np.min(tokens) <= 50
+
+
+def test_what_parts_cannot_do_is_refused():
+    for objective, key in (
+        ({"distill_entropy_weight": 1.0}, "distill_entropy_weight"),
+        ({"proximal": "recomputed", "behavior": {"action": "mask"}}, "behavior.action: mask"),
+    ):
+        config = train_config(objective=objective, optimizer={"accumulate": 2})
+        with pytest.raises(ConfigError, match=rf"optimizer\.accumulate: objective\.{key} is relative to all tokens"):
+            make_train_step(make_params()[0], config, make_optimizer(config.optimizer, 10))
+    with pytest.raises(ConfigError, match=r"minibatches = 2 \* optimizer.accumulate = 3 does not divide rollout"):
+        train_config(optimizer={"minibatches": 2, "accumulate": 3})
+    with pytest.raises(ConfigError, match=r"accumulate = 3 does not divide optimizer.batch_size = 64"):
+        train_config(objective={"kind": "supervised"}, optimizer={"accumulate": 3})
+    config = train_config(optimizer={"packing": True})
+    graphdef, params = make_params()
+    maker = make_optimizer(config.optimizer, 10)
+    with pytest.raises(ValueError, match="rows are packed on the host: give the batch as numpy arrays"):
+        batch = jax.tree.map(jax.numpy.asarray, random_batch())
+        make_train_step(graphdef, config, maker)(init_state(params, maker), batch)
