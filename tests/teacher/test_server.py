@@ -303,10 +303,11 @@ def test_an_engine_that_hangs_while_it_loads_is_left_behind_and_its_processes_ar
         child_pid = int(pid_file.read_text())
         assert alive(child_pid)
         process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait(30) == 0  # it waits 5 s for the engine; the engine would take 100
         wait_until(lambda: not alive(child_pid))
     finally:
         process.kill()
+        process.wait()
 
 
 def test_a_dead_engine_ends_the_sidecar_with_1_and_fails_running_calls(start_sidecar):
