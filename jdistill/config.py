@@ -209,7 +209,7 @@ class ObjectiveSection(Section):
     distill_entropy_weight: float = pydantic.Field(0.0, ge=0)  # more weight where the student is uncertain; 0: the same
     teacher_weights: dict[str, float] = {}  # of each of teacher.several, times distill_loss_weight; default 1
     reduction: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"  # constant: over rows * max_new_tokens
-    chunk_tokens: int = pydantic.Field(1024, ge=1)  # tokens whose logits exist at once
+    chunk_tokens: int = pydantic.Field(256, ge=1)  # tokens whose logits exist at once; more on a large GPU
 
     @property
     def has_rl(self) -> bool:

@@ -72,6 +72,10 @@ CASES = {
         ["objective.distill_loss_weight={kind: kdrl, begin: 1, end: 0.2, decrement: 0.3}", "objective.distillation=k2"],
         ["distill_loss_weight", "distill_loss"],
     ),
+    "in parts, without padding": (
+        ["optimizer.minibatches=2", "optimizer.accumulate=2", "optimizer.packing=true"],
+        ["padding_share", "distill_loss"],
+    ),
     "privileged context": (["teacher.privileged=true", "objective.distillation=sampled_reverse_kl"], ["reverse_kl"]),
 }
 
