@@ -59,7 +59,7 @@ METRICS = {
 # One line of timings.jsonl, with the same steps.
 TIMINGS = {
     "rollout_s": Metric("sampling, rewards included", "s"),
-    "teacher_wait_s": Metric("waiting for the teacher after the last completion was sampled", "s"),
+    "teacher_wait_s": Metric("waiting for the teacher, with nothing else left to do", "s"),
     "data_s": Metric("making a supervised batch", "s"),
     "train_s": Metric("the update, compilation included where a shape is new", "s"),
     "eval_s": Metric("held-out evaluation", "s"),

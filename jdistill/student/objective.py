@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from jdistill.config import ConfigError, ObjectiveSection, ScheduleSection, TrainConfig
 from jdistill.losses import (
@@ -125,9 +125,11 @@ def term_of(objective: ObjectiveSection, batch: TrainBatch) -> estimators.Object
     return term
 
 
-def check_batch(config: TrainConfig, batch: TrainBatch) -> None:
-    """Whether a batch has what the objective reads. Raises ValueError."""
-    objective, num_parts = config.objective, config.optimizer.minibatches * config.optimizer.accumulate
+def check_batch(config: TrainConfig, batch: TrainBatch, *, num_parts: int | None = None) -> None:
+    """Whether a batch has what the objective reads, and splits into the parts of a step. Raises ValueError."""
+    objective = config.objective
+    if num_parts is None:
+        num_parts = config.optimizer.minibatches * config.optimizer.accumulate
     needed = []
     if objective.kind == "on_policy":
         needed += ["sampler_logprobs"]
@@ -193,15 +195,26 @@ class Shares(NamedTuple):
 _REDUCED = ("policy_loss", "distill_loss", "reference_kl", "value_loss")
 
 
-def shares_of_parts(config: TrainConfig, mask: Bool[Array, "A R T"]) -> Shares:
+def shares_of_parts(config: TrainConfig, num_tokens: Num[Array, "A"], num_sequences: Num[Array, "A"]) -> Shares:
     """What to weigh the parts' losses with, so that they add up to the loss of all rows at once.
 
     Every reduction is a sum over a count: of scored tokens, or of sequences that have any.
+
+    Args:
+        config: of the run.
+        num_tokens: scored, of each part.
+        num_sequences: of each part, with a scored token.
     """
-    tokens_A = jnp.sum(mask, axis=(1, 2), dtype=jnp.float32)
-    sequences_A = jnp.sum(jnp.any(mask, axis=2), axis=1, dtype=jnp.float32)
-    of_tokens, of_sequences = (count_A / jnp.maximum(jnp.sum(count_A), 1) for count_A in (tokens_A, sequences_A))
-    return Shares(of_tokens if config.objective.reduction == "token_mean" else of_sequences, of_tokens)
+    total_tokens, total_sequences = jnp.sum(num_tokens), jnp.sum(num_sequences)
+    of_loss = share_of_loss(config, num_tokens, num_sequences, total_tokens, total_sequences)
+    return Shares(of_loss, num_tokens / jnp.maximum(total_tokens, 1))
+
+
+def share_of_loss(config: TrainConfig, num_tokens, num_sequences, total_tokens, total_sequences):
+    """Of a part with these counts in a whole with those; numbers or arrays."""
+    if config.objective.reduction == "token_mean":
+        return num_tokens / jnp.maximum(total_tokens, 1)
+    return num_sequences / jnp.maximum(total_sequences, 1)
 
 
 def join_metrics(parts: dict[str, Float[Array, "A"]], shares: Shares) -> dict[str, Float[Array, ""]]:

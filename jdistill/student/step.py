@@ -99,8 +99,21 @@ def _trained(params: nnx.State, head: ValueHead | None) -> Any:
     return params if head is None else (params, head)
 
 
+class Gradient(NamedTuple):
+    """Of those parts of an update that have come so far; see `TrainStep.begin`."""
+
+    grads: Any  # of what is trained
+    metrics: tuple[dict[str, jax.Array], ...]  # of each part; its loss is times its share
+    counts: tuple[tuple[int, int], ...]  # scored tokens, and sequences that have any, of each part
+    places: tuple[tuple[int, int], ...]  # real tokens and places of each part
+    totals: tuple[int, int]  # scored tokens and sequences of all parts that will come
+
+
 class TrainStep:
     """`(state, batch) -> (state, metrics)`; made by `make_train_step`. The state given is used up (donated).
+
+    Where the parts of an update come one after another, as a teacher scores them, `begin`, `add` and `apply` make the
+    same step: a part is computed while the next one is still being scored.
 
     Metrics are float32 scalars on the device; `metrics.METRICS` says what each means. One more, `finite`, is false if
     the loss or a gradient was NaN or infinite: then the returned state equals the given one, and training should stop.
@@ -121,6 +134,8 @@ class TrainStep:
         self._reference = reference
         self._schedule = make_schedule(config.optimizer, config.num_steps)
         self._compiled: Any = None
+        self._compiled_add: Any = None
+        self._compiled_apply: Any = None
 
     def __call__(self, state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One step; `batch` holds numpy arrays or arrays on the devices.
@@ -129,28 +144,122 @@ class TrainStep:
             ValueError: the batch lacks what the objective needs, or does not split into minibatches and devices.
         """
         objective.check_batch(self._config, batch)
-        packing = None
-        if self._config.optimizer.packing:
-            batch, packing = self._pack(batch)
+        section = self._config.optimizer
+        batch, packing = self._placed(batch, section.minibatches, section.accumulate)
         if self._compiled is None:
             # A state that came back elsewhere than it was would compile everything again.
             shardings = jax.tree.map(lambda x: x.sharding, state)
             self._compiled = jax.jit(self.step, donate_argnums=0, out_shardings=(shardings, None))
+        return self._compiled(state, batch, self._reference, packing)
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether `begin`, `add` and `apply` can make a step: of one update, with nothing that needs all rows first."""
+        asked, section = self._config.objective, self._config.optimizer
+        has_critic = asked.has_rl and asked.advantage == "gae"
+        return section.accumulate > 1 and section.minibatches == 1 and not has_critic
+
+    def begin(self, state: TrainState, *, num_tokens: int, num_sequences: int) -> Gradient:
+        """An update of which no part has come yet.
+
+        Args:
+            state: that it will be an update of.
+            num_tokens: scored, of all parts that will come.
+            num_sequences: with a scored token, likewise.
+        """
+        if not self.takes_parts:
+            raise ValueError("steps by parts need optimizer.accumulate > 1, minibatches: 1, and no value head")
+        trained = _trained(state.params, state.value_head)
+        grads = jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), trained)
+        return Gradient(grads, (), (), (), (num_tokens, num_sequences))
+
+    def add(self, state: TrainState, gradient: Gradient, part: TrainBatch) -> Gradient:
+        """The gradient with one part more; the one given is used up. Returns at once, while the device computes.
+
+        Args:
+            state: the same for all parts.
+            gradient: from `begin`, or from `add` of the last part.
+            part: some rows, on the host; parts may differ in their number and length, each new pair of which compiles.
+
+        Raises:
+            ValueError: the part lacks what the objective needs, or does not split into devices.
+        """
+        objective.check_batch(self._config, part, num_parts=1)
+        mask_RT = part.loss_mask
+        counts = (int(mask_RT.sum()), int(mask_RT.any(axis=1).sum()))
+        num_real = int(_lengths(mask_RT).sum())
+        part, packing = self._placed(part, 1, 1)
+        if self._compiled_add is None:
+            shardings = jax.tree.map(lambda x: x.sharding, gradient.grads)
+            self._compiled_add = jax.jit(self._add, donate_argnums=2, out_shardings=(shardings, None))
+        share = objective.share_of_loss(self._config, *counts, *gradient.totals)
+        grads, metrics = self._compiled_add(
+            (state.params, state.value_head), state.step, gradient.grads, part, packing, self._reference, share
+        )
+        num_places = mask_RT.size if packing is None else packing.token_of.size
+        return gradient._replace(
+            grads=grads,
+            metrics=(*gradient.metrics, metrics),
+            counts=(*gradient.counts, counts),
+            places=(*gradient.places, (num_real, num_places)),
+        )
+
+    def apply(self, state: TrainState, gradient: Gradient) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The update, and the metrics of all parts together; the state is used up.
+
+        Raises:
+            ValueError: a part has not come, or one too many has.
+        """
+        num_tokens, num_sequences = (sum(count) for count in zip((0, 0), *gradient.counts, strict=True))
+        if (num_tokens, num_sequences) != gradient.totals:
+            raise ValueError(
+                f"parts with {num_tokens} scored tokens in {num_sequences} sequences have come, but begin() was told "
+                f"{gradient.totals[0]} in {gradient.totals[1]}"
+            )
+        if self._compiled_apply is None:
+            shardings = jax.tree.map(lambda x: x.sharding, state)
+            self._compiled_apply = jax.jit(self._apply, donate_argnums=0, out_shardings=(shardings, None))
+        counts_A2 = np.asarray(gradient.counts, np.float32)
+        state, metrics = self._compiled_apply(state, gradient.grads, gradient.metrics, counts_A2)
+        num_real, num_places = (sum(number) for number in zip(*gradient.places, strict=True))
+        metrics["padding_share"] = jnp.float32(1 - num_real / num_places)
+        return state, metrics
+
+    def _add(self, trained, step, grads, rows, packing, reference, share):
+        """What `add` compiles."""
+        parts = jax.tree.map(lambda x: x[None], rows), packing
+        parts = self._prepare(trained, parts, reference)
+        part = jax.tree.map(lambda x: x[0], parts)
+        (loss, metrics), more = jax.value_and_grad(self._loss, has_aux=True)(trained, part, step, share)
+        return jax.tree.map(jnp.add, grads, _trained(*more)), metrics | {"loss": loss}
+
+    def _apply(self, state, grads, metrics, counts_A2):
+        """What `apply` compiles."""
+        metrics_A = jax.tree.map(lambda *values: jnp.stack(values), *metrics)
+        shares = objective.shares_of_parts(self._config, counts_A2[:, 0], counts_A2[:, 1])
+        loss = jnp.sum(metrics_A.pop("loss"))
+        new, metrics = self._updated(state, grads, objective.join_metrics(metrics_A, shares) | {"loss": loss})
+        return self._finished(state, new, metrics)
+
+    def _placed(self, batch: TrainBatch, num_updates: int, num_parts: int) -> tuple[TrainBatch, Packing | None]:
+        """A batch as its program takes it: packed if that is asked for, and each row where it will be needed."""
+        packing = None
+        if self._config.optimizer.packing:
+            batch, packing = self._pack(batch, num_updates, num_parts)
         if self._mesh is not None:
             batch = jax.device_put(batch, batch_sharding(self._mesh))
             packing = jax.device_put(packing, self._parts_sharding())
-        return self._compiled(state, batch, self._reference, packing)
+        return batch, packing
 
-    def _pack(self, batch: TrainBatch) -> tuple[TrainBatch, Packing]:
+    def _pack(self, batch: TrainBatch, num_updates: int, num_parts: int) -> tuple[TrainBatch, Packing]:
         """The rows in another order, so that all parts have about as many tokens, and the packing of each part.
 
         The rows of an update stay its rows; where a loss adds over rows, their order means nothing.
         """
         if not isinstance(batch.loss_mask, np.ndarray):
             raise ValueError("optimizer.packing: rows are packed on the host: give the batch as numpy arrays")
-        section = self._config.optimizer
         num_groups = 1 if self._mesh is None else self._mesh.size // self._mesh.shape.get("tensor", 1)
-        U, A, T = section.minibatches, section.accumulate, batch.loss_mask.shape[1]
+        U, A, T = num_updates, num_parts, batch.loss_mask.shape[1]
         lengths_B = np.asarray(_lengths(batch.loss_mask))
         order = _balanced_order(lengths_B, U, A, num_groups)
         batch, lengths_B = jax.tree.map(lambda x: x[order], batch), lengths_B[order]
@@ -171,7 +280,7 @@ class TrainStep:
         section = self._config.optimizer
         U, A = section.minibatches, section.accumulate
         parts = (jax.tree.map(lambda x: self._split(x, U * A), batch), packing)
-        parts = self._prepare(state, parts, reference)
+        parts = self._prepare((state.params, state.value_head), parts, reference)
         if U == 1:
             new, metrics = self._update(state, parts)
         else:
@@ -182,13 +291,19 @@ class TrainStep:
                 name: (jnp.all if name == "finite" else jnp.max if name.endswith("_max") else jnp.mean)(values)
                 for name, values in metrics_U.items()
             }
-        metrics["learning_rate"] = self._schedule(state.step * U)
         num_places = batch.loss_mask.size if packing is None else packing.token_of.size
         metrics["padding_share"] = 1 - jnp.sum(_lengths(batch.loss_mask)) / num_places
         rows = parts[0]
         if rows.values is not None:
             flat = [x.reshape(-1, x.shape[-1]) for x in (rows.values, rows.returns, rows.loss_mask)]
             metrics["explained_variance"] = value.explained_variance(*flat)
+        return self._finished(state, new, metrics)
+
+    def _finished(
+        self, state: TrainState, new: TrainState, metrics: dict[str, jax.Array]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The state after a step whose updates gave `new`."""
+        metrics["learning_rate"] = self._schedule(state.step * self._config.optimizer.minibatches)
         ok = metrics["finite"]
         # Of all or nothing: with several updates this keeps a second copy of the state while the step runs.
         new = jax.tree.map(lambda after, before: jnp.where(ok, after, before), new, state)
@@ -204,9 +319,11 @@ class TrainStep:
         x = x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1)
         return x if self._mesh is None else jax.lax.with_sharding_constraint(x, self._parts_sharding())
 
-    def _prepare(self, state: TrainState, parts: _Parts, reference: nnx.State | None) -> _Parts:
+    def _prepare(
+        self, trained: tuple[nnx.State, ValueHead | None], parts: _Parts, reference: nnx.State | None
+    ) -> _Parts:
         """Adds what the objective needs of all rows before the first update."""
-        asked, (rows, packing) = self._config.objective, parts
+        asked, (rows, packing), (params, head) = self._config.objective, parts, trained
         if asked.kind != "on_policy":
             return parts
 
@@ -215,11 +332,11 @@ class TrainStep:
             return jax.lax.stop_gradient(scored)
 
         recompute = asked.proximal == "recomputed" and self._config.optimizer.minibatches > 1
-        if recompute or state.value_head is not None:
-            now = score(state.params, state.value_head)
+        if recompute or head is not None:
+            now = score(params, head)
             if recompute:
                 rows = rows._replace(proximal_logprobs=now.logprobs)
-            if state.value_head is not None:
+            if head is not None:
                 shape, mask_BT = now.values.shape, rows.loss_mask.reshape(-1, now.values.shape[-1])
                 values_BT = masked.fill(now.values.reshape(mask_BT.shape), mask_BT)
                 rewards_BT = masked.fill(rows.token_rewards.reshape(mask_BT.shape), mask_BT)
@@ -243,7 +360,13 @@ class TrainStep:
         if self._mesh is not None:
             shardings = param_shardings(nnx.merge(self._graphdef, state.params), self._mesh)
             param_grads = jax.lax.with_sharding_constraint(param_grads, shardings)
-        grads, trained = _trained(param_grads, head_grads), _trained(state.params, state.value_head)
+        return self._updated(state, _trained(param_grads, head_grads), metrics)
+
+    def _updated(
+        self, state: TrainState, grads: Any, metrics: dict[str, jax.Array]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The state after one update with this gradient."""
+        trained = _trained(state.params, state.value_head)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = self._optimizer.update(grads, state.opt_state, trained)
         new = optax.apply_updates(trained, updates)
@@ -258,7 +381,8 @@ class TrainStep:
         if len(mask_ART) == 1:
             (loss, metrics), grads = grad_fn(trained, jax.tree.map(lambda x: x[0], parts), step)
             return grads, metrics | {"loss": loss}
-        shares = objective.shares_of_parts(self._config, mask_ART)
+        counts = jnp.sum(mask_ART, axis=(1, 2)), jnp.sum(jnp.any(mask_ART, axis=2), axis=1)
+        shares = objective.shares_of_parts(self._config, *counts)
 
         def add(total, part_and_share):
             part, share = part_and_share

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import logging
 import pathlib
@@ -140,19 +141,28 @@ class RemoteTeacher:
             self._to_score(index, problem, completion), top_k=self._top_k, temperature=self._config.rollout.temperature
         )
 
-    def scores(
-        self, problems: Sequence[Problem], completions: Sequence[Completion]
-    ) -> list[TokenScores] | list[SegmentScores]:
-        """The scores of all of a step's completions, in their order; those that were not submitted are asked now."""
+    def submit_rest(self, problems: Sequence[Problem], completions: Sequence[Completion]) -> None:
+        """Sends those of a step's completions that were not submitted yet."""
         for index, (problem, completion) in enumerate(zip(problems, completions, strict=True)):
             if index not in self._futures:
                 self.submit(index, problem, completion)
-        futures, self._futures = self._futures, {}
-        found = [futures[index].result() for index in range(len(completions))]
+
+    def are_scored(self, indices: Sequence[int]) -> bool:
+        """Whether `scores` would return at once."""
+        return all(self._futures[index].done() for index in indices)
+
+    def wait(self, indices: Sequence[int]) -> None:
+        """Until these are scored, or will never be."""
+        concurrent.futures.wait([self._futures[index] for index in indices])
+
+    def scores(self, indices: Sequence[int]) -> list[TokenScores] | list[SegmentScores]:
+        """The scores of these completions, in this order; waits for them. Each can be had once."""
+        found = [self._futures.pop(index).result() for index in indices]
         if self._cross is None:
             return found
         return [
-            SegmentScores(*scatter(self._retokenized.pop(index), scores.logprobs)) for index, scores in enumerate(found)
+            SegmentScores(*scatter(self._retokenized.pop(index), scores.logprobs))
+            for index, scores in zip(indices, found, strict=True)
         ]
 
     def wake(self) -> None:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from jdistill.student.objective import check as check_objective
 from jdistill.student.optimizer import make_optimizer
 from jdistill.student.progress import Progress
 from jdistill.student.rollout import Completion, Sampler
-from jdistill.student.step import init_state, make_train_step
+from jdistill.student.step import Gradient, init_state, make_train_step
 from jdistill.student.teacher import RemoteTeacher
 from jdistill.tasks.base import Problem
 
@@ -171,14 +171,17 @@ class _Trainer:
                 self.progress.step(0, values)
             while self.step < config.num_steps:
                 started = time.monotonic()
-                batch, values, timings = self._on_policy_batch() if self.on_policy else self._supervised_batch()
-                num_tokens = int(batch.loss_mask.sum())
+                make = self._on_policy_update if self.on_policy else self._supervised_update
+                update, num_tokens, values, timings = make()
                 self.progress.phase("training")
                 with stop.held():  # the state and its line in metrics.jsonl change together
                     began = time.monotonic()
-                    self.state, results = self.train_step(self.state, batch)
+                    if isinstance(update, TrainBatch):
+                        self.state, results = self.train_step(self.state, update)
+                    else:
+                        self.state, results = self.train_step.apply(self.state, update)
                     results = {name: float(value) for name, value in jax.device_get(results).items()}
-                    timings["train_s"] = time.monotonic() - began
+                    timings["train_s"] = timings.get("train_s", 0.0) + time.monotonic() - began
                     if not results.pop("finite"):
                         raise TrainingError(
                             f"NaN or infinity in the loss or the gradient of step {self.step + 1} "
@@ -212,36 +215,60 @@ class _Trainer:
         counts = {"sampled_tokens": self.sampled_tokens, "num_problems": self.num_problems}
         self.checkpoints.save(self.step, self.state, {"step": self.step, **counts})
 
-    def _on_policy_batch(self) -> tuple[TrainBatch, dict[str, float], dict[str, float]]:
-        """Samples a batch, gives out its rewards, has it scored."""
+    def _on_policy_update(self) -> tuple[TrainBatch | Gradient, int, dict[str, float], dict[str, float]]:
+        """Samples a batch, gives out its rewards, has it scored.
+
+        Returns:
+            What the update is made of: the batch; or, where the step takes parts, the gradient, whose parts were
+            computed while others were still being scored. Then the number of scored tokens, metrics and timings.
+        """
         rollout, objective = self.config.rollout, self.config.objective
         began = time.monotonic()
-        rows, completions, rewards_B, num_dropped = self._roll_out()
+        rows, completions, rewards_B, order, num_dropped = self._roll_out()
         sampled = time.monotonic()
-        scores = None
-        if self.teacher is not None:
-            if self.teacher.offload:
-                self.progress.phase("waking the teacher")
-                self.teacher.wake()
-            self.progress.phase("waiting for the teacher")
-            scores = self.teacher.scores(rows, completions)
-            if self.teacher.offload:
-                self.teacher.sleep()
-        scored = time.monotonic()
         lengths_B = np.array([len(c.token_ids) - c.prompt_length for c in completions])
         shaped_B = self._shape(rewards_B, lengths_B)
         advantages_B = np.zeros_like(rewards_B)
         if objective.has_rl and objective.advantage != "gae":
             of_groups = advantages.ADVANTAGES[objective.advantage]
             advantages_B = np.asarray(of_groups(shaped_B.reshape(rollout.num_prompts, -1))).reshape(-1)
-        batch = make_batch(
-            completions,
-            advantages_B,
-            scores,
-            max_length=rollout.max_prompt_tokens + rollout.max_new_tokens,
-            rewards=shaped_B if objective.advantage == "gae" else None,
-            distill_weights=None if self.teacher is None else self._distill_weights(rows, rewards_B),
-        )
+        weights_B = None if self.teacher is None else self._distill_weights(rows, rewards_B)
+
+        def batch_of(indices: Sequence[int]) -> TrainBatch:
+            return make_batch(
+                [completions[index] for index in indices],
+                advantages_B[indices],
+                None if self.teacher is None else self.teacher.scores(indices),
+                max_length=rollout.max_prompt_tokens + rollout.max_new_tokens,
+                rewards=shaped_B[indices] if objective.advantage == "gae" else None,
+                distill_weights=None if weights_B is None else weights_B[indices],
+            )
+
+        offload = self.teacher is not None and self.teacher.offload
+        if self.teacher is not None:
+            if offload:
+                self.progress.phase("waking the teacher")
+                self.teacher.wake()
+            self.progress.phase("waiting for the teacher")
+            self.teacher.submit_rest(rows, completions)
+        num_tokens, waited_s = int(lengths_B.sum()), 0.0
+        update: TrainBatch | Gradient
+        if self.train_step.takes_parts and not offload:
+            # In the order in which they were sampled, which is about that in which they are scored; and it is a
+            # function of the samples alone, so that a resumed run adds up in the same order.
+            update = self.train_step.begin(self.state, num_tokens=num_tokens, num_sequences=len(rows))
+            for indices in np.split(order, self.config.optimizer.accumulate):
+                if self.teacher is not None and not self.teacher.are_scored(indices):
+                    jax.block_until_ready(update.grads)  # from here on it is the teacher that is waited for
+                    waiting = time.monotonic()
+                    self.teacher.wait(indices)
+                    waited_s += time.monotonic() - waiting
+                update = self.train_step.add(self.state, update, batch_of(indices))
+        else:
+            update = batch_of(np.arange(len(rows)))
+            waited_s = time.monotonic() - sampled
+        if offload:
+            self.teacher.sleep()
         values = {
             "reward": float(rewards_B.mean()),
             "response_length": float(lengths_B.mean()),
@@ -251,11 +278,13 @@ class _Trainer:
             values["dropped_completions"] = num_dropped
         timings = {"rollout_s": sampled - began}
         if self.teacher is not None:
-            timings["teacher_wait_s"] = scored - sampled
-        return batch, values, timings
+            timings["teacher_wait_s"] = waited_s
+        if isinstance(update, Gradient):
+            timings["train_s"] = time.monotonic() - sampled - waited_s
+        return update, num_tokens, values, timings
 
-    def _roll_out(self) -> tuple[list[Problem], list[Completion], np.ndarray, int]:
-        """num_prompts groups: each row's problem, completion and reward, and how many more were sampled.
+    def _roll_out(self) -> _Rollout:
+        """Samples num_prompts groups, and sends them to the teacher.
 
         With dynamic sampling groups whose rewards are all the same give way to others, for so many rounds of prompts at
         most; without it every completion goes to the teacher as it ends.
@@ -272,6 +301,7 @@ class _Trainer:
             rows = [problem for problem in problems for _ in range(G)]
             completions: list[Completion | None] = [None] * len(rows)
             rewards_B = np.zeros(len(rows), np.float32)
+            order: list[int] = []
             for completion in self.sampler.sample(
                 self.state.params,
                 [problem.prompt_ids for problem in rows],
@@ -279,6 +309,7 @@ class _Trainer:
                 temperature=rollout.temperature,
             ):
                 index = completion.index
+                order.append(index)
                 completions[index] = completion
                 rewards_B[index] = self.task.reward(rows[index], completion.completion_ids)
                 if at_once:
@@ -286,7 +317,7 @@ class _Trainer:
             finished = [completion for completion in completions if completion is not None]
             assert len(finished) == len(rows)
             if not num_rounds:
-                return rows, finished, rewards_B, 0
+                return _Rollout(rows, finished, rewards_B, np.array(order), 0)
             lengths_B = np.array([len(c.completion_ids) for c in finished])
             has_signal_P = np.asarray(advantages.has_signal(self._shape(rewards_B, lengths_B).reshape(P, G)))
             for p in range(P):
@@ -297,10 +328,12 @@ class _Trainer:
                 break
         num_sampled = (len(with_signal) + len(without)) * G
         groups = (with_signal + without)[:P]
-        return (
+        finished = [completion for group in groups for completion in group.completions]
+        return _Rollout(
             [problem for group in groups for problem in group.problems],
-            [completion for group in groups for completion in group.completions],
+            finished,
             np.concatenate([group.rewards for group in groups]),
+            np.argsort([len(completion.token_ids) for completion in finished], kind="stable"),
             num_sampled - P * G,
         )
 
@@ -324,7 +357,7 @@ class _Trainer:
             weights_B = np.asarray(by_teacher_B, np.float32) * (1 if weights_B is None else weights_B)
         return weights_B
 
-    def _supervised_batch(self) -> tuple[TrainBatch, dict[str, float], dict[str, float]]:
+    def _supervised_update(self) -> tuple[TrainBatch, int, dict[str, float], dict[str, float]]:
         began = time.monotonic()
         size = self.config.optimizer.batch_size
         problems = [self.task.train_problem(self.step * size + i) for i in range(size)]
@@ -333,7 +366,7 @@ class _Trainer:
             [self.task.solution_ids(problem) for problem in problems],
             max_length=self.config.rollout.max_prompt_tokens + self.config.rollout.max_new_tokens,
         )
-        return batch, {}, {"data_s": time.monotonic() - began}
+        return batch, int(batch.loss_mask.sum()), {}, {"data_s": time.monotonic() - began}
 
     def _evaluate(self, values: dict[str, float]) -> dict[str, float]:
         """Adds held-out results to `values`; returns how long it took."""
@@ -355,6 +388,16 @@ class _Trainer:
             )
             values[name] = result.accuracy
         return {"eval_s": time.monotonic() - began}
+
+
+class _Rollout(NamedTuple):
+    """The rows of a step, group by group."""
+
+    problems: list[Problem]
+    completions: list[Completion]
+    rewards: np.ndarray
+    order: np.ndarray  # of rows: the first to be trained on first
+    num_dropped: int  # completions that were sampled and are not trained on
 
 
 class _Group(NamedTuple):

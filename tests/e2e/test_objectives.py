@@ -119,6 +119,14 @@ def test_each_objective_trains_from_its_yaml_keys(run, name):
     assert set(reported) <= set(lines[-1])
 
 
+def test_parts_that_are_trained_on_while_others_are_scored_change_no_number(run):
+    at_once, in_parts = run(), run("optimizer.accumulate=4")
+    for a, b in zip(at_once, in_parts, strict=True):
+        assert set(a) == set(b)
+        for name in set(a) - {"padding_share"}:
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-3, atol=1e-4, err_msg=name)
+
+
 def test_several_teachers_each_score_their_own_problems(run, endpoint):
     lines = run(
         f"teacher.several={{math: ['{endpoint}'], code: ['{endpoint}']}}",

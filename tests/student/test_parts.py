@@ -67,6 +67,33 @@ def test_parts_and_packing_change_no_number(case):
                 np.testing.assert_allclose(a[name], b[name], rtol=tolerance, atol=tolerance, err_msg=name)
 
 
+@pytest.mark.parametrize("case", [{"reduction": "sequence_mean", "reference": {"path": "unused"}}, {"policy": "gspo"}])
+def test_parts_that_come_one_after_another_make_the_same_step(case):
+    batch = uneven_batch("")
+    batch.loss_mask[4:10, 8:] = False
+    expected, _ = run(batch, case)
+    config = train_config(objective=case, optimizer={"clip_norm": 1e9, "accumulate": 4, "packing": True})
+    graphdef, params = make_params()
+    maker = make_optimizer(config.optimizer, config.num_steps)
+    reference = make_params()[1] if config.objective.reference else None
+    step, state = make_train_step(graphdef, config, maker, reference=reference), init_state(params, maker)
+    gradient = step.begin(state, num_tokens=int(batch.loss_mask.sum()), num_sequences=15)
+    # Another number of rows, and shorter ones, as their completions ended earlier.
+    for rows, num_targets in ((slice(0, 4), 12), (slice(4, 10), 8), (slice(10, 16), 12)):
+        with pytest.raises(ValueError, match=r"scored tokens in .* sequences have come, but begin"):
+            step.apply(state, gradient)
+        part = batch._replace(tokens=batch.tokens[:, : num_targets + 1])
+        part = part._replace(
+            **{k: v[:, :num_targets] for k, v in part._asdict().items() if k != "tokens" and v is not None}
+        )
+        gradient = step.add(state, gradient, jax.tree.map(lambda x, rows=rows: x[rows], part))
+    state, found = step.apply(state, gradient)
+    assert int(state.step) == 1 and set(found) == set(expected)
+    for name in set(found) - {"padding_share"}:
+        np.testing.assert_allclose(found[name], expected[name], rtol=2e-4, atol=2e-5, err_msg=name)
+    assert found["padding_share"] < expected["padding_share"]
+
+
 def test_accumulation_takes_less_memory_and_packing_less_work():
     batch = random_batch(32, 64)
     batch.loss_mask[:] = False
@@ -78,7 +105,7 @@ def test_accumulation_takes_less_memory_and_packing_less_work():
         graphdef, params = make_params()
         maker = make_optimizer(config.optimizer, config.num_steps)
         step = make_train_step(graphdef, config, maker)
-        packed = step._pack(batch) if config.optimizer.packing else (batch, None)
+        packed = step._pack(batch, 1, 1) if config.optimizer.packing else (batch, None)
         return jax.jit(step.step).lower(init_state(params, maker), packed[0], None, packed[1]).compile()
 
     plain = compiled()
@@ -116,6 +143,12 @@ def test_rows_stay_in_their_update_and_groups_are_balanced(sizes, rows_each, see
 
 
 def test_what_parts_cannot_do_is_refused():
+    for changes in ({"accumulate": 1}, {"accumulate": 2, "minibatches": 2}):
+        config = train_config(optimizer=changes)
+        graphdef, params = make_params()
+        maker = make_optimizer(config.optimizer, 10)
+        with pytest.raises(ValueError, match=r"steps by parts need optimizer.accumulate > 1, minibatches: 1"):
+            make_train_step(graphdef, config, maker).begin(init_state(params, maker), num_tokens=1, num_sequences=1)
     for objective, key in (
         ({"distill_entropy_weight": 1.0}, "distill_entropy_weight"),
         ({"proximal": "recomputed", "behavior": {"action": "mask"}}, "behavior.action: mask"),

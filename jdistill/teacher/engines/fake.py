@@ -106,11 +106,12 @@ class FakeEngine(Engine):
     async def score(
         self, sequences: Sequence[SequenceToScore], *, top_k: int = 0, temperature: float = 1.0, adapter: str = ""
     ) -> AsyncIterator[tuple[int, TokenScores]]:
-        """See Engine.score. Sequences finish in an order of their own, the last one first."""
+        """See Engine.score. Sequences finish in their own order, the last one first; with tokens_per_s in turn."""
         assert not self.asleep, "scored in sleep"
         finished, ready_at = False, asyncio.get_running_loop().time()
         try:
-            for index in reversed(range(len(sequences))):
+            order = range(len(sequences))
+            for index in order if self.options.tokens_per_s is not None else reversed(order):
                 ready_at = await self._wait(sequences[index], ready_at)
                 yield index, self._score(sequences[index], top_k, temperature, adapter)
             finished = True
