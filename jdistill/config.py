@@ -240,10 +240,12 @@ class ObjectiveSection(Section):
 
 
 class OptimizerSection(Section):
+    name: str = "adamw"  # adamw, lion, adafactor, muon, sgd; see student/optimizer.py
     learning_rate: float = pydantic.Field(1e-6, gt=0)
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    b1: float | None = pydantic.Field(None, ge=0, lt=1)  # of the first moment; None: the optimizer's own, adamw 0.9
+    b2: float | None = pydantic.Field(None, ge=0, lt=1)  # of the second moment; None: the optimizer's own, adamw 0.95
+    eps: float | None = pydantic.Field(None, gt=0)  # None: the optimizer's own, adamw 1e-8
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of the optimizer's state; bfloat16: rounded at random
     weight_decay: float = pydantic.Field(0.0, ge=0)
     clip_norm: float = pydantic.Field(1.0, gt=0)  # of the global gradient
     warmup_steps: int = pydantic.Field(0, ge=0)

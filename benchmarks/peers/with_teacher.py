@@ -43,7 +43,7 @@ def config(directory: pathlib.Path, name: str, case: str, num_steps: int, endpoi
         {
             "run_dir": str(directory / name),
             "num_steps": num_steps,
-            "model": {"path": str(model), "init": init, "compute_dtype": "float32", "remat": "none"},
+            "model": {"path": str(model), "init": init, "compute_dtype": "float32", "remat": "layer"},
             "task": {"name": "addition"},
             "teacher": None if endpoint is None else {"endpoints": [endpoint]},
             "rollout": {"max_prompt_tokens": 8, "max_new_tokens": max_new_tokens, "chunk_tokens": 8},
@@ -51,8 +51,9 @@ def config(directory: pathlib.Path, name: str, case: str, num_steps: int, endpoi
                 "distill_loss_weight": 0.0 if endpoint is None else 1.0,
                 "distillation": "sampled_reverse_kl",
             },
-            # So small that the student, and with it the lengths, stays as it is.
-            "optimizer": {"learning_rate": 1e-12},
+            # So small that the student, and with it the lengths, stays as it is. In parts: while one is trained on, the
+            # teacher scores the next.
+            "optimizer": {"learning_rate": 1e-12, "accumulate": 8},
             "eval": {"every": 0},
             "checkpoint": {"every": 0},
         },

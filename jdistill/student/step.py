@@ -83,15 +83,25 @@ def init_state(
     everywhere = NamedSharding(mesh, PartitionSpec())
     head = jax.device_put(head, everywhere)
     trained = _trained(params, head)
-    shardings = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, param: param.sharding,
-        jax.eval_shape(optimizer.init, trained),
-        trained,
-        transform_non_params=lambda _: everywhere,
-    )
+    shardings = _moment_shardings(jax.eval_shape(optimizer.init, trained), trained, everywhere)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trained)
     return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), everywhere), head)
+
+
+def _moment_shardings(opt_state: Any, trained: Any, everywhere: NamedSharding) -> Any:
+    """Of an optimizer's state: a moment lies as its parameter does, whose path its own ends with.
+
+    What has another shape (Adafactor's rows and columns, counts) is small: each device has it whole. Not
+    optax.tree_map_params, which cannot see through the masks of an optimizer that is two in one, as Muon is.
+    """
+    params = {tuple(map(str, path)): param for path, param in jax.tree_util.tree_leaves_with_path(trained)}
+
+    def sharding(path: Any, moment: jax.ShapeDtypeStruct) -> NamedSharding:
+        names = tuple(map(str, path))
+        ends = (params.get(names[start:]) for start in range(len(names)))
+        return next((p.sharding for p in ends if p is not None and p.shape == moment.shape), everywhere)
+
+    return jax.tree_util.tree_map_with_path(sharding, opt_state)
 
 
 def _trained(params: nnx.State, head: ValueHead | None) -> Any:

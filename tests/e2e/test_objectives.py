@@ -76,6 +76,10 @@ CASES = {
         ["optimizer.minibatches=2", "optimizer.accumulate=2", "optimizer.packing=true"],
         ["padding_share", "distill_loss"],
     ),
+    "another optimizer, its moments in bfloat16": (
+        ["optimizer.name=muon", "optimizer.b2=null", "optimizer.moment_dtype=bfloat16"],
+        ["distill_loss"],
+    ),
     "privileged context": (["teacher.privileged=true", "objective.distillation=sampled_reverse_kl"], ["reverse_kl"]),
 }
 
