@@ -60,9 +60,12 @@ METRICS = {
 TIMINGS = {
     "rollout_s": Metric("sampling, rewards included", "s"),
     "teacher_wait_s": Metric("waiting for the teacher, with nothing else left to do", "s"),
+    "teacher_exposed_share": Metric("teacher_wait_s over the time from the first call to the last score", "1"),
     "data_s": Metric("making a supervised batch", "s"),
     "train_s": Metric("the update, compilation included where a shape is new", "s"),
     "eval_s": Metric("held-out evaluation", "s"),
+    "compilations": Metric("programs that the step compiled, or took from JAX's cache; none once all sizes came", "1"),
+    "compile_s": Metric("in these compilations", "s"),
     "step_s": Metric("the whole step without evaluation and checkpoint", "s"),
     "tokens_per_s": Metric("scored tokens of the step over step_s", "tokens/s"),
 }

@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import logging
 import pathlib
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
@@ -101,6 +102,7 @@ class RemoteTeacher:
         # Of each scored token: so many of the student's most likely tokens are candidates, or of the teacher's come.
         self.num_candidates, self._top_k = self._distribution(model_config.vocab_size, infos)
         self._futures: dict[int, Future[TokenScores]] = {}
+        self._first_submitted = self._last_scored = 0.0
         if teacher.offload:
             self._client.sleep()  # before the student takes its memory
 
@@ -137,9 +139,21 @@ class RemoteTeacher:
 
     def submit(self, index: int, problem: Problem, completion: Completion) -> None:
         """Sends completion number `index` of this step to be scored while others are still sampled."""
-        self._futures[index] = self._client.submit(
+        if not self._futures:
+            self._first_submitted = time.monotonic()
+        future = self._client.submit(
             self._to_score(index, problem, completion), top_k=self._top_k, temperature=self._config.rollout.temperature
         )
+        self._futures[index] = future
+        future.add_done_callback(self._on_scored)
+
+    def _on_scored(self, _: Future[TokenScores]) -> None:
+        self._last_scored = time.monotonic()
+
+    @property
+    def busy_s(self) -> float:
+        """From when the first of this step's completions was submitted to when the last one was scored."""
+        return self._last_scored - self._first_submitted
 
     def submit_rest(self, problems: Sequence[Problem], completions: Sequence[Completion]) -> None:
         """Sends those of a step's completions that were not submitted yet."""

@@ -23,6 +23,7 @@ from jdistill.losses import advantages, weights
 from jdistill.student import sharding
 from jdistill.student.batch import TrainBatch, make_batch, make_supervised_batch
 from jdistill.student.checkpoint import Checkpoints
+from jdistill.student.compilations import COMPILATIONS
 from jdistill.student.evaluate import evaluate
 from jdistill.student.metrics import MetricsWriter
 from jdistill.student.objective import check as check_objective
@@ -170,7 +171,7 @@ class _Trainer:
                 self.writer.write(0, values, timings)
                 self.progress.step(0, values)
             while self.step < config.num_steps:
-                started = time.monotonic()
+                started, compiled = time.monotonic(), (COMPILATIONS.count, COMPILATIONS.seconds)
                 make = self._on_policy_update if self.on_policy else self._supervised_update
                 update, num_tokens, values, timings = make()
                 self.progress.phase("training")
@@ -194,6 +195,8 @@ class _Trainer:
                         self.sampled_tokens += num_tokens
                         values["sampled_tokens"] = self.sampled_tokens
                     timings["step_s"] = time.monotonic() - started
+                    timings["compilations"] = COMPILATIONS.count - compiled[0]
+                    timings["compile_s"] = COMPILATIONS.seconds - compiled[1]
                     timings["tokens_per_s"] = num_tokens / timings["step_s"]
                     last = self.step == config.num_steps
                     if config.eval.every and (self.step % config.eval.every == 0 or last):
@@ -279,6 +282,7 @@ class _Trainer:
         timings = {"rollout_s": sampled - began}
         if self.teacher is not None:
             timings["teacher_wait_s"] = waited_s
+            timings["teacher_exposed_share"] = waited_s / max(self.teacher.busy_s, waited_s, 1e-9)
         if isinstance(update, Gradient):
             timings["train_s"] = time.monotonic() - sampled - waited_s
         return update, num_tokens, values, timings

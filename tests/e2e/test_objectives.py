@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jdistill import config
+from jdistill import checkpoint_files, config
 from jdistill.student import metrics
 from jdistill.student.teacher_process import TeacherProcess
 from jdistill.student.train import train
@@ -129,6 +129,20 @@ def test_parts_that_are_trained_on_while_others_are_scored_change_no_number(run)
         assert set(a) == set(b)
         for name in set(a) - {"padding_share"}:
             np.testing.assert_allclose(a[name], b[name], rtol=2e-3, atol=1e-4, err_msg=name)
+
+
+def test_after_the_first_steps_nothing_is_compiled_and_a_slow_teacher_shows(run, tmp_path):
+    fingerprint = checkpoint_files.tokenizer_fingerprint(STUDENT)
+    # 8 rows of 42 tokens at most: a second and more for what takes milliseconds to sample.
+    slow = {"vocab_size": 16, "tokens_per_s": 300, "tokenizer_fingerprint": fingerprint}
+    section = config.SpawnSection(engine="fake", model=str(REPO / TEACHER), engine_args=slow)
+    with TeacherProcess(section, tmp_path / "slow.log") as teacher:
+        run("num_steps=5", "optimizer.accumulate=2", f"teacher.endpoints=['{teacher.endpoint}']")
+    timings = metrics.read(tmp_path / "run" / "timings.jsonl")
+    assert timings[0]["compilations"] > 0 and timings[0]["compile_s"] > 0
+    assert [line["compilations"] for line in timings[2:]] == [0, 0, 0]
+    for line in timings[2:]:
+        assert line["teacher_wait_s"] > 0.5 and 0.4 < line["teacher_exposed_share"] <= 1
 
 
 def test_several_teachers_each_score_their_own_problems(run, endpoint):
