@@ -1,4 +1,4 @@
-"""The one command: `jdistill teacher | train | score | probe | sample | eval | export | plot | demo`."""
+"""The one command: `jdistill teacher | train | plan | score | probe | sample | eval | export | plot | demo`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "probe": "what a running teacher is, whether it is healthy, how fast it answers",
     "score": "score token sequences from a JSONL file, with an engine in process or a running teacher",
     "train": "train a student: RL, on-policy distillation, both in one step, or supervised",
+    "plan": "the memory that a training run will take, from its configuration alone",
     "eval": "accuracy of a checkpoint on a task's held-out problems",
     "sample": "sample completions from a checkpoint",
     "export": "write a run's student as a Hugging Face checkpoint",

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
@@ -155,8 +156,8 @@ def in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
     def round_state(state: Any, count: jax.Array) -> Any:
         leaves, structure = jax.tree.flatten(state)
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), count), len(leaves))
-        rounded = [_round_randomly(x, key) if _is_moment(x) else x for x, key in zip(leaves, keys, strict=True)]
+        seeds = (count.astype(jnp.uint32) * np.uint32(0x9E3779B9) + np.uint32(i) for i in range(len(leaves)))
+        rounded = [_round_randomly(x, seed) if _is_moment(x) else x for x, seed in zip(leaves, seeds, strict=True)]
         return jax.tree.unflatten(structure, rounded)
 
     def init(params: optax.Params) -> RoundedState:
@@ -176,9 +177,25 @@ def _is_moment(x: jax.Array) -> bool:
     return x.dtype == jnp.float32 and x.ndim > 0
 
 
-def _round_randomly(x: jax.Array, key: jax.Array) -> jax.Array:
+def _round_randomly(x: jax.Array, seed: jax.Array) -> jax.Array:
     """float32 -> bfloat16, which is its upper half: what is added to the lower half decides whether it carries."""
-    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (_hash(_places(x.shape) ^ _hash(seed)) & 0xFFFF)
     rounded = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+def _places(shape: tuple[int, ...]) -> jax.Array:
+    """uint32 of that shape: 0, 1, 2, ..."""
+    strides = np.cumprod([1, *shape[:0:-1]], dtype=np.uint32)[::-1]
+    return sum(jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * stride for dim, stride in enumerate(strides))
+
+
+def _hash(x: jax.Array) -> jax.Array:
+    """uint32 -> uint32, every bit of it a function of all bits of x.
+
+    Wellons's lowbias32 (github.com/skeeto/hash-prospector), and not jax.random.bits: it is computed where it is used,
+    while random bits would first be written, as much memory as the rounding saves.
+    """
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> shift)) * np.uint32(factor)
+    return x ^ (x >> 16)

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jdistill.config import MeshSection
 from jdistill.models.partitioning import param_shardings
 
-__all__ = ["AXES", "BATCH_AXES", "batch_sharding", "make_mesh", "param_shardings", "replicated"]
+__all__ = ["AXES", "BATCH_AXES", "batch_sharding", "make_mesh", "mesh_sizes", "param_shardings", "replicated"]
 
 AXES = ("data", "fsdp", "tensor")
 # fsdp shards parameters and, like data, the rows of a batch.
@@ -31,6 +31,12 @@ def make_mesh(section: MeshSection, *, devices: Sequence[jax.Device] | None = No
         ValueError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(section, len(devices), f"{devices[0].platform} device(s)")
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_sizes(section: MeshSection, num_devices: int, what: str = "device(s)") -> dict[str, int]:
+    """The size of each axis, -1 filled in. Raises ValueError as `make_mesh` does."""
     sizes = {axis: getattr(section, axis) for axis in AXES}
     asked = ", ".join(f"{axis} = {size}" for axis, size in sizes.items())
     wrong = [axis for axis, size in sizes.items() if size < 1 and size != -1]
@@ -41,13 +47,13 @@ def make_mesh(section: MeshSection, *, devices: Sequence[jax.Device] | None = No
         )
     known = math.prod(size for size in sizes.values() if size != -1)
     if rest:
-        sizes[rest[0]] = len(devices) // known
-    if math.prod(sizes.values()) != len(devices):
+        sizes[rest[0]] = num_devices // known
+    if math.prod(sizes.values()) != num_devices:
         raise ValueError(
-            f"mesh: {asked} does not fit {len(devices)} {devices[0].platform} device(s): the sizes have to multiply to "
-            f"{len(devices)}; set {rest[0] if rest else AXES[0]} = -1 for all that are left, and the others to divisors"
+            f"mesh: {asked} does not fit {num_devices} {what}: the sizes have to multiply to {num_devices}; "
+            f"set {rest[0] if rest else AXES[0]} = -1 for all that are left, and the others to divisors"
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return sizes
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

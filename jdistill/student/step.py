@@ -83,12 +83,12 @@ def init_state(
     everywhere = NamedSharding(mesh, PartitionSpec())
     head = jax.device_put(head, everywhere)
     trained = _trained(params, head)
-    shardings = _moment_shardings(jax.eval_shape(optimizer.init, trained), trained, everywhere)
+    shardings = moment_shardings(jax.eval_shape(optimizer.init, trained), trained, everywhere)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trained)
     return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), everywhere), head)
 
 
-def _moment_shardings(opt_state: Any, trained: Any, everywhere: NamedSharding) -> Any:
+def moment_shardings(opt_state: Any, trained: Any, everywhere: NamedSharding) -> Any:
     """Of an optimizer's state: a moment lies as its parameter does, whose path its own ends with.
 
     What has another shape (Adafactor's rows and columns, counts) is small: each device has it whole. Not
@@ -403,6 +403,16 @@ class TrainStep:
         grads, metrics_A = jax.lax.scan(add, zero, (parts, shares.of_loss))
         loss = jnp.sum(metrics_A.pop("loss"))  # each times its share
         return grads, objective.join_metrics(metrics_A, shares) | {"loss": loss}
+
+    def backward_of(self, trained: Any, rows: TrainBatch) -> Any:
+        """The backward pass of these rows: a pytree of what it holds on to, for whoever counts its bytes."""
+
+        def loss(trained):
+            parts = (jax.tree.map(lambda x: jnp.asarray(x)[None], rows), None)
+            rows_, _ = self._prepare(trained, parts, self._reference)
+            return self._loss(trained, (jax.tree.map(lambda x: x[0], rows_), None), jnp.zeros((), jnp.int32))[0]
+
+        return jax.vjp(loss, trained)[1]
 
     def _loss(
         self, trained: Any, part: _Parts, step: Int[Array, ""], share: Float[Array, ""] | float = 1.0

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from jdistill import models
+from jdistill.models.packing import pack_rows
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -77,8 +78,8 @@ def positions_like(tokens_BS):
 
 
 @nnx.jit
-def jitted(decoder, tokens_BS, positions_BS):
-    hidden_BSD, _ = decoder(tokens_BS, positions_BS)
+def jitted(decoder, tokens_BS, positions_BS, packing=None):
+    hidden_BSD, _ = decoder(tokens_BS, positions_BS, packing=packing)
     return hidden_BSD.dtype.type(0), decoder.logits(hidden_BSD)
 
 
@@ -130,18 +131,18 @@ def test_right_padding_never_changes_a_real_token(tmp_path, reference):
         np.testing.assert_allclose(ours[b, :length], expected[b, :length], rtol=0, atol=5e-5)
 
 
-def test_packed_segments_equal_separate_rows(tmp_path, reference):
+def test_packed_rows_equal_separate_rows(tmp_path, reference):
     make, logits = reference
     model = make(tmp_path, "qwen2")
     decoder = models.load(tmp_path)
-    rng = np.random.default_rng(2)
-    parts = [rng.integers(0, 101, (1, n)) for n in (5, 9, 2)]
-    tokens_BS = np.concatenate(parts, axis=1)
-    positions_BS = np.concatenate([np.arange(p.shape[1]) for p in parts])[None]
-    segments_BS = np.repeat(np.arange(3), [5, 9, 2])[None]
-    _, ours = jitted(decoder, jnp.asarray(tokens_BS), jnp.asarray(positions_BS), jnp.asarray(segments_BS))
-    expected = np.concatenate([logits(model, part) for part in parts], axis=1)
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=5e-5)
+    tokens_BS = np.random.default_rng(2).integers(0, 101, (3, 9))
+    lengths_B = [5, 9, 2]
+    packing = pack_rows(lengths_B, 9)
+    line_1PV = jitted(decoder, packing.pack(tokens_BS), packing.pack(positions_like(tokens_BS)), packing)[1]
+    ours_BSV = packing.unpack(line_1PV)
+    for row, length in enumerate(lengths_B):
+        expected = logits(model, tokens_BS[row : row + 1, :length])[0]
+        np.testing.assert_allclose(ours_BSV[row, :length], expected, rtol=0, atol=5e-5)
 
 
 def test_bfloat16_compute_stays_near_float32(tmp_path, reference):

@@ -1,0 +1,252 @@
+"""How much memory a run will take on each device: from shapes alone, before anything is loaded.
+
+What is kept for the backward pass is not estimated: the training step itself is differentiated with shapes in place of
+arrays, and what its backward pass holds on to is counted. So a family, an objective or an option that is added is
+planned too.
+
+Dimension key: R rows of a part, T targets of a row, L layers, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh
+
+from jdistill import models
+from jdistill.config import ConfigError, TrainConfig
+from jdistill.student import objective
+from jdistill.student.batch import TrainBatch, length_buckets
+from jdistill.student.optimizer import make_optimizer
+from jdistill.student.sharding import AXES, BATCH_AXES, mesh_sizes, param_shardings
+from jdistill.student.step import TrainState, TrainStep, ValueHead, make_train_step, moment_shardings
+
+
+class Item(NamedTuple):
+    """Something that lies in a device's memory."""
+
+    name: str
+    num_bytes: int  # of the device with the most
+    remedy: str = ""  # what makes it smaller
+
+
+class Plan(NamedTuple):
+    """What lies on each device: always, while it trains, and while it samples."""
+
+    always: list[Item]
+    training: list[Item]
+    sampling: list[Item]
+    axes: dict[str, int]
+
+    @property
+    def peak_training(self) -> int:
+        """Bytes."""
+        return sum(item.num_bytes for item in self.always + self.training)
+
+    @property
+    def peak_sampling(self) -> int:
+        """Bytes."""
+        return sum(item.num_bytes for item in self.always + self.sampling)
+
+    @property
+    def peak(self) -> int:
+        """Bytes: training and sampling take turns."""
+        return max(self.peak_training, self.peak_sampling)
+
+
+class Shapes(NamedTuple):
+    """The arrays of a run, without their contents, as one device would have them if it were alone."""
+
+    model: models.DecoderConfig
+    graphdef: nnx.GraphDef
+    state: TrainState
+    batch: TrainBatch  # of zeros, with rows of the greatest length
+    step: TrainStep
+
+
+def make_shapes(config: TrainConfig, model: models.DecoderConfig | None = None) -> Shapes:
+    """The shapes of a run's state and batch, and its step.
+
+    Args:
+        config: of the run.
+        model: the student's architecture; None: that of the directory model.path.
+    """
+    model = models.config_from_hf(config.model.path) if model is None else model
+    graphdef, params = nnx.split(_decoder(config, model), nnx.Param)
+    on_policy, asked = config.objective.kind == "on_policy", config.objective
+    head = None
+    if asked.has_rl and asked.advantage == "gae":
+        width = model.hidden_size
+        head = ValueHead(jax.ShapeDtypeStruct((width,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32))
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    trained = params if head is None else (params, head)
+    step_number = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(params, jax.eval_shape(optimizer.init, trained), step_number, head)
+    num_rows = config.rollout.num_prompts * config.rollout.num_completions if on_policy else config.optimizer.batch_size
+    reference = params if objective.reference_of(asked) is not None else None
+    step = make_train_step(graphdef, config, optimizer, reference=reference)
+    return Shapes(model, graphdef, state, _batch(config, num_rows, model.vocab_size), step)
+
+
+def make_plan(config: TrainConfig, num_devices: int, model: models.DecoderConfig | None = None) -> Plan:
+    """The plan of a run on so many devices.
+
+    Activations are not divided by the tensor axis, which splits most of them, so that with it the plan is above the
+    truth. Packing is not counted on either.
+
+    Args:
+        config: of the run.
+        num_devices: that mesh is laid over.
+        model: the student's architecture; None: that of the directory model.path.
+
+    Raises:
+        ConfigError: the mesh does not fit the devices, or the rows do not split over them.
+    """
+    try:
+        axes = mesh_sizes(config.mesh, num_devices)
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+    shapes = make_shapes(config, model)
+    mesh = AbstractMesh(tuple(axes.values()), AXES)
+    params, opt_state = shapes.state.params, shapes.state.opt_state
+    decoder = nnx.merge(shapes.graphdef, params)
+    sharded = _with_shardings(params, param_shardings(decoder, mesh))
+    num_shards = math.prod(axes[axis] for axis in BATCH_AXES)
+    section, rollout, vocab_size = config.optimizer, config.rollout, shapes.model.vocab_size
+    num_parts = section.minibatches * section.accumulate
+    num_rows = len(shapes.batch.tokens) // num_parts
+    if num_rows % num_shards:
+        raise ConfigError(
+            f"a part of an update has {num_rows} rows, which do not split over mesh.data * mesh.fsdp = {num_shards} "
+            "devices: change rollout.num_prompts, num_completions or optimizer.accumulate"
+        )
+    part = jax.tree.map(lambda x: x[: num_rows // num_shards], shapes.batch)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    moments = moment_shardings(opt_state, sharded, everywhere)
+    param_bytes = _sharded_bytes(params, jax.tree.map(lambda x: x.sharding, sharded))
+    always = [
+        Item("parameters (float32 masters)", param_bytes, "mesh.fsdp"),
+        Item(
+            f"optimizer state ({section.name})", _sharded_bytes(opt_state, moments), "optimizer.moment_dtype, mesh.fsdp"
+        ),
+        Item("batch", _bytes(shapes.batch) // num_shards),
+    ]
+    if objective.reference_of(config.objective) is not None:
+        always.append(Item("parameters of the reference", param_bytes, "objective.reference"))
+
+    kept = activations(shapes, part)
+    logits = 4 * vocab_size // axes["tensor"]
+    chunk = min(config.objective.chunk_tokens, part.loss_mask.size)
+    training = [
+        Item("gradients", param_bytes * (2 if section.accumulate > 1 else 1), "mesh.fsdp"),
+        Item("activations kept for the backward pass", kept, "model.remat: layer, optimizer.accumulate"),
+        Item("the layer being differentiated", _layer(config, shapes, part), "optimizer.accumulate"),
+        Item("a chunk's logits, softmax and gradient", 3 * chunk * logits, "objective.chunk_tokens"),
+        Item("gradient of the output projection", shapes.model.hidden_size * logits),
+    ]
+
+    dtype = jnp.dtype(config.model.compute_dtype)
+    if axes["fsdp"] > 1:
+        of_layers = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.to_pure_dict(params)["layers"]))
+        gathered = of_layers // shapes.model.num_layers + shapes.model.hidden_size * vocab_size
+        training.append(
+            Item("a layer and the output projection, gathered", gathered * dtype.itemsize // axes["tensor"])
+        )
+    sampling = []
+    if config.objective.kind == "on_policy":
+        shards_of_params = axes["fsdp"] * axes["tensor"]
+        whole = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+        most = rollout.num_prompts * rollout.num_completions
+        rows = -(-min(rollout.max_rows or most, most) // num_shards)
+        cache = jax.eval_shape(
+            lambda: models.init_cache(
+                shapes.model, rows, rollout.max_prompt_tokens + rollout.max_new_tokens, rollout.cache_dtype or dtype
+            )
+        )
+        sampling = [
+            Item(f"weights as the sampler reads them ({dtype})", whole * dtype.itemsize // shards_of_params),
+            Item("cache of keys and values", _bytes(cache), "rollout.max_rows, rollout.cache_dtype"),
+            Item("logits of the next tokens", 3 * rows * logits, "rollout.max_rows"),
+        ]
+    return Plan(always, training, sampling, axes)
+
+
+def activations(shapes: Shapes, part: TrainBatch) -> int:
+    """Bytes that the backward pass of these rows holds on to, parameters left out."""
+    trained = (shapes.state.params, shapes.state.value_head)
+    held = jax.eval_shape(lambda trained: jax.tree.leaves(shapes.step.backward_of(trained, part)), trained)
+    own = collections.Counter((x.shape, x.dtype) for x in jax.tree.leaves(trained))
+    total = 0
+    for x in held:
+        if own[(x.shape, x.dtype)]:
+            own[(x.shape, x.dtype)] -= 1
+        else:
+            total += x.size * x.dtype.itemsize
+    return total
+
+
+def compiled_bytes(shapes: Shapes) -> dict[str, int]:
+    """What XLA says of the compiled step on one device: bytes of its arguments, of its temporaries, and of both."""
+    compiled = jax.jit(shapes.step.step, donate_argnums=0).lower(shapes.state, shapes.batch).compile()
+    found = compiled.memory_analysis()
+    arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
+    return {"arguments": arguments, "temporaries": temporaries, "peak": arguments + temporaries}
+
+
+def _decoder(config: TrainConfig, model: models.DecoderConfig) -> models.Decoder:
+    kwargs: dict[str, Any] = {"compute_dtype": config.model.compute_dtype, "remat": config.model.remat}
+    return nnx.eval_shape(lambda: models.Decoder(model, rngs=nnx.Rngs(0), **kwargs))
+
+
+def _batch(config: TrainConfig, num_rows: int, vocab_size: int) -> TrainBatch:
+    rollout, asked = config.rollout, config.objective
+    num_tokens = length_buckets(rollout.max_prompt_tokens + rollout.max_new_tokens)[-1]
+    floats = np.zeros((num_rows, num_tokens - 1), np.float32)
+    batch = TrainBatch(np.zeros((num_rows, num_tokens), np.int32), np.ones(floats.shape, bool))
+    if asked.kind != "on_policy":
+        return batch
+    batch = batch._replace(sampler_logprobs=floats, advantages=floats)
+    if asked.has_rl and asked.advantage == "gae":
+        batch = batch._replace(token_rewards=floats)
+    if not asked.has_distillation:
+        return batch
+    batch = batch._replace(teacher_logprobs=floats)
+    term = objective.distillation_of(asked)
+    # auto takes candidates wherever the engine can score them; they are what takes more memory.
+    if (term is None and config.teacher.tokenizer is None) or objective.needs_candidates(asked):
+        shape = (*floats.shape, min(asked.distill_top_k, vocab_size))
+        batch = batch._replace(
+            candidate_ids=np.zeros(shape, np.int32), teacher_candidate_logprobs=np.zeros(shape, np.float32)
+        )
+    return batch
+
+
+def _layer(config: TrainConfig, shapes: Shapes, part: TrainBatch) -> int:
+    """What one layer holds while the backward pass is in it: all of its own activations, computed again or not."""
+    sliding = shapes.model.sliding_layers[:1]
+    one = dataclasses.replace(shapes.model, num_layers=1, sliding_layers=sliding)
+    sizes = []
+    for remat in ("none", "layer"):
+        asked = config.model_copy(update={"model": config.model.model_copy(update={"remat": remat})})
+        sizes.append(activations(make_shapes(asked, one), part))
+    return sizes[0] - sizes[1]
+
+
+def _with_shardings(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _sharded_bytes(shapes: Any, shardings: Any) -> int:
+    parts = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, shapes, shardings)
+    return sum(jax.tree.leaves(parts))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
