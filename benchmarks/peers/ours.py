@@ -30,6 +30,7 @@ from jdistill.student.rollout import Sampler
 from jdistill.student.step import TrainState, TrainStep, init_state, make_train_step
 
 CANDIDATES = 8  # K of the distillation: objective.distill_top_k's default
+REMAT = "layer"
 FACTS = {"versions": work.versions("jax", "flax", "optax")}
 
 
@@ -39,7 +40,7 @@ def load_model() -> tuple[nnx.GraphDef, nnx.State]:
         directory = pathlib.Path(name)
         (directory / "config.json").write_text(json.dumps(work.hf_config()))
         safetensors.numpy.save_file(work.weights(), directory / "model.safetensors")
-        return nnx.split(models.load(directory), nnx.Param)
+        return nnx.split(models.load(directory, remat=REMAT), nnx.Param)
 
 
 def model_config() -> models.DecoderConfig:
@@ -57,7 +58,7 @@ def config(distillation: str, **changes: Any) -> TrainConfig:
     data: dict[str, Any] = {
         "run_dir": "unused",
         "num_steps": 1_000_000,
-        "model": {"path": "unused", "compute_dtype": "float32", "remat": "layer"},
+        "model": {"path": "unused", "compute_dtype": "float32", "remat": REMAT},
         "task": {"name": "unused"},
         "teacher": {"endpoints": ["unused:1"]},
         "rollout": {
@@ -80,6 +81,7 @@ def config(distillation: str, **changes: Any) -> TrainConfig:
             "weight_decay": work.WEIGHT_DECAY,
             "b2": 0.999,
             "clip_norm": 1e9,
+            "accumulate": 4,
         },
     }
     for name, section in changes.items():
@@ -275,7 +277,9 @@ def compile_time(door: work.Door) -> None:
     def once(request: dict[str, Any]) -> dict[str, Any]:
         num_layers = request["layers"]
         if num_layers not in steps:
-            decoder = models.random_init(dataclasses.replace(model_config(), num_layers=num_layers), work.SEED)
+            decoder = models.random_init(
+                dataclasses.replace(model_config(), num_layers=num_layers), work.SEED, remat=REMAT
+            )
             steps[num_layers] = make_step(asked, *nnx.split(decoder, nnx.Param))
         step, state = steps[num_layers]
         jax.clear_caches()
