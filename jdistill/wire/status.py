@@ -7,9 +7,11 @@ BadRequest for a wrong request, RetryInfo where a retry makes sense. Any languag
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 from google.protobuf import message
@@ -19,8 +21,10 @@ from jdistill.wire import errors
 
 DOMAIN = "jdistill"
 DETAILS_KEY = "grpc-status-details-bin"
-# The message goes over twice in one header block of at most 8 KiB, percent-encoded; over that the whole status is lost.
 MAX_MESSAGE_CHARS = 1000
+# gRPC refuses a header block of over 8 KiB, now and then first, and always from 16 KiB on: then the whole status is
+# lost. The message goes over twice, percent-encoded and in the details; the rest is for what else is in them.
+MAX_MESSAGE_BYTES = 6000
 
 # Most special first; what is in none is INTERNAL.
 _CODES: tuple[tuple[type[errors.TeacherError], grpc.StatusCode], ...] = (
@@ -87,8 +91,7 @@ def to_status(error: BaseException) -> tuple[grpc.StatusCode, str, tuple[tuple[s
         text, reason = str(error), error.reason
     else:
         text, reason = f"the teacher failed with {type(error).__name__}; see its log", "INTERNAL"
-    if len(text) > MAX_MESSAGE_CHARS:
-        text = text[: MAX_MESSAGE_CHARS - 4] + " ..."
+    text = _cut(text)
     info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
     status = status_pb2.Status(code=code_pb2.Code.Value(code.name), message=text)
     if isinstance(error, errors.InvalidRequestError):
@@ -107,6 +110,13 @@ def to_status(error: BaseException) -> tuple[grpc.StatusCode, str, tuple[tuple[s
         status.details.add().Pack(retry)
     status.details.add().Pack(info)
     return code, text, ((DETAILS_KEY, status.SerializeToString()),)
+
+
+def _cut(text: str) -> str:
+    text = text.encode(errors="replace").decode()  # half a surrogate pair, of a file's name, is no UTF-8
+    sizes = (len(quote(char)) + len(char.encode()) for char in text[:MAX_MESSAGE_CHARS])
+    num_chars = sum(total <= MAX_MESSAGE_BYTES for total in itertools.accumulate(sizes))
+    return text if num_chars == len(text) else text[: max(num_chars - 4, 0)] + " ..."
 
 
 def from_rpc_error(error: Any, endpoint: str) -> errors.TeacherError:

@@ -191,6 +191,7 @@ class FaultProxy:
         ready.set()
         await self._stop.wait()
         server.close()
+        await asyncio.sleep(0)  # a task that is cancelled before its first line would leave its connection open
         # One that is just being accepted is nobody's yet: all tasks of the loop, until there are none.
         while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
             for task in tasks:

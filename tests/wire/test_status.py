@@ -79,9 +79,14 @@ def test_an_exception_of_another_kind_tells_its_type_and_not_its_text(fail_with)
     assert "KeyError" in str(got) and "secret" not in str(got)
 
 
-def test_a_long_message_of_wide_characters_still_arrives(fail_with):
-    got = status.from_rpc_error(fail_with(errors.UnsupportedError("ü" * 50_000)), "h")
-    assert type(got) is errors.UnsupportedError and str(got).startswith("h: üüü")
+@pytest.mark.parametrize("char", ["a", "%", "ü", "\n", "漢", "🙂", "\udce4"])
+def test_a_long_message_of_any_characters_always_arrives(fail_with, char):
+    readable = char.encode(errors="replace").decode()
+    error = errors.InvalidRequestError(char * 50_000, field="candidate_token_ids", sequence=4095)
+    for _ in range(20):  # gRPC refuses what is between its two limits now and then only
+        got = status.from_rpc_error(fail_with(error), "h")
+        assert type(got) is errors.InvalidRequestError and str(got).startswith(f"h: {readable * 100}")
+        assert (got.field, got.sequence) == ("candidate_token_ids", 4095)
 
 
 @pytest.mark.parametrize(
