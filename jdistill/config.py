@@ -26,11 +26,28 @@ class Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
 
+class LoraSection(Section):
+    """Adapters of low rank beside the weights of every layer; they alone are trained."""
+
+    rank: int = pydantic.Field(16, ge=1)
+    alpha: float = pydantic.Field(32.0, gt=0)  # the adapters' outputs are multiplied by alpha / rank
+    targets: tuple[str, ...] = pydantic.Field(
+        ("query", "key", "value", "output", "gate", "up", "down"), strict=False, min_length=1
+    )
+
+
 class ModelSection(Section):
     path: str  # a Hugging Face checkpoint directory: config.json, *.safetensors, tokenizer files
     init: Literal["checkpoint", "random"] = "checkpoint"  # random: only config.json and the tokenizer are read
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # masters are float32 always
     remat: Literal["none", "layer"] = "layer"  # layer: keep only each layer's input for the backward pass
+    lora: LoraSection | None = None  # train adapters alone; the rest stays as it is, in compute_dtype
+
+    @pydantic.model_validator(mode="after")
+    def _adapts_something(self) -> ModelSection:
+        if self.lora is not None and self.init == "random":
+            raise ValueError("model.lora adapts a model that knows something: init: random has nothing to adapt")
+        return self
 
 
 class TaskSection(Section):

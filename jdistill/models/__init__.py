@@ -6,6 +6,7 @@ decoder itself is shared, since the families differ by flags.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pathlib
 from types import ModuleType
@@ -18,8 +19,9 @@ from jax.sharding import Mesh
 
 from jdistill import checkpoint_files
 from jdistill.models import checkpoint
-from jdistill.models.config import DecoderConfig, HFFields, Rope
+from jdistill.models.config import DecoderConfig, HFFields, Lora, Rope
 from jdistill.models.decoder import Decoder, KVCache, Remat, init_cache, param_specs, resize_cache
+from jdistill.models.lora import lora_of, merge_lora, trained_kind, write_adapter
 from jdistill.models.partitioning import param_shardings
 
 __all__ = [
@@ -27,15 +29,20 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "KVCache",
+    "Lora",
     "Rope",
     "config_from_hf",
     "init_cache",
     "load",
+    "lora_of",
+    "merge_lora",
     "param_shardings",
     "param_specs",
     "random_init",
     "resize_cache",
     "save",
+    "save_adapter",
+    "trained_kind",
 ]
 
 # Hugging Face's model_type -> the family's package.
@@ -116,6 +123,8 @@ def load(
     remat: Remat = "none",
     mesh: Mesh | None = None,
     param_dtype: str = "float32",
+    lora: Lora | None = None,
+    seed: int = 0,
 ) -> Decoder:
     """Loads a Hugging Face checkpoint directory.
 
@@ -125,6 +134,8 @@ def load(
         remat: see Decoder.
         mesh: shards parameters by partitioning.MESH_AXES; each device's part alone is read. None: one device.
         param_dtype: what the parameters are kept in; float32 to train, the compute dtype only to score.
+        lora: adapters to be put beside the weights, float32, which begin as nothing. None: none.
+        seed: of the adapters' random half.
 
     Raises:
         FileNotFoundError, ValueError: see config_from_hf; or missing, unexpected or damaged weights.
@@ -132,7 +143,18 @@ def load(
     config = config_from_hf(path)
     decoder = nnx.eval_shape(lambda: _create(config, 0, compute_dtype, remat))
     tensors = _family(config.family, "params").TENSORS
-    nnx.update(decoder, checkpoint.read(path, decoder, tensors, mesh=mesh, param_dtype=param_dtype))
+    params = checkpoint.read(path, decoder, tensors, mesh=mesh, param_dtype=param_dtype)
+    if lora is None:
+        nnx.update(decoder, params)
+        return decoder
+    config = dataclasses.replace(config, lora=lora)
+
+    def adapters() -> nnx.State:
+        return nnx.state(_create(config, seed, compute_dtype, remat), nnx.LoRAParam)
+
+    decoder = nnx.eval_shape(lambda: _create(config, seed, compute_dtype, remat))
+    out_shardings = None if mesh is None else nnx.filter_state(param_shardings(decoder, mesh), nnx.LoRAParam)
+    nnx.update(decoder, params, jax.jit(adapters, out_shardings=out_shardings)())
     return decoder
 
 
@@ -155,6 +177,8 @@ def save(
         ValueError: `path` is taken, or `source` is another model's.
     """
     config_json: dict[str, Any]
+    if decoder.config.lora is not None:
+        raise ValueError("a decoder with adapters is no Hugging Face checkpoint: merge_lora(decoder), or save_adapter")
     if source is None:
         config_json = _family(decoder.config.family, "config").to_hf(decoder.config)
     else:
@@ -166,6 +190,20 @@ def save(
         config_json[key] = dtype
     tensors = _family(decoder.config.family, "params").TENSORS
     checkpoint.write(decoder, path, tensors, config_json, source=source, dtype=dtype)
+
+
+def save_adapter(decoder: Decoder, path: str | pathlib.Path, *, base: str | pathlib.Path) -> None:
+    """Writes a decoder's adapters alone in PEFT's format, which vLLM, SGLang and a teacher's `adapters` load.
+
+    Args:
+        decoder: with adapters.
+        path: a directory that does not exist yet (or is empty).
+        base: the checkpoint that the adapters stand on.
+
+    Raises:
+        ValueError: there are no adapters, or `path` is taken.
+    """
+    write_adapter(decoder, path, _family(decoder.config.family, "params").TENSORS, base=base)
 
 
 def _create(config: DecoderConfig, seed: int, compute_dtype: jnp.dtype | str, remat: Remat) -> Decoder:

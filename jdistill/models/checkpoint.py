@@ -49,7 +49,7 @@ SAFETENSORS_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_d
 def read(
     path: str | pathlib.Path, abstract: Decoder, tensors: Tensors, *, mesh: Mesh | None, param_dtype: str
 ) -> nnx.State:
-    """The parameters of a checkpoint directory, in the structure of `nnx.state(abstract, nnx.Param)`.
+    """The parameters of a checkpoint directory, in the structure of `nnx.state(abstract, nnx.Param)`; no adapters.
 
     Raises:
         FileNotFoundError, ValueError: an incomplete or damaged checkpoint; missing, unexpected or misshapen tensors.
@@ -249,7 +249,7 @@ def _write_tensors(
     for i, shard in enumerate(plan, start=1):
         values = {}
         for name, parameter, place in shard:
-            values[name] = to_hf(_on_host(state[parameter][place]).astype(dtype), tensors[parameter][1])
+            values[name] = to_hf(on_host(state[parameter][place]).astype(dtype), tensors[parameter][1])
             total_bytes += values[name].nbytes
         file = checkpoint_files.SAFETENSORS_FILE if len(plan) == 1 else f"model-{i:05d}-of-{len(plan):05d}.safetensors"
         weight_map.update(dict.fromkeys(values, file))
@@ -260,7 +260,8 @@ def _write_tensors(
         (directory / checkpoint_files.SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _on_host(array: jax.Array) -> np.ndarray:
+def on_host(array: jax.Array) -> np.ndarray:
+    """All of an array, on every host."""
     if array.is_fully_addressable:
         return np.asarray(array)
     from jax.experimental import multihost_utils

@@ -77,6 +77,33 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters, which are trained in place of the weights that they stand beside; see models/lora.py."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]  # parameters of a layer, of LORA_TARGETS
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.alpha > 0:
+            raise ValueError(f"LoRA of rank {self.rank} and alpha {self.alpha}: expected at least 1, and more than 0")
+        wrong = [name for name in self.targets if name not in LORA_TARGETS]
+        if wrong or not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(
+                f"LoRA targets {list(self.targets)}: expected some of {', '.join(LORA_TARGETS)}, each once at most"
+            )
+
+    @property
+    def scale(self) -> float:
+        """What the adapters' outputs are multiplied by."""
+        return self.alpha / self.rank
+
+
+# What adapters can stand beside: the matrices of a layer.
+LORA_TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """A decoder's shape and flags. Names as in Hugging Face's config.json where it has one."""
 
@@ -110,6 +137,7 @@ class DecoderConfig:
     num_experts: int = 0  # of each layer's MLP; 0: one dense MLP
     num_experts_per_tok: int = 0  # those with the largest router probabilities
     norm_topk_prob: bool = False  # their probabilities are divided by their sum
+    lora: Lora | None = None  # no part of a checkpoint: the adapters that are being trained
 
     def __post_init__(self) -> None:
         for field in (
@@ -138,6 +166,12 @@ class DecoderConfig:
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok = {self.num_experts_per_tok}: expected 1 to num_experts = {self.num_experts}"
+            )
+        of_experts = {"gate", "up", "down"} & set(self.lora.targets if self.lora else ())
+        if self.num_experts and of_experts:
+            raise ValueError(
+                f"LoRA on {', '.join(sorted(of_experts))} of {self.num_experts} experts is not supported: give targets "
+                "query, key, value, output"
             )
 
     @property

@@ -74,7 +74,7 @@ class ParamSpec:
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    init: Literal["normal", "ones", "zeros"]
+    init: Literal["normal", "ones", "zeros", "fan_in"]
 
     @property
     def stacked(self) -> tuple[str, ...]:
@@ -123,9 +123,27 @@ def param_specs(config: DecoderConfig) -> dict[str, ParamSpec]:
         specs["layers.gate_bias"] = ParamSpec((L, F), ("layer", "mlp"), "zeros")
         specs["layers.up_bias"] = ParamSpec((L, F), ("layer", "mlp"), "zeros")
         specs["layers.down_bias"] = ParamSpec((L, D), ("layer", None), "zeros")
+    for target in config.lora.targets if config.lora is not None else ():
+        specs |= _lora_specs(f"layers.{target}", specs[f"layers.{target}"], config.lora.rank)
     if not config.tie_word_embeddings:
         specs["head"] = ParamSpec((D, V), ("width", "vocab"), "normal")
     return specs
+
+
+LORA_SUFFIXES = ("_lora_a", "_lora_b")
+# Of a layer's matrices, how many dims (after that of layers) are summed over; 1 for all others.
+NUM_IN = {"output": 2}
+
+
+def _lora_specs(name: str, spec: ParamSpec, rank: int) -> dict[str, ParamSpec]:
+    """The adapter of one matrix: its own dims, split between the two factors."""
+    cut = 1 + NUM_IN.get(name.removeprefix("layers."), 1)
+    a, b = (f"{name}{suffix}" for suffix in LORA_SUFFIXES)
+    return {
+        a: ParamSpec((*spec.shape[:cut], rank), (*spec.axes[:cut], None), "fan_in"),
+        # Zero, so that the model begins as it is without the adapter.
+        b: ParamSpec((spec.shape[0], rank, *spec.shape[cut:]), (spec.axes[0], None, *spec.axes[cut:]), "zeros"),
+    }
 
 
 class Layers(nnx.Module):
@@ -160,9 +178,14 @@ class Decoder(nnx.Module):
             owner, _, attribute = name.rpartition(".")
             if spec.init == "normal":
                 value = config.initializer_range * jax.random.normal(rngs.params(), spec.shape, jnp.float32)
+            elif spec.init == "fan_in":
+                # As PEFT starts them: uniform, up to 1 / sqrt of the number of inputs.
+                limit = math.prod(spec.shape[1:-1]) ** -0.5
+                value = jax.random.uniform(rngs.params(), spec.shape, jnp.float32, -limit, limit)
             else:
                 value = jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, jnp.float32)
-            setattr(self.layers if owner else self, attribute, nnx.Param(value))
+            kind = nnx.LoRAParam if name.endswith(LORA_SUFFIXES) else nnx.Param
+            setattr(self.layers if owner else self, attribute, kind(value))
 
     def __call__(
         self,
@@ -223,6 +246,15 @@ class Decoder(nnx.Module):
         # What the plain attention does not do; every other model takes the path below that is fast.
         special = windowed or config.attention_softcap is not None or config.attention_scale is not None
 
+        def project(x, w, name):
+            """x times the matrix of that name, and its adapter's share where it has one."""
+            num_in = NUM_IN.get(name, 1)
+            y = _project(x, w[name].astype(dtype), num_in)
+            if config.lora is not None and name in config.lora.targets:
+                a, b = (w[name + suffix].astype(dtype) for suffix in LORA_SUFFIXES)
+                y += config.lora.scale * _project(_project(x, a, num_in), b)
+            return y
+
         def norm(x, scale):
             # In float32: 1 + weight in bfloat16 would round a small weight away.
             scale = 1.0 + scale.astype(jnp.float32) if config.norm_plus_one else scale
@@ -241,9 +273,7 @@ class Decoder(nnx.Module):
             )
 
         def attention(x_BSD, w, cached):
-            q_BSNH = _project(x_BSD, w["query"].astype(dtype))
-            k_BSKH = _project(x_BSD, w["key"].astype(dtype))
-            v_BSKH = _project(x_BSD, w["value"].astype(dtype))
+            q_BSNH, k_BSKH, v_BSKH = (project(x_BSD, w, name) for name in ("query", "key", "value"))
             if config.qkv_bias:
                 q_BSNH += w["query_bias"].astype(dtype)
                 k_BSKH += w["key_bias"].astype(dtype)
@@ -275,7 +305,7 @@ class Decoder(nnx.Module):
                     a_BSNH = special_attention(q_BSNH, k_BKHM.transpose(0, 3, 1, 2), v_BKMH.swapaxes(1, 2), w)
                 else:
                     a_BSNH = cached_attention(q_BSNH, k_BKHM, v_BKMH, positions_BS)
-            y_BSD = _project(a_BSNH, w["output"].astype(dtype), num_in=2)
+            y_BSD = project(a_BSNH, w, "output")
             return (y_BSD + w["output_bias"].astype(dtype) if config.output_bias else y_BSD), cached
 
         def mlp(x_BSD, w):
@@ -287,12 +317,11 @@ class Decoder(nnx.Module):
                     num_experts_per_tok=config.num_experts_per_tok,
                     norm_topk_prob=config.norm_topk_prob,
                 )
-            gate_BSF = _project(x_BSD, w["gate"].astype(dtype))
-            up_BSF = _project(x_BSD, w["up"].astype(dtype))
+            gate_BSF, up_BSF = project(x_BSD, w, "gate"), project(x_BSD, w, "up")
             if config.mlp_bias:
                 gate_BSF += w["gate_bias"].astype(dtype)
                 up_BSF += w["up_bias"].astype(dtype)
-            y_BSD = _project(_ACTIVATIONS[config.hidden_act](gate_BSF) * up_BSF, w["down"].astype(dtype))
+            y_BSD = project(_ACTIVATIONS[config.hidden_act](gate_BSF) * up_BSF, w, "down")
             return y_BSD + w["down_bias"].astype(dtype) if config.mlp_bias else y_BSD
 
         def block(x_BSD, w, cached):

@@ -26,9 +26,11 @@ class Checkpoints:
     Args:
         run_dir: the run's directory; made if it is not there.
         keep: how many of the newest stay; None: all.
+        base: fingerprint of the weights that adapters stand beside, which are in no checkpoint; None: all are in it.
     """
 
-    def __init__(self, run_dir: str | pathlib.Path, *, keep: int | None = None):
+    def __init__(self, run_dir: str | pathlib.Path, *, keep: int | None = None, base: str | None = None):
+        self._base = base
         self._directory = pathlib.Path(run_dir).resolve() / DIRECTORY
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -49,7 +51,8 @@ class Checkpoints:
             extra: what else a resume needs, e.g. the position in the data; JSON.
         """
         params, optimizer = nnx.to_pure_dict(state.params), _optimizer_item(state)
-        about = {"extra": dict(extra), "shapes": {"params": _shapes(params), "optimizer": _shapes(optimizer)}}
+        shapes = {"params": _shapes(params), "optimizer": _shapes(optimizer)}
+        about = {"extra": dict(extra), "shapes": shapes, "base": self._base}
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -124,16 +127,30 @@ class Checkpoints:
                     f"{self._directory / str(step)} is of another model or optimizer ({len(different)} of its arrays "
                     f"differ, e.g. {'; '.join(different[:3])}): give the model.path that the run was started with"
                 )
+        if self._base != about.get("base"):
+            raise ValueError(
+                f"{self._directory / str(step)} holds adapters for other weights than these: they were changed, or "
+                "they are another model's; give the model.path that the run was started with, as it was then"
+            )
         return about
 
 
-def restore_params(run_dir: str | pathlib.Path, decoder: nnx.Module, step: int | None = None) -> int:
+def restore_params(
+    run_dir: str | pathlib.Path,
+    decoder: nnx.Module,
+    step: int | None = None,
+    *,
+    kind: type[nnx.Param] = nnx.Param,
+    base: str | None = None,
+) -> int:
     """Puts a run's saved parameters into a decoder; returns their step.
 
     Args:
         run_dir: of `jdistill train`.
         decoder: of the run's architecture; its parameters' shapes and devices are kept, their values replaced.
         step: which; None: the newest.
+        kind: of the parameters that the run trained; see models.trained_kind.
+        base: of a run with adapters, the fingerprint of the decoder's other weights.
 
     Raises:
         FileNotFoundError: no such run or checkpoint.
@@ -141,10 +158,10 @@ def restore_params(run_dir: str | pathlib.Path, decoder: nnx.Module, step: int |
     """
     if not (pathlib.Path(run_dir) / DIRECTORY).is_dir():
         raise FileNotFoundError(f"{run_dir} holds no {DIRECTORY}/: it is not the directory of a run that saved one")
-    checkpoints = Checkpoints(run_dir)
+    checkpoints = Checkpoints(run_dir, base=base)
     try:
         step = checkpoints._find(step)
-        nnx.update(decoder, checkpoints.restore_params(nnx.state(decoder, nnx.Param), step))
+        nnx.update(decoder, checkpoints.restore_params(nnx.state(decoder, kind), step))
     finally:
         checkpoints.close()
     return step

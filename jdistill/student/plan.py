@@ -79,7 +79,8 @@ def make_shapes(config: TrainConfig, model: models.DecoderConfig | None = None) 
         model: the student's architecture; None: that of the directory model.path.
     """
     model = models.config_from_hf(config.model.path) if model is None else model
-    graphdef, params = nnx.split(_decoder(config, model), nnx.Param)
+    decoder = _decoder(config, model)
+    graphdef, params, base = nnx.split(decoder, models.trained_kind(decoder.config), ...)
     on_policy, asked = config.objective.kind == "on_policy", config.objective
     head = None
     if asked.has_rl and asked.advantage == "gae":
@@ -90,8 +91,10 @@ def make_shapes(config: TrainConfig, model: models.DecoderConfig | None = None) 
     step_number = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(params, jax.eval_shape(optimizer.init, trained), step_number, head)
     num_rows = config.rollout.num_prompts * config.rollout.num_completions if on_policy else config.optimizer.batch_size
-    reference = params if objective.reference_of(asked) is not None else None
-    step = make_train_step(graphdef, config, optimizer, reference=reference)
+    reference = None
+    if objective.reference_of(asked) is not None:
+        reference = nnx.state(_decoder(config, model, adapters=False), nnx.Param)
+    step = make_train_step(graphdef, config, optimizer, base=base, reference=reference)
     return Shapes(model, graphdef, state, _batch(config, num_rows, model.vocab_size), step)
 
 
@@ -115,9 +118,10 @@ def make_plan(config: TrainConfig, num_devices: int, model: models.DecoderConfig
         raise ConfigError(str(e)) from None
     shapes = make_shapes(config, model)
     mesh = AbstractMesh(tuple(axes.values()), AXES)
-    params, opt_state = shapes.state.params, shapes.state.opt_state
-    decoder = nnx.merge(shapes.graphdef, params)
-    sharded = _with_shardings(params, param_shardings(decoder, mesh))
+    params, opt_state, base = shapes.state.params, shapes.state.opt_state, shapes.step.frozen.base
+    decoder = nnx.merge(shapes.graphdef, params, base)
+    shardings = param_shardings(decoder, mesh)
+    sharded = _with_shardings(params, nnx.filter_state(shardings, models.trained_kind(decoder.config)))
     num_shards = math.prod(axes[axis] for axis in BATCH_AXES)
     section, rollout, vocab_size = config.optimizer, config.rollout, shapes.model.vocab_size
     num_parts = section.minibatches * section.accumulate
@@ -131,15 +135,22 @@ def make_plan(config: TrainConfig, num_devices: int, model: models.DecoderConfig
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     moments = moment_shardings(opt_state, sharded, everywhere)
     param_bytes = _sharded_bytes(params, jax.tree.map(lambda x: x.sharding, sharded))
+    if base:
+        rest = nnx.filter_state(shardings, nnx.Not(nnx.LoRAParam))
+        whole_bytes = _sharded_bytes(base, rest)
+        weights = [Item("adapters (float32)", param_bytes), Item("frozen weights", whole_bytes, "mesh.fsdp")]
+    else:
+        whole_bytes = param_bytes
+        weights = [Item("parameters (float32 masters)", param_bytes, "mesh.fsdp")]
     always = [
-        Item("parameters (float32 masters)", param_bytes, "mesh.fsdp"),
+        *weights,
         Item(
             f"optimizer state ({section.name})", _sharded_bytes(opt_state, moments), "optimizer.moment_dtype, mesh.fsdp"
         ),
         Item("batch", _bytes(shapes.batch) // num_shards),
     ]
     if objective.reference_of(config.objective) is not None:
-        always.append(Item("parameters of the reference", param_bytes, "objective.reference"))
+        always.append(Item("parameters of the reference", whole_bytes, "objective.reference"))
 
     kept = activations(shapes, part)
     logits = 4 * vocab_size // axes["tensor"]
@@ -149,12 +160,13 @@ def make_plan(config: TrainConfig, num_devices: int, model: models.DecoderConfig
         Item("activations kept for the backward pass", kept, "model.remat: layer, optimizer.accumulate"),
         Item("the layer being differentiated", _layer(config, shapes, part), "optimizer.accumulate"),
         Item("a chunk's logits, softmax and gradient", 3 * chunk * logits, "objective.chunk_tokens"),
-        Item("gradient of the output projection", shapes.model.hidden_size * logits),
     ]
+    if not base:
+        training.append(Item("gradient of the output projection", shapes.model.hidden_size * logits))
 
     dtype = jnp.dtype(config.model.compute_dtype)
     if axes["fsdp"] > 1:
-        of_layers = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.to_pure_dict(params)["layers"]))
+        of_layers = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(decoder.layers)))
         gathered = of_layers // shapes.model.num_layers + shapes.model.hidden_size * vocab_size
         training.append(
             Item("a layer and the output projection, gathered", gathered * dtype.itemsize // axes["tensor"])
@@ -162,7 +174,7 @@ def make_plan(config: TrainConfig, num_devices: int, model: models.DecoderConfig
     sampling = []
     if config.objective.kind == "on_policy":
         shards_of_params = axes["fsdp"] * axes["tensor"]
-        whole = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+        whole = sum(math.prod(x.shape) for x in jax.tree.leaves((params, base)))
         most = rollout.num_prompts * rollout.num_completions
         rows = -(-min(rollout.max_rows or most, most) // num_shards)
         cache = jax.eval_shape(
@@ -180,9 +192,9 @@ def make_plan(config: TrainConfig, num_devices: int, model: models.DecoderConfig
 
 def activations(shapes: Shapes, part: TrainBatch) -> int:
     """Bytes that the backward pass of these rows holds on to, parameters left out."""
-    trained = (shapes.state.params, shapes.state.value_head)
-    held = jax.eval_shape(lambda trained: jax.tree.leaves(shapes.step.backward_of(trained, part)), trained)
-    own = collections.Counter((x.shape, x.dtype) for x in jax.tree.leaves(trained))
+    trained, frozen = (shapes.state.params, shapes.state.value_head), shapes.step.frozen
+    held = jax.eval_shape(lambda *given: jax.tree.leaves(shapes.step.backward_of(*given, part)), trained, frozen)
+    own = collections.Counter((x.shape, x.dtype) for x in jax.tree.leaves((trained, frozen.base)))
     total = 0
     for x in held:
         if own[(x.shape, x.dtype)]:
@@ -194,15 +206,27 @@ def activations(shapes: Shapes, part: TrainBatch) -> int:
 
 def compiled_bytes(shapes: Shapes) -> dict[str, int]:
     """What XLA says of the compiled step on one device: bytes of its arguments, of its temporaries, and of both."""
-    compiled = jax.jit(shapes.step.step, donate_argnums=0).lower(shapes.state, shapes.batch).compile()
+    compiled = (
+        jax.jit(shapes.step.step, donate_argnums=0).lower(shapes.state, shapes.batch, shapes.step.frozen).compile()
+    )
     found = compiled.memory_analysis()
     arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
     return {"arguments": arguments, "temporaries": temporaries, "peak": arguments + temporaries}
 
 
-def _decoder(config: TrainConfig, model: models.DecoderConfig) -> models.Decoder:
+def _decoder(config: TrainConfig, model: models.DecoderConfig, *, adapters: bool = True) -> models.Decoder:
     kwargs: dict[str, Any] = {"compute_dtype": config.model.compute_dtype, "remat": config.model.remat}
-    return nnx.eval_shape(lambda: models.Decoder(model, rngs=nnx.Rngs(0), **kwargs))
+    lora = models.lora_of(config.model.lora)
+    model = dataclasses.replace(model, lora=lora if adapters else None)
+    decoder = nnx.eval_shape(lambda: models.Decoder(model, rngs=nnx.Rngs(0), **kwargs))
+    if lora is not None:
+        # What is not trained is kept in the dtype that it is used in.
+        stored = nnx.map_state(
+            lambda _, x: x.replace(jax.ShapeDtypeStruct(x.shape, kwargs["compute_dtype"])),
+            nnx.state(decoder, nnx.Not(nnx.LoRAParam)),
+        )
+        nnx.update(decoder, stored)
+    return decoder
 
 
 def _batch(config: TrainConfig, num_rows: int, vocab_size: int) -> TrainBatch:

@@ -22,6 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from jdistill import models
 from jdistill.config import TrainConfig
 from jdistill.losses import advantages, masked, value
 from jdistill.models.packing import Packing, num_places, pack_rows
@@ -109,6 +110,13 @@ def _trained(params: nnx.State, head: ValueHead | None) -> Any:
     return params if head is None else (params, head)
 
 
+class Frozen(NamedTuple):
+    """Parameters that no update changes; they lie on the mesh as those that are trained do."""
+
+    base: nnx.State = nnx.State({})  # the weights that adapters stand beside; empty where all are trained
+    reference: nnx.State | None = None  # of objective.reference, without adapters
+
+
 class Gradient(NamedTuple):
     """Of those parts of an update that have come so far; see `TrainStep.begin`."""
 
@@ -135,13 +143,13 @@ class TrainStep:
         config: TrainConfig,
         optimizer: optax.GradientTransformation,
         mesh: Mesh | None,
-        reference: nnx.State | None,
+        frozen: Frozen,
     ):
         self._graphdef = graphdef
         self._config = config
         self._optimizer = optimizer
         self._mesh = mesh if mesh is not None and mesh.size > 1 else None
-        self._reference = reference
+        self.frozen = frozen
         self._schedule = make_schedule(config.optimizer, config.num_steps)
         self._compiled: Any = None
         self._compiled_add: Any = None
@@ -160,7 +168,7 @@ class TrainStep:
             # A state that came back elsewhere than it was would compile everything again.
             shardings = jax.tree.map(lambda x: x.sharding, state)
             self._compiled = jax.jit(self.step, donate_argnums=0, out_shardings=(shardings, None))
-        return self._compiled(state, batch, self._reference, packing)
+        return self._compiled(state, batch, self.frozen, packing)
 
     @property
     def takes_parts(self) -> bool:
@@ -204,7 +212,7 @@ class TrainStep:
             self._compiled_add = jax.jit(self._add, donate_argnums=2, out_shardings=(shardings, None))
         share = objective.share_of_loss(self._config, *counts, *gradient.totals)
         grads, metrics = self._compiled_add(
-            (state.params, state.value_head), state.step, gradient.grads, part, packing, self._reference, share
+            (state.params, state.value_head), state.step, gradient.grads, part, packing, self.frozen, share
         )
         num_places = mask_RT.size if packing is None else packing.token_of.size
         return gradient._replace(
@@ -235,12 +243,12 @@ class TrainStep:
         metrics["padding_share"] = jnp.float32(1 - num_real / num_places)
         return state, metrics
 
-    def _add(self, trained, step, grads, rows, packing, reference, share):
+    def _add(self, trained, step, grads, rows, packing, frozen, share):
         """What `add` compiles."""
         parts = jax.tree.map(lambda x: x[None], rows), packing
-        parts = self._prepare(trained, parts, reference)
+        parts = self._prepare(trained, parts, frozen)
         part = jax.tree.map(lambda x: x[0], parts)
-        (loss, metrics), more = jax.value_and_grad(self._loss, has_aux=True)(trained, part, step, share)
+        (loss, metrics), more = jax.value_and_grad(self._loss, has_aux=True)(trained, frozen.base, part, step, share)
         return jax.tree.map(jnp.add, grads, _trained(*more)), metrics | {"loss": loss}
 
     def _apply(self, state, grads, metrics, counts_A2):
@@ -283,20 +291,20 @@ class TrainStep:
         self,
         state: TrainState,
         batch: TrainBatch,
-        reference: nnx.State | None = None,
+        frozen: Frozen,
         packing: Packing | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """The pure function that is compiled. The fields of `packing` are stacked: [N, ...]."""
         section = self._config.optimizer
         U, A = section.minibatches, section.accumulate
         parts = (jax.tree.map(lambda x: self._split(x, U * A), batch), packing)
-        parts = self._prepare((state.params, state.value_head), parts, reference)
+        parts = self._prepare((state.params, state.value_head), parts, frozen)
         if U == 1:
-            new, metrics = self._update(state, parts)
+            new, metrics = self._update(state, parts, frozen.base)
         else:
             # Part n is of update n % U.
             parts = jax.tree.map(lambda x: x.reshape(A, U, *x.shape[1:]).swapaxes(0, 1), parts)
-            new, metrics_U = jax.lax.scan(self._update, state, parts)
+            new, metrics_U = jax.lax.scan(lambda state, parts: self._update(state, parts, frozen.base), state, parts)
             metrics = {
                 name: (jnp.all if name == "finite" else jnp.max if name.endswith("_max") else jnp.mean)(values)
                 for name, values in metrics_U.items()
@@ -329,21 +337,19 @@ class TrainStep:
         x = x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1)
         return x if self._mesh is None else jax.lax.with_sharding_constraint(x, self._parts_sharding())
 
-    def _prepare(
-        self, trained: tuple[nnx.State, ValueHead | None], parts: _Parts, reference: nnx.State | None
-    ) -> _Parts:
+    def _prepare(self, trained: tuple[nnx.State, ValueHead | None], parts: _Parts, frozen: Frozen) -> _Parts:
         """Adds what the objective needs of all rows before the first update."""
         asked, (rows, packing), (params, head) = self._config.objective, parts, trained
         if asked.kind != "on_policy":
             return parts
 
-        def score(params, head=None):
-            scored = _one_by_one(lambda part: self._score(params, *part, head), parts)
+        def score(params, base, head=None):
+            scored = _one_by_one(lambda part: self._score(params, base, *part, head), parts)
             return jax.lax.stop_gradient(scored)
 
         recompute = asked.proximal == "recomputed" and self._config.optimizer.minibatches > 1
         if recompute or head is not None:
-            now = score(params, head)
+            now = score(params, frozen.base, head)
             if recompute:
                 rows = rows._replace(proximal_logprobs=now.logprobs)
             if head is not None:
@@ -359,16 +365,21 @@ class TrainStep:
                     values=values_BT.reshape(shape),
                     returns=returns_BT.reshape(shape),
                 )
-        if reference is not None:
-            rows = rows._replace(reference_logprobs=score(reference).logprobs)
+        if frozen.reference is not None:
+            # Where there are adapters, with adapters of zeros: the model that they stand on.
+            model = (frozen.reference, frozen.base)
+            if frozen.base:
+                model = (jax.tree.map(jnp.zeros_like, params), frozen.reference)
+            rows = rows._replace(reference_logprobs=score(*model).logprobs)
         return rows, packing
 
-    def _update(self, state: TrainState, parts: _Parts) -> tuple[TrainState, dict[str, jax.Array]]:
+    def _update(self, state: TrainState, parts: _Parts, base: nnx.State) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update from its A parts."""
-        grads, metrics = self._gradient((state.params, state.value_head), parts, state.step)
+        grads, metrics = self._gradient((state.params, state.value_head), base, parts, state.step)
         param_grads, head_grads = grads
         if self._mesh is not None:
-            shardings = param_shardings(nnx.merge(self._graphdef, state.params), self._mesh)
+            decoder = self._decoder(state.params, base)
+            shardings = nnx.filter_state(param_shardings(decoder, self._mesh), models.trained_kind(decoder.config))
             param_grads = jax.lax.with_sharding_constraint(param_grads, shardings)
         return self._updated(state, _trained(param_grads, head_grads), metrics)
 
@@ -384,19 +395,21 @@ class TrainStep:
         metrics |= {"grad_norm": grad_norm, "finite": jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)}
         return TrainState(params, opt_state, state.step, head), metrics
 
-    def _gradient(self, trained: Any, parts: _Parts, step: Int[Array, ""]) -> tuple[Any, dict[str, jax.Array]]:
+    def _gradient(
+        self, trained: Any, base: nnx.State, parts: _Parts, step: Int[Array, ""]
+    ) -> tuple[Any, dict[str, jax.Array]]:
         """The gradient of the loss over all parts, and the metrics, as if they had been one."""
         grad_fn = jax.value_and_grad(self._loss, has_aux=True)
         mask_ART = parts[0].loss_mask
         if len(mask_ART) == 1:
-            (loss, metrics), grads = grad_fn(trained, jax.tree.map(lambda x: x[0], parts), step)
+            (loss, metrics), grads = grad_fn(trained, base, jax.tree.map(lambda x: x[0], parts), step)
             return grads, metrics | {"loss": loss}
         counts = jnp.sum(mask_ART, axis=(1, 2)), jnp.sum(jnp.any(mask_ART, axis=2), axis=1)
         shares = objective.shares_of_parts(self._config, *counts)
 
         def add(total, part_and_share):
             part, share = part_and_share
-            (loss, metrics), grads = grad_fn(trained, part, step, share)
+            (loss, metrics), grads = grad_fn(trained, base, part, step, share)
             return jax.tree.map(jnp.add, total, grads), metrics | {"loss": loss}
 
         zero = jax.tree.map(jnp.zeros_like, trained)
@@ -404,29 +417,39 @@ class TrainStep:
         loss = jnp.sum(metrics_A.pop("loss"))  # each times its share
         return grads, objective.join_metrics(metrics_A, shares) | {"loss": loss}
 
-    def backward_of(self, trained: Any, rows: TrainBatch) -> Any:
+    def backward_of(self, trained: Any, frozen: Frozen, rows: TrainBatch) -> Any:
         """The backward pass of these rows: a pytree of what it holds on to, for whoever counts its bytes."""
 
         def loss(trained):
             parts = (jax.tree.map(lambda x: jnp.asarray(x)[None], rows), None)
-            rows_, _ = self._prepare(trained, parts, self._reference)
-            return self._loss(trained, (jax.tree.map(lambda x: x[0], rows_), None), jnp.zeros((), jnp.int32))[0]
+            rows_, _ = self._prepare(trained, parts, frozen)
+            part = (jax.tree.map(lambda x: x[0], rows_), None)
+            return self._loss(trained, frozen.base, part, jnp.zeros((), jnp.int32))[0]
 
         return jax.vjp(loss, trained)[1]
 
     def _loss(
-        self, trained: Any, part: _Parts, step: Int[Array, ""], share: Float[Array, ""] | float = 1.0
+        self,
+        trained: Any,
+        base: nnx.State,
+        part: _Parts,
+        step: Int[Array, ""],
+        share: Float[Array, ""] | float = 1.0,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         (params, head), (rows, packing) = trained, part
         term = objective.term_of(self._config.objective, rows)
         candidate_ids = None if term is None or term.needs_candidates is None else rows.candidate_ids
-        scored = self._score(params, rows, packing, head, candidate_ids)
+        scored = self._score(params, base, rows, packing, head, candidate_ids)
         loss, metrics = objective.loss(self._config, scored, rows, step)
         return share * loss, metrics
+
+    def _decoder(self, params: nnx.State, base: nnx.State) -> models.Decoder:
+        return nnx.merge(self._graphdef, params, base)
 
     def _score(
         self,
         params: nnx.State,
+        base: nnx.State,
         rows: TrainBatch,
         packing: Packing | None,
         head: ValueHead | None = None,
@@ -434,7 +457,7 @@ class TrainStep:
     ) -> objective.Scored:
         """The forward pass over a part, and what is read from it."""
         config = self._config
-        decoder = nnx.merge(self._graphdef, params)
+        decoder = self._decoder(params, base)
         asked = (rows.tokens[:, :-1], rows.tokens[:, 1:], rows.loss_mask, candidate_ids)
         positions = jnp.broadcast_to(jnp.arange(rows.loss_mask.shape[1]), rows.loss_mask.shape)
         if packing is not None:
@@ -505,16 +528,19 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     mesh: Mesh | None = None,
     *,
+    base: nnx.State | None = None,
     reference: nnx.State | None = None,
 ) -> TrainStep:
     """The step of a run.
 
     Args:
-        graphdef: `nnx.split(decoder, nnx.Param)[0]`; compute dtype and remat are the decoder's.
+        graphdef: `nnx.split(decoder, models.trained_kind(decoder.config), ...)[0]`; compute dtype and remat are the
+            decoder's.
         config: of the run: objective, temperature, minibatches.
         optimizer: the one that the state was made with.
         mesh: on which the state lies; None: one device.
-        reference: parameters of the frozen model of objective.reference; None: there is none.
+        base: the last of what that split gives, the weights that adapters stand beside; None: there are no adapters.
+        reference: parameters of the frozen model of objective.reference, without adapters; None: there is none.
 
     Raises:
         ConfigError: the objective's gradient is not what its name says.
@@ -523,4 +549,4 @@ def make_train_step(
     objective.check(config)
     if (objective.reference_of(config.objective) is None) != (reference is None):
         raise ValueError("objective.reference and the reference's parameters belong together: give both or none")
-    return TrainStep(graphdef, config, optimizer, mesh, reference)
+    return TrainStep(graphdef, config, optimizer, mesh, Frozen(nnx.State({}) if base is None else base, reference))

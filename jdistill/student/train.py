@@ -19,6 +19,7 @@ from flax import nnx
 
 from jdistill import checkpoint_files, models, tasks
 from jdistill.config import ConfigError, TrainConfig
+from jdistill.fingerprint import model_fingerprint
 from jdistill.losses import advantages, weights
 from jdistill.student import sharding
 from jdistill.student.batch import TrainBatch, make_batch, make_supervised_batch
@@ -97,12 +98,16 @@ class _Trainer:
             self.teacher = RemoteTeacher(config, self.model_config, self.task, run_dir, stack, say=self.progress.say)
         self.mesh = sharding.make_mesh(config.mesh)
         stack.enter_context(jax.set_mesh(self.mesh))
-        kwargs = {"compute_dtype": config.model.compute_dtype, "remat": config.model.remat, "mesh": self.mesh}
+        kwargs: dict[str, Any] = {"compute_dtype": config.model.compute_dtype, "remat": config.model.remat}
+        kwargs["mesh"] = self.mesh
+        lora = models.lora_of(config.model.lora)
         if config.model.init == "random":
             decoder = models.random_init(config.model.path, config.seed, **kwargs)
         else:
-            decoder = models.load(config.model.path, **kwargs)
-        graphdef, params = nnx.split(decoder, nnx.Param)
+            if lora is not None:  # weights that no update changes need no masters
+                kwargs["param_dtype"] = config.model.compute_dtype
+            decoder = models.load(config.model.path, lora=lora, seed=config.seed, **kwargs)
+        graphdef, params, self.base = nnx.split(decoder, models.trained_kind(decoder.config), ...)
         self.sampler = Sampler(
             graphdef,
             max_prompt_tokens=config.rollout.max_prompt_tokens,
@@ -125,8 +130,12 @@ class _Trainer:
         value_width = self.model_config.hidden_size if has_critic else None
         self.state = init_state(params, optimizer, self.mesh, value_width=value_width)
         reference = self._load_reference(**kwargs)
-        self.train_step = make_train_step(graphdef, config, optimizer, self.mesh, reference=reference)
-        self.checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run_dir, keep=config.checkpoint.keep)))
+        self.train_step = make_train_step(graphdef, config, optimizer, self.mesh, base=self.base, reference=reference)
+        # Only the adapters are in a checkpoint, so it says beside which weights they stood.
+        base = model_fingerprint(config.model.path, config.model.compute_dtype) if self.base else None
+        self.checkpoints = stack.enter_context(
+            contextlib.closing(Checkpoints(run_dir, keep=config.checkpoint.keep, base=base))
+        )
         self.step = 0
         self.sampled_tokens = 0
         self.num_problems = 0  # that were asked of the task
@@ -145,6 +154,8 @@ class _Trainer:
         section = self.config.objective.reference
         if not self.on_policy or section is None:
             return None
+        if self.base and pathlib.Path(section.path).resolve() == pathlib.Path(self.config.model.path).resolve():
+            return self.base  # already there
         checkpoint_files.check_checkpoint(section.path)
         if models.config_from_hf(section.path) != self.model_config:
             raise ConfigError(
@@ -152,6 +163,10 @@ class _Trainer:
                 "reference is an earlier state of the student: another model is a teacher"
             )
         return nnx.split(models.load(section.path, **kwargs), nnx.Param)[1]
+
+    def _policy(self) -> nnx.State:
+        """All parameters of the model that samples."""
+        return nnx.merge_state(self.state.params, self.base)
 
     def _check_lengths(self) -> None:
         rollout, limit = self.config.rollout, self.model_config.max_position_embeddings
@@ -307,7 +322,7 @@ class _Trainer:
             rewards_B = np.zeros(len(rows), np.float32)
             order: list[int] = []
             for completion in self.sampler.sample(
-                self.state.params,
+                self._policy(),
                 [problem.prompt_ids for problem in rows],
                 seeds=_seeds(self.config.seed, self.step, len(rows), number),
                 temperature=rollout.temperature,
@@ -383,7 +398,7 @@ class _Trainer:
                 continue
             result = evaluate(
                 self.sampler,
-                self.state.params,
+                self._policy(),
                 self.task,
                 problems,
                 temperature=config.rollout.temperature,

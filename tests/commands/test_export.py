@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from jdistill import checkpoint_files, cli, models
-from jdistill.config import TrainConfig
+from jdistill.config import LoraSection, TrainConfig
+from jdistill.fingerprint import model_fingerprint
 from jdistill.student.checkpoint import Checkpoints
 from jdistill.student.step import TrainState
 from tests.teacher.checkpoints import write_checkpoint
@@ -60,6 +65,50 @@ def test_an_earlier_step_and_another_dtype_can_be_asked_for(run, tmp_path):
     assert checkpoint_files.checkpoint_dtype(tmp_path / "out") == "bfloat16"
     expected = (norms(run.parent / "start") + 3).astype(jax.numpy.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(norms(tmp_path / "out"), expected)
+
+
+@pytest.fixture
+def lora_run(run, tmp_path):
+    """A run whose adapters are the step's number everywhere, times 0.01."""
+    config = TrainConfig.model_validate_json((run / "config.json").read_text())
+    section = config.model.model_copy(update={"lora": LoraSection(rank=2, alpha=3.0, targets=("query", "down"))})
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "config.json").write_text(config.model_copy(update={"model": section}).model_dump_json())
+    adapters = nnx.state(models.load(section.path, lora=models.lora_of(section.lora)), nnx.LoRAParam)
+    base = model_fingerprint(section.path, section.compute_dtype)
+    checkpoints = Checkpoints(tmp_path / "lora", base=base)
+    for step in (3, 7):
+        moved = jax.tree.map(lambda x, step=step: jax.numpy.full_like(x, 0.01 * step), adapters)
+        checkpoints.save(step, TrainState(moved, optax.EmptyState(), jax.numpy.asarray(step)), {})
+    checkpoints.close()
+    return tmp_path / "lora"
+
+
+def test_adapters_are_merged_into_the_weights_or_written_alone(lora_run, run, tmp_path, capsys):
+    assert cli.main(["export", str(lora_run), "--to", str(tmp_path / "merged")]) == 0
+    start, merged = models.load(run.parent / "start"), models.load(tmp_path / "merged")
+    # Two ranks, each 0.07 * 0.07 times alpha / rank.
+    for name, delta in (("query", 3.0 / 2 * 2 * 0.07**2), ("down", 3.0 / 2 * 2 * 0.07**2), ("key", 0.0)):
+        before, after = (np.asarray(getattr(decoder.layers, name)[...]) for decoder in (start, merged))
+        np.testing.assert_allclose(after - before, delta, rtol=1e-4, atol=1e-7)
+    argv = ["export", str(lora_run), "--to", str(tmp_path / "adapter"), "--adapter", "--step", "3"]
+    assert cli.main(argv) == 0
+    assert "step 3 of" in capsys.readouterr().out
+    adapter = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert adapter["target_modules"] == ["q_proj", "down_proj"] and adapter["lora_alpha"] == 3.0
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all((tensor == np.float32(0.03)).all() for tensor in tensors.values())
+    # The weights that they stand beside are not in the run: others of the same shapes are refused.
+    changed = shutil.copytree(run.parent / "start", tmp_path / "changed")
+    tensors = load_file(changed / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, changed / "model.safetensors")
+    to = ["--to", str(tmp_path / "none")]
+    for argv, message in [
+        ([str(run), "--adapter"], "was trained without model.lora"),
+        ([str(lora_run), "--source", str(changed)], "holds adapters for other weights"),
+    ]:
+        assert cli.main(["export", *argv, *to]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported_is_refused_and_nothing_is_written(run, tmp_path, capsys):

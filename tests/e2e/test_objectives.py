@@ -80,6 +80,10 @@ CASES = {
         ["optimizer.name=muon", "optimizer.b2=null", "optimizer.moment_dtype=bfloat16"],
         ["distill_loss"],
     ),
+    "adapters of low rank, beside a reference": (
+        ["model.lora={rank: 4}", "optimizer.accumulate=2", f"objective.reference={{path: {STUDENT}, weight: 0.1}}"],
+        ["reference_kl", "distill_loss"],
+    ),
     "privileged context": (["teacher.privileged=true", "objective.distillation=sampled_reverse_kl"], ["reverse_kl"]),
 }
 

@@ -106,7 +106,7 @@ def test_accumulation_takes_less_memory_and_packing_less_work():
         maker = make_optimizer(config.optimizer, config.num_steps)
         step = make_train_step(graphdef, config, maker)
         packed = step._pack(batch, 1, 1) if config.optimizer.packing else (batch, None)
-        return jax.jit(step.step).lower(init_state(params, maker), packed[0], None, packed[1]).compile()
+        return jax.jit(step.step).lower(init_state(params, maker), packed[0], step.frozen, packed[1]).compile()
 
     plain = compiled()
     assert compiled(accumulate=8).memory_analysis().temp_size_in_bytes < plain.memory_analysis().temp_size_in_bytes / 3

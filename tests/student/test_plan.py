@@ -33,6 +33,7 @@ def run_config(num_rows, num_tokens, **sections):
         (32, 256, {"model": {"remat": "layer"}}),
         (32, 128, {"model": {"remat": "none"}, "objective": {"distill_loss_weight": 0.0}}),
         (32, 128, {"model": {"remat": "layer"}, "optimizer": {"accumulate": 4, "moment_dtype": "bfloat16"}}),
+        (32, 128, {"model": {"remat": "layer", "lora": {"rank": 8}}, "objective": {"reference": {"path": "unused"}}}),
     ],
 )
 def test_the_plan_is_about_what_the_compiled_step_takes(num_rows, num_tokens, sections):

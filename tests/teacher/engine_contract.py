@@ -20,9 +20,9 @@ import pytest
 
 from jdistill.checkpoint_files import tokenizer_fingerprint
 from jdistill.config import TeacherServerConfig
+from jdistill.fingerprint import model_fingerprint
 from jdistill.teacher.engines import engine_class
 from jdistill.teacher.engines.base import Engine
-from jdistill.teacher.fingerprint import model_fingerprint
 from jdistill.wire.codec import token_crc
 from jdistill.wire.errors import InvalidRequestError, TeacherError, UnavailableError, UnsupportedError
 from jdistill.wire.types import SequenceToScore, TokenScores

@@ -35,9 +35,9 @@ from jdistill.checkpoint_files import (
     vocab_size,
 )
 from jdistill.config import ConfigError, Section, TeacherServerConfig, parse
+from jdistill.fingerprint import model_fingerprint
 from jdistill.teacher.engines.base import Engine
 from jdistill.teacher.engines.options import adapter_info
-from jdistill.teacher.fingerprint import model_fingerprint
 from jdistill.wire.errors import FingerprintMismatchError, InvalidRequestError, TeacherError, UnavailableError
 from jdistill.wire.types import ModelInfo, SequenceToScore, TokenScores
 

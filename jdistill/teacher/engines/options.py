@@ -21,7 +21,7 @@ from jdistill.checkpoint_files import (
     vocab_size,
 )
 from jdistill.config import ConfigError, TeacherServerConfig
-from jdistill.teacher.fingerprint import adapter_fingerprint, model_fingerprint
+from jdistill.fingerprint import adapter_fingerprint, model_fingerprint
 from jdistill.wire.types import ModelInfo
 
 DTYPES = ("float32", "bfloat16", "float16")

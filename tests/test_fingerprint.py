@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jdistill import fingerprint
 from jdistill.checkpoint_files import (
     check_checkpoint,
     checkpoint_dtype,
@@ -18,9 +19,8 @@ from jdistill.checkpoint_files import (
     vocab_size,
 )
 from jdistill.config import ConfigError
-from jdistill.teacher import fingerprint
+from jdistill.fingerprint import adapter_fingerprint, model_fingerprint
 from jdistill.teacher.engines.options import adapter_rank
-from jdistill.teacher.fingerprint import adapter_fingerprint, model_fingerprint
 from tests.teacher.checkpoints import write_adapter, write_checkpoint, write_tokenizer
 
 
