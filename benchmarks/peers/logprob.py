@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.peers import work
 from jdistill.config import ObjectiveSection
-from jdistill.student.logprobs import target_logprobs
+from jdistill.student.logprobs import TargetLogprobs, loss_of_targets
 
 CANDIDATES = 8
 VARIANTS = ("plain", "entropy", "topk")
@@ -23,12 +23,29 @@ CHUNK_TOKENS = ObjectiveSection().chunk_tokens
 Form = Literal["ours", "naive", "log_softmax"]
 
 
-def loss(form: Form, variant: str, hidden_ND: jax.Array, head_DV: jax.Array, ids_NK: jax.Array) -> Any:
-    """A scalar that reads the log-prob of the first id (topk: of all) at each token; the entropy beside it."""
+def of_logprobs(logprobs_NK: jax.Array, advantages_N: jax.Array) -> jax.Array:
+    """A policy gradient's loss by the ratio to a policy of log-prob -12 (about 1 / 151,936); candidates weigh 1/K."""
+    ratio_NK = jnp.exp(logprobs_NK + 12)
+    return -jnp.mean(advantages_N * jnp.mean(ratio_NK, axis=1))
+
+
+def loss(
+    form: Form, variant: str, hidden_ND: jax.Array, head_DV: jax.Array, ids_NK: jax.Array, advantages_N: jax.Array
+) -> Any:
+    """A scalar of the log-prob of the first id (topk: of all) at each token; the entropy beside it."""
     if variant != "topk":
         ids_NK = ids_NK[:, :1]
     if form == "ours":
-        found = target_logprobs(
+
+        def of_scores(found: TargetLogprobs, advantages_N: jax.Array) -> jax.Array:
+            logprobs_NK = found.logprobs[0, :, None]
+            if found.candidate_logprobs is not None:
+                logprobs_NK = jnp.concatenate([logprobs_NK, found.candidate_logprobs[0]], axis=1)
+            return of_logprobs(logprobs_NK, advantages_N)
+
+        total, found = loss_of_targets(
+            of_scores,
+            advantages_N,
             hidden_ND[None],
             head_DV,
             ids_NK[None, :, 0],
@@ -37,21 +54,19 @@ def loss(form: Form, variant: str, hidden_ND: jax.Array, head_DV: jax.Array, ids
             temperature=1.0,
             chunk_tokens=CHUNK_TOKENS,
         )
-        total, entropy = found.logprobs.sum(), found.entropy.sum()
-        if variant == "topk":
-            total += found.candidate_logprobs.sum()
+        entropy = found.entropy.sum()
     else:
         logits_NV = (hidden_ND @ head_DV).astype(jnp.float32)
         if form == "log_softmax":
             logprobs_NV = jax.nn.log_softmax(logits_NV)
-            total = jnp.take_along_axis(logprobs_NV, ids_NK, axis=1).sum()
+            total = of_logprobs(jnp.take_along_axis(logprobs_NV, ids_NK, axis=1), advantages_N)
         else:
             norm_N1 = jax.nn.logsumexp(logits_NV, axis=1, keepdims=True)
-            total = (jnp.take_along_axis(logits_NV, ids_NK, axis=1) - norm_N1).sum()
+            total = of_logprobs(jnp.take_along_axis(logits_NV, ids_NK, axis=1) - norm_N1, advantages_N)
             logprobs_NV = logits_NV - norm_N1
         entropy = -(jnp.exp(logprobs_NV) * logprobs_NV).sum()
     # A metric: without a gradient. "plain" does not ask for it, so the naive forms do not pay for it.
-    return total / len(ids_NK), jax.lax.stop_gradient(entropy) if variant == "entropy" else None
+    return total, jax.lax.stop_gradient(entropy) if variant == "entropy" else None
 
 
 def compiled(form: Form, variant: str, num_tokens: int, vocab_size: int, width: int) -> Any:
@@ -59,6 +74,7 @@ def compiled(form: Form, variant: str, num_tokens: int, vocab_size: int, width: 
         jax.ShapeDtypeStruct((num_tokens, width), jnp.float32),
         jax.ShapeDtypeStruct((width, vocab_size), jnp.float32),
         jax.ShapeDtypeStruct((num_tokens, 1 + CANDIDATES), jnp.int32),
+        jax.ShapeDtypeStruct((num_tokens,), jnp.float32),
     )
     grad = jax.value_and_grad(functools.partial(loss, form, variant), argnums=(0, 1), has_aux=True)
     return jax.jit(grad).lower(*shapes).compile()
@@ -68,14 +84,15 @@ def temp_mib(*args: Any) -> float:
     return compiled(*args).memory_analysis().temp_size_in_bytes / 2**20
 
 
-def inputs(num_tokens: int, vocab_size: int, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def inputs(num_tokens: int, vocab_size: int, width: int) -> tuple[jax.Array, ...]:
     rng = np.random.default_rng(work.SEED)
     hidden_ND = rng.standard_normal((num_tokens, width), dtype=np.float32)
     head_DV = rng.standard_normal((width, vocab_size), dtype=np.float32) * np.float32(0.02)
     # Distinct ids of a token: a stretch from a random place.
     first_N1 = rng.integers(0, vocab_size - CANDIDATES, (num_tokens, 1))
     ids_NK = (first_N1 + np.arange(1 + CANDIDATES)[None]).astype(np.int32)
-    return jnp.asarray(hidden_ND), jnp.asarray(head_DV), jnp.asarray(ids_NK)
+    advantages_N = rng.standard_normal(num_tokens, dtype=np.float32)
+    return tuple(jnp.asarray(x) for x in (hidden_ND, head_DV, ids_NK, advantages_N))
 
 
 def gradient_error() -> float:

@@ -1,8 +1,9 @@
 """Hidden states -> log-probs of targets and candidates, in chunks: no [tokens, vocabulary] array outlives a chunk.
 
 Unscored targets cost nothing: the scored ones are brought together first, and only chunks that hold any are computed.
-The backward pass is written out: it recomputes a chunk's logits from the normaliser that the forward pass kept, and
-turns them into gradients of the hidden states and the head at once.
+The backward pass is written out. Where the loss is a sum over targets (`loss_of_targets`), a chunk's share of the
+gradient is known while its logits are there, and nothing is computed twice: three matrix products of [C, D] x [D, V].
+In general (`target_logprobs`) the gradient comes when all log-probs are known, and the logits are computed again.
 
 Dimension key: B sequences, T targets, D width, V vocabulary, K candidates; N shards of the batch (devices on the mesh's
 batch axes), M = B / N * T targets of a shard, C targets of a chunk.
@@ -11,7 +12,8 @@ batch axes), M = B / N * T targets of a shard, C targets of a chunk.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,63 @@ def target_logprobs(
         mesh: the batch is split over its batch axes; None: one device.
         softcap: c, where the model's logits x are c * tanh(x / c), before the temperature. None: they are x.
     """
+    plan, arrays = _planned(hidden, target_ids, loss_mask, candidate_ids, temperature, softcap, chunk_tokens, mesh)
+    return plan.on_grid(*_chunked(plan, arrays[0], head, *arrays[1:]))
+
+
+def loss_of_targets(
+    loss: Callable[[TargetLogprobs, Any], Float[Array, ""]],
+    given: Any,
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    target_ids: Int[Array, "B T"],
+    loss_mask: Bool[Array, "B T"],
+    candidate_ids: Int[Array, "B T K"] | None = None,
+    *,
+    temperature: float,
+    chunk_tokens: int,
+    mesh: Mesh | None = None,
+    softcap: float | None = None,
+) -> tuple[Float[Array, ""], TargetLogprobs]:
+    """A loss of the targets' log-probs, differentiable in hidden and head; and these log-probs, without a gradient.
+
+    The same as `loss(target_logprobs(...), given)`, for three quarters of its work.
+
+    Args:
+        loss: a sum over targets, each a function of that target's log-probs and entropy alone, and of `given`. Its
+            gradient at a target is asked for when the log-probs of others are still 0.
+        given: all arrays that `loss` reads beside; they get no gradient.
+        hidden, head, target_ids, loss_mask, candidate_ids, temperature, chunk_tokens, mesh, softcap: of
+            `target_logprobs`.
+    """
+    plan, arrays = _planned(hidden, target_ids, loss_mask, candidate_ids, temperature, softcap, chunk_tokens, mesh)
+    value, scored = _fused(plan, loss, given, arrays[0], head, *arrays[1:])
+    return value, jax.tree.map(jax.lax.stop_gradient, scored)
+
+
+class _Plan(NamedTuple):
+    """What is static of a call."""
+
+    temperature: float
+    softcap: float | None
+    chunk: int  # C
+    mesh: Mesh | None  # None where one device has all rows
+    num_rows: int  # B
+    has_candidates: bool
+
+    def on_grid(self, logprobs_NMK: Array, entropy_NM: Array) -> TargetLogprobs:
+        logprobs_BTK = logprobs_NMK.reshape(self.num_rows, -1, logprobs_NMK.shape[-1])
+        return TargetLogprobs(
+            logprobs=logprobs_BTK[..., 0],
+            candidate_logprobs=logprobs_BTK[..., 1:] if self.has_candidates else None,
+            entropy=jax.lax.stop_gradient(entropy_NM.reshape(self.num_rows, -1)),
+        )
+
+
+def _planned(
+    hidden, target_ids, loss_mask, candidate_ids, temperature, softcap, chunk_tokens, mesh
+) -> tuple[_Plan, tuple[jax.Array, jax.Array, jax.Array]]:
+    """The plan, and hidden, ids and mask by shard: [N, M, ...]."""
     B, T, D = hidden.shape
     num_shards = 1
     if mesh is not None:
@@ -64,27 +123,13 @@ def target_logprobs(
                 "of mesh.data * mesh.fsdp"
             )
     M = B // num_shards * T
-    if candidate_ids is None:
-        ids = target_ids[..., None]
-    else:
-        ids = jnp.concatenate([target_ids[..., None], candidate_ids], axis=-1)
+    ids = target_ids[..., None]
+    if candidate_ids is not None:
+        ids = jnp.concatenate([ids, candidate_ids], axis=-1)
     sharded = mesh if num_shards > 1 else None
-    logprobs_NMK, entropy_NM = _chunked(
-        temperature,
-        softcap,
-        min(chunk_tokens, M),
-        sharded,
-        _split_rows(hidden.reshape(num_shards, M, D), sharded),
-        head,
-        _split_rows(ids.reshape(num_shards, M, -1), sharded),
-        _split_rows(loss_mask.reshape(num_shards, M), sharded),
-    )
-    logprobs_BTK = logprobs_NMK.reshape(B, T, -1)
-    return TargetLogprobs(
-        logprobs=logprobs_BTK[..., 0],
-        candidate_logprobs=None if candidate_ids is None else logprobs_BTK[..., 1:],
-        entropy=jax.lax.stop_gradient(entropy_NM.reshape(B, T)),
-    )
+    plan = _Plan(temperature, softcap, min(chunk_tokens, M), sharded, B, candidate_ids is not None)
+    shapes = (hidden, (M, D)), (ids, (M, ids.shape[-1])), (loss_mask, (M,))
+    return plan, tuple(_split_rows(x.reshape(num_shards, *shape), sharded) for x, shape in shapes)
 
 
 def _split_rows(x, mesh: Mesh | None):
@@ -137,86 +182,159 @@ def _precision(x) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _chunked(
-    temperature: float, softcap: float | None, chunk: int, mesh: Mesh | None, hidden_NMD, head_DV, ids_NMK, mask_NM
-):
-    return _forward(temperature, softcap, chunk, mesh, hidden_NMD, head_DV, ids_NMK, mask_NM)[0]
+class _Chunk(NamedTuple):
+    """What is known of C targets while their logits are there."""
+
+    logprobs: jax.Array  # [N, C, K]
+    entropy: jax.Array  # [N, C]
+    norm: jax.Array  # [N, C], log of the softmax's denominator
+    logits: jax.Array  # [N, C, V]
+    exp: jax.Array  # [N, C, V], of the logits less their maximum
+    sum: jax.Array  # [N, C], of exp
 
 
-def _forward(
-    temperature: float, softcap: float | None, chunk: int, mesh: Mesh | None, hidden_NMD, head_DV, ids_NMK, mask_NM
-):
-    order = _order(mask_NM, chunk)
-    whole_DV = _whole_width(head_DV, mesh)
+def _compute(plan: _Plan, hidden_NCD, head_DV, ids_NCK) -> _Chunk:
+    logits_NCV = _logits(hidden_NCD, head_DV, plan.temperature, plan.softcap)
+    max_NC1 = jnp.max(logits_NCV, axis=-1, keepdims=True)
+    exp_NCV = jnp.exp(logits_NCV - max_NC1)
+    sum_NC = jnp.sum(exp_NCV, axis=-1)
+    norm_NC = max_NC1[..., 0] + jnp.log(sum_NC)
+    # einsum, not sum(exp * logits): XLA's CPU reduction of that product takes 10 times as long, longer than the
+    # projection itself.
+    weighted_NC = jnp.einsum("NCV,NCV->NC", exp_NCV, logits_NCV, precision=jax.lax.Precision.HIGHEST)
+    logprobs_NCK = jnp.take_along_axis(logits_NCV, ids_NCK, axis=-1) - norm_NC[..., None]
+    return _Chunk(logprobs_NCK, norm_NC - weighted_NC / sum_NC, norm_NC, logits_NCV, exp_NCV, sum_NC)
+
+
+def _gradients(plan: _Plan, grad_NCK, hidden_NCD, head_DV, ids_NCK, logits_NCV, exp_NCV, sum_NC):
+    """Of a chunk's hidden states, and of the head by each shard's chunk, from that of its log-probs."""
+    grad_NCV = -(jnp.sum(grad_NCK, axis=-1) / sum_NC)[..., None] * exp_NCV
+    grad_NCV = jax.vmap(jax.vmap(lambda row, ids, grad: row.at[ids].add(grad)))(grad_NCV, ids_NCK, grad_NCK)
+    if plan.softcap is not None:  # tanh' = 1 - tanh^2, and tanh is the capped logit over the cap
+        grad_NCV *= 1 - jnp.square(logits_NCV * (plan.temperature / plan.softcap))
+    grad_NCV = (grad_NCV if plan.temperature == 1 else grad_NCV / plan.temperature).astype(head_DV.dtype)
+    einsum = functools.partial(jnp.einsum, precision=_precision(head_DV), preferred_element_type=jnp.float32)
+    grad_hidden_NCD = einsum("NCV,DV->NCD", grad_NCV, head_DV).astype(hidden_NCD.dtype)
+    return grad_hidden_NCD, einsum("NCD,NCV->NDV", hidden_NCD, grad_NCV)
+
+
+def _empty_gradients(plan: _Plan, order: _Order, hidden_NMD, head_DV) -> tuple[jax.Array, jax.Array]:
+    """Of the hidden states in order, and of the head by shard: each sums its own chunks, added up once at the end."""
+    hidden = jnp.zeros((*order.forth.shape, hidden_NMD.shape[2]), hidden_NMD.dtype)
+    head = jnp.zeros((len(hidden_NMD), *head_DV.shape), jnp.float32)
+    return _split_rows(hidden, plan.mesh), _split_rows(head, plan.mesh)
+
+
+def _real(order: _Order, num_targets: int, i, chunk: int):
+    """bool [C]: the places that fill up the last chunk repeat target 0, which counts once."""
+    return jax.lax.dynamic_slice_in_dim(jnp.arange(order.forth.shape[1]) < num_targets, i * chunk, chunk)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(plan: _Plan, hidden_NMD, head_DV, ids_NMK, mask_NM):
+    return _forward(plan, hidden_NMD, head_DV, ids_NMK, mask_NM)[0]
+
+
+def _forward(plan: _Plan, hidden_NMD, head_DV, ids_NMK, mask_NM):
+    order = _order(mask_NM, plan.chunk)
+    whole_DV = _whole_width(head_DV, plan.mesh)
 
     def body(i, filled):
-        index_NC = _chunk_of(order.forth, i, chunk)
-        logits_NCV = _logits(_take(hidden_NMD, index_NC), whole_DV, temperature, softcap)
-        max_NC1 = jnp.max(logits_NCV, axis=-1, keepdims=True)
-        exp_NCV = jnp.exp(logits_NCV - max_NC1)
-        sum_NC = jnp.sum(exp_NCV, axis=-1)
-        norm_NC = max_NC1[..., 0] + jnp.log(sum_NC)
-        # einsum, not sum(exp * logits): XLA's CPU reduction of that product takes 10 times as long, longer than the
-        # projection itself.
-        weighted_NC = jnp.einsum("NCV,NCV->NC", exp_NCV, logits_NCV, precision=jax.lax.Precision.HIGHEST)
-        entropy_NC = norm_NC - weighted_NC / sum_NC
-        logprobs_NCK = jnp.take_along_axis(logits_NCV, _take(ids_NMK, index_NC), axis=-1) - norm_NC[..., None]
+        index_NC = _chunk_of(order.forth, i, plan.chunk)
+        chunk = _compute(plan, _take(hidden_NMD, index_NC), whole_DV, _take(ids_NMK, index_NC))
         return tuple(
-            jax.lax.dynamic_update_slice_in_dim(all_NM, part_NC, i * chunk, axis=1)
-            for all_NM, part_NC in zip(filled, (logprobs_NCK, entropy_NC, norm_NC), strict=True)
+            jax.lax.dynamic_update_slice_in_dim(all_NM, part_NC, i * plan.chunk, axis=1)
+            for all_NM, part_NC in zip(filled, chunk[:3], strict=True)
         )
 
     padded = order.forth.shape
     empty = (jnp.zeros((*padded, ids_NMK.shape[-1])), jnp.zeros(padded), jnp.zeros(padded))
-    ordered = jax.lax.fori_loop(0, order.num_chunks, body, tuple(_split_rows(x, mesh) for x in empty))
+    ordered = jax.lax.fori_loop(0, order.num_chunks, body, tuple(_split_rows(x, plan.mesh) for x in empty))
     logprobs_NMK, entropy_NM, norm_NM = (_take(x, order.back) for x in ordered)
     # The last chunk also holds unscored targets.
     outputs = (jnp.where(mask_NM[..., None], logprobs_NMK, 0), jnp.where(mask_NM, entropy_NM, 0))
     return outputs, (hidden_NMD, head_DV, ids_NMK, mask_NM, norm_NM)
 
 
-def _backward(temperature: float, softcap: float | None, chunk: int, mesh: Mesh | None, residuals, cotangents):
+def _backward(plan: _Plan, residuals, cotangents):
     hidden_NMD, head_DV, ids_NMK, mask_NM, norm_NM = residuals
     # entropy's cotangent is 0: target_logprobs stops it. where(): the others' are 0 too, unless a caller reads them.
     grad_NMK = jnp.where(mask_NM[..., None], cotangents[0], 0)
-    order = _order(mask_NM, chunk)
-    whole_DV = _whole_width(head_DV, mesh)
-    N, M, D = hidden_NMD.shape
-    # The places that fill up the last chunk repeat target 0, which counts once.
-    real_M = jnp.arange(order.forth.shape[1]) < M
+    order = _order(mask_NM, plan.chunk)
+    whole_DV = _whole_width(head_DV, plan.mesh)
+    M = hidden_NMD.shape[1]
 
     def body(i, carry):
         grad_hidden_NMD, grad_head_NDV = carry
-        index_NC = _chunk_of(order.forth, i, chunk)
-        hidden_NCD = _take(hidden_NMD, index_NC)
-        real_C = jax.lax.dynamic_slice_in_dim(real_M, i * chunk, chunk)
-        grad_NCK = jnp.where(real_C[:, None], _take(grad_NMK, index_NC), 0)
-        logits_NCV = _logits(hidden_NCD, whole_DV, temperature, softcap)
+        index_NC = _chunk_of(order.forth, i, plan.chunk)
+        hidden_NCD, ids_NCK = _take(hidden_NMD, index_NC), _take(ids_NMK, index_NC)
+        grad_NCK = jnp.where(_real(order, M, i, plan.chunk)[:, None], _take(grad_NMK, index_NC), 0)
+        logits_NCV = _logits(hidden_NCD, whole_DV, plan.temperature, plan.softcap)
         softmax_NCV = jnp.exp(logits_NCV - _take(norm_NM, index_NC)[..., None])
-        grad_NCV = -jnp.sum(grad_NCK, axis=-1, keepdims=True) * softmax_NCV
-        grad_NCV = jax.vmap(jax.vmap(lambda row, ids, grad: row.at[ids].add(grad)))(
-            grad_NCV, _take(ids_NMK, index_NC), grad_NCK
+        grad_hidden_NCD, grad_NDV = _gradients(
+            plan, grad_NCK, hidden_NCD, whole_DV, ids_NCK, logits_NCV, softmax_NCV, jnp.ones_like(grad_NCK[..., 0])
         )
-        if softcap is not None:  # tanh' = 1 - tanh^2, and tanh is the capped logit over the cap
-            grad_NCV *= 1 - jnp.square(logits_NCV * (temperature / softcap))
-        grad_NCV = (grad_NCV if temperature == 1 else grad_NCV / temperature).astype(head_DV.dtype)
-        einsum = functools.partial(jnp.einsum, precision=_precision(head_DV), preferred_element_type=jnp.float32)
-        grad_hidden_NCD = einsum("NCV,DV->NCD", grad_NCV, whole_DV).astype(hidden_NMD.dtype)
         return (
-            jax.lax.dynamic_update_slice_in_dim(grad_hidden_NMD, grad_hidden_NCD, i * chunk, axis=1),
-            # Each shard sums its own chunks; they are added up over devices once, at the end.
-            grad_head_NDV + einsum("NCD,NCV->NDV", hidden_NCD, grad_NCV),
+            jax.lax.dynamic_update_slice_in_dim(grad_hidden_NMD, grad_hidden_NCD, i * plan.chunk, axis=1),
+            grad_head_NDV + grad_NDV,
         )
 
-    empty = (
-        jnp.zeros((*order.forth.shape, D), hidden_NMD.dtype),
-        jnp.zeros((N, *head_DV.shape), jnp.float32),
-    )
-    ordered_NMD, grad_head_NDV = jax.lax.fori_loop(
-        0, order.num_chunks, body, tuple(_split_rows(x, mesh) for x in empty)
-    )
+    empty = _empty_gradients(plan, order, hidden_NMD, head_DV)
+    ordered_NMD, grad_head_NDV = jax.lax.fori_loop(0, order.num_chunks, body, empty)
     return _take(ordered_NMD, order.back), jnp.sum(grad_head_NDV, axis=0).astype(head_DV.dtype), None, None
 
 
 _chunked.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fused(plan: _Plan, loss, given, hidden_NMD, head_DV, ids_NMK, mask_NM):
+    scored = plan.on_grid(*_forward(plan, hidden_NMD, head_DV, ids_NMK, mask_NM)[0])
+    return loss(scored, given), scored
+
+
+def _fused_forward(plan: _Plan, loss, given, hidden_NMD, head_DV, ids_NMK, mask_NM):
+    order = _order(mask_NM, plan.chunk)
+    whole_DV = _whole_width(head_DV, plan.mesh)
+    N, M = mask_NM.shape
+
+    def of_logprobs(logprobs_NMK, entropy_NM):
+        return loss(plan.on_grid(logprobs_NMK, entropy_NM), given)
+
+    def put(all_NM, index_NC, part_NC):
+        return jax.vmap(lambda rows, index, part: rows.at[index].set(part))(all_NM, index_NC, part_NC)
+
+    def body(i, carry):
+        logprobs_NMK, entropy_NM, grad_hidden_NMD, grad_head_NDV = carry
+        index_NC = _chunk_of(order.forth, i, plan.chunk)
+        hidden_NCD, ids_NCK = _take(hidden_NMD, index_NC), _take(ids_NMK, index_NC)
+        chunk = _compute(plan, hidden_NCD, whole_DV, ids_NCK)
+        # The last chunk also holds unscored targets.
+        mask_NC = _take(mask_NM, index_NC)
+        logprobs_NMK = put(logprobs_NMK, index_NC, jnp.where(mask_NC[..., None], chunk.logprobs, 0))
+        entropy_NM = put(entropy_NM, index_NC, jnp.where(mask_NC, chunk.entropy, 0))
+        # Over all targets, of which this chunk's are looked at: next to a vocabulary that is nothing.
+        grad_NMK = jax.grad(of_logprobs)(logprobs_NMK, entropy_NM)
+        counts_NC = mask_NC & _real(order, M, i, plan.chunk)
+        grad_NCK = jnp.where(counts_NC[..., None], _take(grad_NMK, index_NC), 0)
+        grad_hidden_NCD, grad_NDV = _gradients(
+            plan, grad_NCK, hidden_NCD, whole_DV, ids_NCK, chunk.logits, chunk.exp, chunk.sum
+        )
+        grad_hidden_NMD = jax.lax.dynamic_update_slice_in_dim(grad_hidden_NMD, grad_hidden_NCD, i * plan.chunk, axis=1)
+        return logprobs_NMK, entropy_NM, grad_hidden_NMD, grad_head_NDV + grad_NDV
+
+    empty = (jnp.zeros(ids_NMK.shape), jnp.zeros((N, M)))
+    empty = (*(_split_rows(x, plan.mesh) for x in empty), *_empty_gradients(plan, order, hidden_NMD, head_DV))
+    logprobs_NMK, entropy_NM, ordered_NMD, grad_head_NDV = jax.lax.fori_loop(0, order.num_chunks, body, empty)
+    scored = plan.on_grid(logprobs_NMK, entropy_NM)
+    grads = _take(ordered_NMD, order.back), jnp.sum(grad_head_NDV, axis=0).astype(head_DV.dtype)
+    return (loss(scored, given), scored), grads
+
+
+def _fused_backward(plan: _Plan, loss, grads, cotangents):
+    # The log-probs' own cotangents are 0: loss_of_targets stops them.
+    grad_hidden_NMD, grad_head_DV = (cotangents[0].astype(grad.dtype) * grad for grad in grads)
+    return None, grad_hidden_NMD, grad_head_DV, None, None
+
+
+_fused.defvjp(_fused_forward, _fused_backward)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jdistill import models
-from jdistill.student.logprobs import target_logprobs
+from jdistill.student.logprobs import loss_of_targets, target_logprobs
 from jdistill.student.rollout import Sampler
 from jdistill.teacher.engines import jax as jax_engine
 
@@ -21,8 +21,9 @@ def plain(hidden_BTD, head_DV, ids_BTK, temperature):
     return jnp.take_along_axis(logprobs_BTV, ids_BTK, -1), -jnp.sum(jnp.exp(logprobs_BTV) * logprobs_BTV, -1)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_a_softcap_is_in_the_scores_and_in_both_gradients(temperature):
+def test_a_softcap_is_in_the_scores_and_in_both_gradients(temperature, fused):
     rng = np.random.default_rng(0)
     # Logits of a few times the cap: tanh is far from linear, and its slope from 1.
     hidden_BTD, head_DV = (jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in ((B, T, D), (D, V)))
@@ -30,19 +31,20 @@ def test_a_softcap_is_in_the_scores_and_in_both_gradients(temperature):
     mask_BT = jnp.asarray(rng.random((B, T)) < 0.7)
     weight_BTK = jnp.where(mask_BT[..., None], rng.standard_normal((B, T, 1 + K)), 0)
 
+    def joined(out):
+        return jnp.concatenate([out.logprobs[..., None], out.candidate_logprobs], -1)
+
     def ours(hidden_BTD, head_DV):
-        out = target_logprobs(
-            hidden_BTD,
-            head_DV,
-            ids_BTK[..., 0],
-            mask_BT,
-            ids_BTK[..., 1:],
-            temperature=temperature,
-            chunk_tokens=3,
-            softcap=CAP,
-        )
-        logprobs_BTK = jnp.concatenate([out.logprobs[..., None], out.candidate_logprobs], -1)
-        return jnp.sum(weight_BTK * logprobs_BTK), (logprobs_BTK, out.entropy)
+        arguments = (hidden_BTD, head_DV, ids_BTK[..., 0], mask_BT, ids_BTK[..., 1:])
+        options = {"temperature": temperature, "chunk_tokens": 3, "softcap": CAP}
+        if fused:
+            loss, out = loss_of_targets(
+                lambda out, weight: jnp.sum(weight * joined(out)), weight_BTK, *arguments, **options
+            )
+        else:
+            out = target_logprobs(*arguments, **options)
+            loss = jnp.sum(weight_BTK * joined(out))
+        return loss, (joined(out), out.entropy)
 
     def expected(hidden_BTD, head_DV):
         logprobs_BTK, entropy_BT = plain(hidden_BTD, head_DV, ids_BTK, temperature)

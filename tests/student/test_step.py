@@ -144,7 +144,7 @@ def test_no_array_of_all_tokens_by_the_vocabulary_is_ever_made():
     config = train_config(objective={"chunk_tokens": chunk})
     optimizer = make_optimizer(config.optimizer, 10)
     step = make_train_step(graphdef, config, optimizer)
-    jaxpr = jax.make_jaxpr(step.step)(init_state(params, optimizer), batch)
+    jaxpr = jax.make_jaxpr(step.step)(init_state(params, optimizer), batch, step.frozen)
 
     sizes = []
 
