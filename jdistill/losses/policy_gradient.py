@@ -251,6 +251,9 @@ POLICIES: dict[str, Policy] = {
     "sapo": _per_token(sapo),
 }
 
+# Those whose loss at a token depends on other tokens of its sequence.
+BY_SEQUENCE = frozenset({"gspo"})
+
 # name -> f(..., **its clip_low and clip_high) -> bool [B, T], called like POLICIES. sapo cuts nothing off.
 CLIPS: dict[str, Clip] = {
     "ppo_clip": _per_token(clip_is_active),

@@ -174,6 +174,28 @@ def weight_at(weight: float | ScheduleSection, step: Int[Array, ""], num_steps: 
             return weights.kdrl_annealing(step, begin=weight.begin, end=weight.end, decrement=weight.decrement)
 
 
+def adds_over_targets(config: TrainConfig, batch: TrainBatch) -> bool:
+    """Whether the loss is a sum over targets, each a function of that target's own log-probs and constants.
+
+    Then its gradient at some targets can be had before the others are scored; see `logprobs.loss_of_targets`. Constants
+    are what the batch holds and counts of its mask. A value head's loss is another sum, which is not asked about.
+    """
+    objective, term = config.objective, term_of(config.objective, batch)
+    if objective.kind != "on_policy":
+        return True
+    if objective.has_rl or (term is not None and term.placement == "advantage"):
+        behavior = objective.behavior
+        if objective.policy in policy_gradient.BY_SEQUENCE:
+            return False
+        if behavior is not None and (behavior.level == "sequence" or behavior.action == "mask"):
+            return False
+    if term is not None and term.placement == "advantage":
+        # What a token is worth includes what came after it, or the rest of its segment.
+        if objective.distill_discount or batch.teacher_segments is not None:
+            return False
+    return not (term is not None and objective.distill_entropy_weight)
+
+
 def loss(
     config: TrainConfig, scored: Scored, batch: TrainBatch, step: Int[Array, ""]
 ) -> tuple[Float[Array, ""], dict[str, Array]]:

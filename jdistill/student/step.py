@@ -28,7 +28,7 @@ from jdistill.losses import advantages, masked, value
 from jdistill.models.packing import Packing, num_places, pack_rows
 from jdistill.student import objective
 from jdistill.student.batch import TrainBatch
-from jdistill.student.logprobs import target_logprobs
+from jdistill.student.logprobs import TargetLogprobs, loss_of_targets, target_logprobs
 from jdistill.student.optimizer import make_schedule
 from jdistill.student.sharding import batch_sharding, param_shardings
 
@@ -439,12 +439,54 @@ class TrainStep:
         (params, head), (rows, packing) = trained, part
         term = objective.term_of(self._config.objective, rows)
         candidate_ids = None if term is None or term.needs_candidates is None else rows.candidate_ids
-        scored = self._score(params, base, rows, packing, head, candidate_ids)
-        loss, metrics = objective.loss(self._config, scored, rows, step)
-        return share * loss, metrics
+        if head is not None or not objective.adds_over_targets(self._config, rows):
+            scored = self._score(params, base, rows, packing, head, candidate_ids)
+            loss, metrics = objective.loss(self._config, scored, rows, step)
+            return share * loss, metrics
+
+        def both(found: TargetLogprobs, given: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            rows, packing, step = given
+            scored = objective.Scored(*found)
+            scored = scored if packing is None else jax.tree.map(packing.unpack, scored)
+            return objective.loss(self._config, scored, rows, step)
+
+        asked, positions = self._asked(rows, packing, candidate_ids)
+        decoder, hidden = self._hidden(params, base, asked, positions, packing)
+        given = (rows, packing, step)
+        loss, found = loss_of_targets(
+            lambda *arguments: both(*arguments)[0],
+            given,
+            hidden,
+            decoder.head_DV(),
+            *asked[1:],
+            **self._options(decoder),
+        )
+        return share * loss, both(found, given)[1]
 
     def _decoder(self, params: nnx.State, base: nnx.State) -> models.Decoder:
         return nnx.merge(self._graphdef, params, base)
+
+    def _asked(self, rows: TrainBatch, packing: Packing | None, candidate_ids: Int[Array, "R T K"] | None) -> Any:
+        """(inputs, targets, mask, candidates) and positions, [R, T] or, packed, [G, P]."""
+        asked = (rows.tokens[:, :-1], rows.tokens[:, 1:], rows.loss_mask, candidate_ids)
+        positions = jnp.broadcast_to(jnp.arange(rows.loss_mask.shape[1]), rows.loss_mask.shape)
+        return (asked, positions) if packing is None else jax.tree.map(packing.pack, (asked, positions))
+
+    def _hidden(
+        self, params: nnx.State, base: nnx.State, asked: Any, positions: jax.Array, packing: Packing | None
+    ) -> tuple[models.Decoder, Float[Array, "R T D"]]:
+        decoder = self._decoder(params, base)
+        return decoder, decoder(asked[0], positions, packing=packing)[0]
+
+    def _options(self, decoder: models.Decoder) -> dict[str, Any]:
+        """Of target_logprobs."""
+        config = self._config
+        return {
+            "temperature": config.rollout.temperature if config.objective.kind == "on_policy" else 1.0,
+            "chunk_tokens": config.objective.chunk_tokens,
+            "mesh": self._mesh,
+            "softcap": decoder.config.final_softcap,
+        }
 
     def _score(
         self,
@@ -456,26 +498,9 @@ class TrainStep:
         candidate_ids: Int[Array, "R T K"] | None = None,
     ) -> objective.Scored:
         """The forward pass over a part, and what is read from it."""
-        config = self._config
-        decoder = self._decoder(params, base)
-        asked = (rows.tokens[:, :-1], rows.tokens[:, 1:], rows.loss_mask, candidate_ids)
-        positions = jnp.broadcast_to(jnp.arange(rows.loss_mask.shape[1]), rows.loss_mask.shape)
-        if packing is not None:
-            asked, positions = jax.tree.map(packing.pack, (asked, positions))
-        # From here to the end [R, T] or [G, P].
-        inputs, targets, mask, candidate_ids = asked
-        hidden, _ = decoder(inputs, positions, packing=packing)
-        scored = target_logprobs(
-            hidden,
-            decoder.head_DV(),
-            targets,
-            mask,
-            candidate_ids,
-            temperature=config.rollout.temperature if config.objective.kind == "on_policy" else 1.0,
-            chunk_tokens=config.objective.chunk_tokens,
-            mesh=self._mesh,
-            softcap=decoder.config.final_softcap,
-        )
+        asked, positions = self._asked(rows, packing, candidate_ids)
+        decoder, hidden = self._hidden(params, base, asked, positions, packing)
+        scored = target_logprobs(hidden, decoder.head_DV(), *asked[1:], **self._options(decoder))
         values = None
         if head is not None:
             values = jnp.einsum(

@@ -33,6 +33,56 @@ def loss_of(scored, batch, step=0, **keys):
     return objective.loss(config, scored, jax.tree.map(jnp.asarray, batch), jnp.asarray(step))
 
 
+# ---- sums over targets ----
+
+SEQUENCE_KEYS = {"proximal": "recomputed", "behavior": {"level": "sequence"}}
+OBJECTIVES = [
+    *({"policy": policy, "reduction": "sequence_mean"} for policy in policy_gradient.POLICIES),
+    {"dual_clip": 3.0, "clip_high": 0.28, "reduction": "constant"},
+    {"proximal": "recomputed", "behavior": {"action": "clamp", "level": "token", "upper": 1.1}},
+    {"proximal": "recomputed", "behavior": {"action": "mask", "level": "token", "upper": 1.1}},
+    SEQUENCE_KEYS,
+    {"reference": {"path": "unused", "weight": 0.3}, "distill_loss_weight": 0.0},
+    {"distillation": "sampled_reverse_kl", "distill_clip": 2.0},
+    {"distillation": "sampled_reverse_kl", "distill_discount": 0.9},
+    {"distillation": "sampled_reverse_kl", "segments": True},
+    {"distillation": "sampled_reverse_kl", "rl_loss_weight": 0.0, **SEQUENCE_KEYS},
+    {"distillation": "k2", "distill_placement": "loss"},
+    {"distillation": "straight_through_reverse_kl", "rl_loss_weight": 0.0, **SEQUENCE_KEYS},
+    {"distillation": "sampled_forward_kl", "rl_loss_weight": 0.0},
+    *({"distillation": name, "rl_loss_weight": 0.0} for name in ("topk_reverse_kl", "topk_forward_kl")),
+    {"distillation": "topk_jsd", "distill_beta": 0.3, "distill_tail": False},
+    {"distillation": "topk_reverse_kl", "distill_entropy_weight": 1.0},
+]
+NOT_A_SUM = [1, 6, 7, 10, 11, 12, 19]
+
+
+@pytest.mark.parametrize("number", range(len(OBJECTIVES)))
+def test_the_gradient_of_a_sum_over_targets_at_one_needs_no_other(number):
+    keys = dict(OBJECTIVES[number])
+    batch = random_batch()._replace(reference_logprobs=random_batch(seed=5).sampler_logprobs)
+    if keys.pop("segments", False):
+        batch = batch._replace(teacher_segments=np.cumsum(np.arange(12) % 3 == 0) * np.ones((8, 1), np.int32))
+        batch = batch._replace(teacher_segments=batch.teacher_segments.astype(np.int32))
+    config = train_config(objective={"rl_loss_weight": 0.8, "distill_loss_weight": 0.5} | keys)
+    scored, batch = scored_of(batch), jax.tree.map(jnp.asarray, batch)
+
+    def grad(scored):
+        def loss(logprobs, candidates):
+            return objective.loss(config, scored._replace(logprobs=logprobs, candidate_logprobs=candidates), batch, 0)[
+                0
+            ]
+
+        return jax.grad(loss, argnums=(0, 1))(scored.logprobs, scored.candidate_logprobs)
+
+    whole = grad(scored)
+    assert any(np.abs(x).max() > 1e-6 for x in whole)
+    here_BT = jnp.arange(12) % 2 == jnp.arange(8)[:, None] % 2  # every other target
+    alone = grad(jax.tree.map(lambda x: jnp.where(here_BT.reshape(here_BT.shape + (1,) * (x.ndim - 2)), x, 0), scored))
+    same = all(np.allclose(a[here_BT], b[here_BT], rtol=1e-5, atol=1e-8) for a, b in zip(alone, whole, strict=True))
+    assert same == objective.adds_over_targets(config, batch) == (number not in NOT_A_SUM)
+
+
 # ---- the composition ----
 
 

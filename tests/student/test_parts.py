@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdistill.config import ConfigError
+from jdistill.student import objective as objective_of_step
 from jdistill.student.optimizer import make_optimizer
 from jdistill.student.step import _balanced_order, init_state, make_train_step
 from tests.student.test_step import make_params, random_batch, train_config
@@ -166,3 +167,20 @@ def test_what_parts_cannot_do_is_refused():
     with pytest.raises(ValueError, match="rows are packed on the host: give the batch as numpy arrays"):
         batch = jax.tree.map(jax.numpy.asarray, random_batch())
         make_train_step(graphdef, config, maker)(init_state(params, maker), batch)
+
+
+@pytest.mark.parametrize("case", ["default", "constant, reference", "sampled"])
+def test_the_gradient_within_the_chunk_is_the_one_after_all_scores(case, monkeypatch):
+    keys = {
+        "default": {"distill_beta": 0.3, "distillation": "topk_jsd"},
+        "constant, reference": {"reduction": "constant", "reference": {"path": "unused", "weight": 0.3}},
+        "sampled": {"distillation": "sampled_reverse_kl", "policy": "cispo", "reduction": "sequence_mean"},
+    }[case]
+    batch, optimizer = uneven_batch(""), {"minibatches": 2, "accumulate": 2, "packing": True}
+    assert objective_of_step.adds_over_targets(train_config(objective=keys), batch)
+    within = run(batch, keys, **optimizer)
+    monkeypatch.setattr(objective_of_step, "adds_over_targets", lambda *_: False)
+    for a, b in zip(within, run(batch, keys, **optimizer), strict=True):
+        assert set(a) == set(b)
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)
