@@ -133,6 +133,7 @@ class RolloutSection(Section):
     max_rows: int | None = pydantic.Field(None, ge=1)  # sequences decoded at once; None: all of a step
     cache_dtype: Literal["float32", "bfloat16"] | None = None  # of keys and values; None: model.compute_dtype
     chunk_tokens: int = pydantic.Field(16, ge=1)  # decode steps between two looks at which sequences have ended
+    ahead: int = pydantic.Field(0, ge=0, le=1)  # 1: a step's batch is sampled before the last step's update
 
     @pydantic.model_validator(mode="after")
     def _lengths(self) -> RolloutSection:
@@ -329,6 +330,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"objective.overlong_buffer = {objective.overlong_buffer} is more than rollout.max_new_tokens = "
                 f"{self.rollout.max_new_tokens}"
+            )
+        if self.rollout.ahead and self.teacher is not None and self.teacher.offload:
+            raise ValueError(
+                "rollout.ahead: the teacher scores while the next batch is sampled, and with teacher.offload it sleeps "
+                "then: leave one of the two out"
             )
         num_rows = self.rollout.num_prompts * self.rollout.num_completions
         return self._check_parts(num_rows, "rollout.num_prompts * rollout.num_completions")

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -19,8 +20,9 @@ DIRECTORY = "checkpoints"
 class Checkpoints:
     """The checkpoints of one run, in run_dir/checkpoints/<step>/.
 
-    A checkpoint has three items: `params`, `optimizer` (its state, the step, the value head), `about` (JSON: what was
-    given as extra, and the shapes of the other two, so that another model's checkpoint is found out before it is read).
+    A checkpoint has these items: `params`, `optimizer` (its state, the step, the value head), `pending` (arrays of the
+    host, where there are any), `about` (JSON: what was given as extra, and the shapes of the others, so that another
+    model's checkpoint is found out before it is read).
     Orbax writes to a temporary name and renames, so one that a crash cut short is never found.
 
     Args:
@@ -34,7 +36,7 @@ class Checkpoints:
         self._directory = pathlib.Path(run_dir).resolve() / DIRECTORY
         self._manager = ocp.CheckpointManager(
             self._directory,
-            item_names=("params", "optimizer", "about"),
+            item_names=("params", "optimizer", "pending", "about"),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
         )
 
@@ -42,25 +44,26 @@ class Checkpoints:
         """The newest step that is saved or being saved; None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, extra: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, state: TrainState, extra: Mapping[str, Any], pending: Mapping[str, np.ndarray] | None = None
+    ) -> None:
         """Copies the state to the host and returns; it is written in the background. `close` waits for it.
 
         Args:
             step: steps done.
             state: may be sharded; may be donated to a step as soon as this returns.
             extra: what else a resume needs, e.g. the position in the data; JSON.
+            pending: what has been sampled and not trained on.
         """
         params, optimizer = nnx.to_pure_dict(state.params), _optimizer_item(state)
         shapes = {"params": _shapes(params), "optimizer": _shapes(optimizer)}
+        arrays = dict(pending or {})
         about = {"extra": dict(extra), "shapes": shapes, "base": self._base}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                optimizer=ocp.args.StandardSave(optimizer),
-                about=ocp.args.JsonSave(about),
-            ),
-        )
+        about["pending"] = {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()}
+        items = {"params": ocp.args.StandardSave(params), "optimizer": ocp.args.StandardSave(optimizer)}
+        if arrays:
+            items["pending"] = ocp.args.StandardSave(arrays)
+        self._manager.save(step, args=ocp.args.Composite(**items, about=ocp.args.JsonSave(about)))
 
     def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """The saved state, in the shapes and on the devices of `state`, and what was saved with it.
@@ -87,6 +90,16 @@ class Checkpoints:
         leaves = [restored.optimizer["leaves"][name] for name in sorted(optimizer["leaves"])]
         opt_state, value_head = jax.tree.unflatten(jax.tree.structure((state.opt_state, state.value_head)), leaves)
         return TrainState(new_params, opt_state, restored.optimizer["step"], value_head), about["extra"]
+
+    def restore_pending(self, step: int | None = None) -> dict[str, np.ndarray] | None:
+        """What was given as pending; None: nothing. Raises as `restore` does."""
+        step = self._find(step)
+        shapes = self._about(step).get("pending")
+        if not shapes:
+            return None
+        empty = {name: np.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(pending=ocp.args.StandardRestore(empty)))
+        return {name: np.asarray(x) for name, x in restored.pending.items()}
 
     def restore_params(self, params: nnx.State, step: int | None = None) -> nnx.State:
         """The saved parameters alone, in the shapes and on the devices of `params`. Raises as `restore` does."""

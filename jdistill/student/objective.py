@@ -94,6 +94,13 @@ def check(config: TrainConfig) -> None:
             "rollout.top_k, top_p, min_p: tokens of a part of the distribution do not estimate its divergence from the "
             "teacher: leave them out, or set objective.distillation: topk_reverse_kl, which sees more than the token"
         )
+    has_policy = objective.has_rl or (has_teacher and (term is None or term.placement == "advantage"))
+    if config.rollout.ahead and objective.kind == "on_policy" and has_policy and objective.behavior is None:
+        raise ConfigError(
+            "rollout.ahead: a batch is sampled by the policy of one update ago, and without a correction the ratio "
+            "would be clipped around that one: set objective.proximal: recomputed and objective.behavior: "
+            "{action: clamp}"
+        )
     if config.optimizer.accumulate > 1:
         rejects = objective.behavior is not None and objective.behavior.action == "mask"
         if rejects or objective.distill_entropy_weight:

@@ -98,11 +98,8 @@ class RemoteTeacher:
                 teacher_stop_id=self._teacher_task.stop_token_ids[0],
                 max_length=min(info.model.max_sequence_length for info in infos),
             )
-        self._retokenized: dict[int, Retokenized] = {}
         # Of each scored token: so many of the student's most likely tokens are candidates, or of the teacher's come.
         self.num_candidates, self._top_k = self._distribution(model_config.vocab_size, infos)
-        self._futures: dict[int, Future[TokenScores]] = {}
-        self._first_submitted = self._last_scored = 0.0
         if teacher.offload:
             self._client.sleep()  # before the student takes its memory
 
@@ -137,14 +134,63 @@ class RemoteTeacher:
             )
         return (0, wanted) if theirs else (wanted, 0)
 
+    def new_batch(self) -> BatchScoring:
+        """For the completions of one step."""
+        return BatchScoring(self)
+
+    def submit(self, sequence: SequenceToScore) -> Future[TokenScores]:
+        """Sends one sequence."""
+        return self._client.submit(sequence, top_k=self._top_k, temperature=self._config.rollout.temperature)
+
+    def wake(self) -> None:
+        """Before a finished rollout is scored, with offload."""
+        self._client.wake()
+
+    def sleep(self) -> None:
+        """After it was."""
+        self._client.sleep()
+
+    def to_score(self, problem: Problem, completion: Completion) -> tuple[SequenceToScore, Retokenized | None]:
+        """What is sent of a completion, and how it lies in the tokens of a teacher with another tokenizer."""
+        name = self._task.teacher(problem) if len(self._names) > 1 else ""
+        prefix, num_replaced = None, 0
+        assert self._config.teacher is not None
+        privileged = self._config.teacher.privileged
+        if self._cross is not None:
+            theirs = self._teacher_task.train_problem(problem.index)
+            prompt_ids = self._teacher_task.privileged_prompt_ids(theirs) if privileged else theirs.prompt_ids
+            retokenized = self._cross.retokenize(prompt_ids, completion.completion_ids)
+            return SequenceToScore(retokenized.token_ids, retokenized.spans, teacher=name), retokenized
+        if privileged:
+            prefix, num_replaced = self._task.privileged_prompt_ids(problem), completion.prompt_length
+        sequence = SequenceToScore(
+            completion.token_ids,
+            ((completion.prompt_length, len(completion.token_ids)),),
+            completion.candidate_ids if self.num_candidates else None,
+            teacher=name,
+            teacher_prefix=prefix,
+            num_replaced=num_replaced,
+        )
+        return sequence, None
+
+
+class BatchScoring:
+    """The scoring of one batch's completions; from `RemoteTeacher.new_batch`. Several may be under way."""
+
+    def __init__(self, teacher: RemoteTeacher):
+        self._teacher = teacher
+        self._futures: dict[int, Future[TokenScores]] = {}
+        self._retokenized: dict[int, Retokenized] = {}
+        self._first_submitted = self._last_scored = 0.0
+
     def submit(self, index: int, problem: Problem, completion: Completion) -> None:
-        """Sends completion number `index` of this step to be scored while others are still sampled."""
+        """Sends completion number `index` of this batch to be scored while others are still sampled."""
         if not self._futures:
             self._first_submitted = time.monotonic()
-        future = self._client.submit(
-            self._to_score(index, problem, completion), top_k=self._top_k, temperature=self._config.rollout.temperature
-        )
-        self._futures[index] = future
+        sequence, retokenized = self._teacher.to_score(problem, completion)
+        if retokenized is not None:
+            self._retokenized[index] = retokenized
+        self._futures[index] = future = self._teacher.submit(sequence)
         future.add_done_callback(self._on_scored)
 
     def _on_scored(self, _: Future[TokenScores]) -> None:
@@ -152,11 +198,11 @@ class RemoteTeacher:
 
     @property
     def busy_s(self) -> float:
-        """From when the first of this step's completions was submitted to when the last one was scored."""
+        """From when the first of the completions was submitted to when the last one was scored."""
         return self._last_scored - self._first_submitted
 
     def submit_rest(self, problems: Sequence[Problem], completions: Sequence[Completion]) -> None:
-        """Sends those of a step's completions that were not submitted yet."""
+        """Sends those of the completions that were not submitted yet."""
         for index, (problem, completion) in enumerate(zip(problems, completions, strict=True)):
             if index not in self._futures:
                 self.submit(index, problem, completion)
@@ -172,42 +218,12 @@ class RemoteTeacher:
     def scores(self, indices: Sequence[int]) -> list[TokenScores] | list[SegmentScores]:
         """The scores of these completions, in this order; waits for them. Each can be had once."""
         found = [self._futures.pop(index).result() for index in indices]
-        if self._cross is None:
+        if not self._retokenized:
             return found
         return [
             SegmentScores(*scatter(self._retokenized.pop(index), scores.logprobs))
             for index, scores in zip(indices, found, strict=True)
         ]
-
-    def wake(self) -> None:
-        """Before a finished rollout is scored, with offload."""
-        self._client.wake()
-
-    def sleep(self) -> None:
-        """After it was."""
-        self._client.sleep()
-
-    def _to_score(self, index: int, problem: Problem, completion: Completion) -> SequenceToScore:
-        name = self._task.teacher(problem) if len(self._names) > 1 else ""
-        prefix, num_replaced = None, 0
-        assert self._config.teacher is not None
-        privileged = self._config.teacher.privileged
-        if self._cross is not None:
-            theirs = self._teacher_task.train_problem(problem.index)
-            prompt_ids = self._teacher_task.privileged_prompt_ids(theirs) if privileged else theirs.prompt_ids
-            retokenized = self._cross.retokenize(prompt_ids, completion.completion_ids)
-            self._retokenized[index] = retokenized
-            return SequenceToScore(retokenized.token_ids, retokenized.spans, teacher=name)
-        if privileged:
-            prefix, num_replaced = self._task.privileged_prompt_ids(problem), completion.prompt_length
-        return SequenceToScore(
-            completion.token_ids,
-            ((completion.prompt_length, len(completion.token_ids)),),
-            completion.candidate_ids if self.num_candidates else None,
-            teacher=name,
-            teacher_prefix=prefix,
-            num_replaced=num_replaced,
-        )
 
 
 def check_teacher(config: TrainConfig, model_config: models.DecoderConfig, info: ServerInfo) -> None:

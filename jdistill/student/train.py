@@ -31,8 +31,9 @@ from jdistill.student.objective import check as check_objective
 from jdistill.student.optimizer import make_optimizer
 from jdistill.student.progress import Progress
 from jdistill.student.rollout import Completion, Sampler
+from jdistill.student.sampled import SampledBatch
 from jdistill.student.step import Gradient, init_state, make_train_step
-from jdistill.student.teacher import RemoteTeacher
+from jdistill.student.teacher import BatchScoring, RemoteTeacher
 from jdistill.tasks.base import Problem
 
 # Keys of a run's configuration that may differ when it is resumed: none of them changes a number.
@@ -138,12 +139,15 @@ class _Trainer:
         )
         self.step = 0
         self.sampled_tokens = 0
-        self.num_problems = 0  # that were asked of the task
+        self.num_problems = 0  # that were asked of the task, for the batches that are trained on
+        self.pending: _Rollout | None = None  # of rollout.ahead: what the next step trains on
         if self.checkpoints.latest_step() is not None:
             self.state, extra = self.checkpoints.restore(self.state)
             self.step = int(extra["step"])
             self.sampled_tokens = int(extra["sampled_tokens"])
             self.num_problems = int(extra["num_problems"])
+            if (arrays := self.checkpoints.restore_pending()) is not None:
+                self.pending = self._taken_up(SampledBatch.from_arrays(arrays, self.task))
         self.writer = stack.enter_context(contextlib.closing(MetricsWriter(run_dir)))
         self.writer.truncate_to(self.step if self.step else -1)
         self.progress.begin_at(self.step)
@@ -188,7 +192,7 @@ class _Trainer:
             while self.step < config.num_steps:
                 started, compiled = time.monotonic(), (COMPILATIONS.count, COMPILATIONS.seconds)
                 make = self._on_policy_update if self.on_policy else self._supervised_update
-                update, num_tokens, values, timings = make()
+                update, num_tokens, values, timings, after = make()
                 self.progress.phase("training")
                 with stop.held():  # the state and its line in metrics.jsonl change together
                     began = time.monotonic()
@@ -205,6 +209,7 @@ class _Trainer:
                             "Lower optimizer.learning_rate or optimizer.clip_norm, or set model.compute_dtype: float32"
                         )
                     self.step += 1
+                    self.num_problems, self.pending = after
                     values |= results
                     if self.on_policy:
                         self.sampled_tokens += num_tokens
@@ -231,9 +236,10 @@ class _Trainer:
 
     def _save(self) -> None:
         counts = {"sampled_tokens": self.sampled_tokens, "num_problems": self.num_problems}
-        self.checkpoints.save(self.step, self.state, {"step": self.step, **counts})
+        pending = None if self.pending is None else self.pending.batch.to_arrays()
+        self.checkpoints.save(self.step, self.state, {"step": self.step, **counts}, pending)
 
-    def _on_policy_update(self) -> tuple[TrainBatch | Gradient, int, dict[str, float], dict[str, float]]:
+    def _on_policy_update(self) -> _Update:
         """Samples a batch, gives out its rewards, has it scored.
 
         Returns:
@@ -242,7 +248,12 @@ class _Trainer:
         """
         rollout, objective = self.config.rollout, self.config.objective
         began = time.monotonic()
-        rows, completions, rewards_B, order, num_dropped = self._roll_out()
+        batch, scoring = self.pending or self._roll_out(self.step, self.num_problems)
+        ahead = None
+        if rollout.ahead and self.step + 1 < self.config.num_steps:
+            # Meanwhile the teacher scores what is left of this step's.
+            ahead = self._roll_out(self.step + 1, batch.next_problem)
+        rows, completions, rewards_B, order, num_dropped, next_problem = batch
         sampled = time.monotonic()
         lengths_B = np.array([len(c.token_ids) - c.prompt_length for c in completions])
         shaped_B = self._shape(rewards_B, lengths_B)
@@ -256,19 +267,19 @@ class _Trainer:
             return make_batch(
                 [completions[index] for index in indices],
                 advantages_B[indices],
-                None if self.teacher is None else self.teacher.scores(indices),
+                None if scoring is None else scoring.scores(indices),
                 max_length=rollout.max_prompt_tokens + rollout.max_new_tokens,
                 rewards=shaped_B[indices] if objective.advantage == "gae" else None,
                 distill_weights=None if weights_B is None else weights_B[indices],
             )
 
         offload = self.teacher is not None and self.teacher.offload
-        if self.teacher is not None:
+        if scoring is not None:
             if offload:
                 self.progress.phase("waking the teacher")
                 self.teacher.wake()
             self.progress.phase("waiting for the teacher")
-            self.teacher.submit_rest(rows, completions)
+            scoring.submit_rest(rows, completions)
         num_tokens, waited_s = int(lengths_B.sum()), 0.0
         update: TrainBatch | Gradient
         if self.train_step.takes_parts and not offload:
@@ -276,10 +287,10 @@ class _Trainer:
             # function of the samples alone, so that a resumed run adds up in the same order.
             update = self.train_step.begin(self.state, num_tokens=num_tokens, num_sequences=len(rows))
             for indices in np.split(order, self.config.optimizer.accumulate):
-                if self.teacher is not None and not self.teacher.are_scored(indices):
+                if scoring is not None and not scoring.are_scored(indices):
                     jax.block_until_ready(update.grads)  # from here on it is the teacher that is waited for
                     waiting = time.monotonic()
-                    self.teacher.wait(indices)
+                    scoring.wait(indices)
                     waited_s += time.monotonic() - waiting
                 update = self.train_step.add(self.state, update, batch_of(indices))
         else:
@@ -295,28 +306,36 @@ class _Trainer:
         if objective.dynamic_sampling:
             values["dropped_completions"] = num_dropped
         timings = {"rollout_s": sampled - began}
-        if self.teacher is not None:
+        if scoring is not None:
             timings["teacher_wait_s"] = waited_s
-            timings["teacher_exposed_share"] = waited_s / max(self.teacher.busy_s, waited_s, 1e-9)
+            timings["teacher_exposed_share"] = waited_s / max(scoring.busy_s, waited_s, 1e-9)
         if isinstance(update, Gradient):
             timings["train_s"] = time.monotonic() - sampled - waited_s
-        return update, num_tokens, values, timings
+        return update, num_tokens, values, timings, (next_problem, ahead)
 
-    def _roll_out(self) -> _Rollout:
-        """Samples num_prompts groups, and sends them to the teacher.
+    def _taken_up(self, batch: SampledBatch) -> _Rollout:
+        """A batch of an earlier process, sent to the teacher again."""
+        scoring = None if self.teacher is None else self.teacher.new_batch()
+        if scoring is not None:
+            scoring.submit_rest(batch.problems, batch.completions)
+        return _Rollout(batch, scoring)
+
+    def _roll_out(self, step: int, next_problem: int) -> _Rollout:
+        """Samples num_prompts groups for a step, from that problem on, and sends them to the teacher.
 
         With dynamic sampling groups whose rewards are all the same give way to others, for so many rounds of prompts at
         most; without it every completion goes to the teacher as it ends.
         """
         rollout, num_rounds = self.config.rollout, self.config.objective.dynamic_sampling
         P, G = rollout.num_prompts, rollout.num_completions
+        scoring = None if self.teacher is None else self.teacher.new_batch()
         at_once = self.teacher is not None and not self.teacher.offload and not num_rounds
         with_signal: list[_Group] = []
         without: list[_Group] = []
         for number in range(max(1, num_rounds)):
             self.progress.phase("sampling" if number == 0 else f"sampling, round {number + 1}")
-            problems = [self.task.train_problem(self.num_problems + i) for i in range(P)]
-            self.num_problems += P
+            problems = [self.task.train_problem(next_problem + i) for i in range(P)]
+            next_problem += P
             rows = [problem for problem in problems for _ in range(G)]
             completions: list[Completion | None] = [None] * len(rows)
             rewards_B = np.zeros(len(rows), np.float32)
@@ -324,7 +343,7 @@ class _Trainer:
             for completion in self.sampler.sample(
                 self._policy(),
                 [problem.prompt_ids for problem in rows],
-                seeds=_seeds(self.config.seed, self.step, len(rows), number),
+                seeds=_seeds(self.config.seed, step, len(rows), number),
                 temperature=rollout.temperature,
             ):
                 index = completion.index
@@ -332,11 +351,11 @@ class _Trainer:
                 completions[index] = completion
                 rewards_B[index] = self.task.reward(rows[index], completion.completion_ids)
                 if at_once:
-                    self.teacher.submit(index, rows[index], completion)
+                    scoring.submit(index, rows[index], completion)
             finished = [completion for completion in completions if completion is not None]
             assert len(finished) == len(rows)
             if not num_rounds:
-                return _Rollout(rows, finished, rewards_B, np.array(order), 0)
+                return _Rollout(SampledBatch(rows, finished, rewards_B, np.array(order), 0, next_problem), scoring)
             lengths_B = np.array([len(c.completion_ids) for c in finished])
             has_signal_P = np.asarray(advantages.has_signal(self._shape(rewards_B, lengths_B).reshape(P, G)))
             for p in range(P):
@@ -348,13 +367,17 @@ class _Trainer:
         num_sampled = (len(with_signal) + len(without)) * G
         groups = (with_signal + without)[:P]
         finished = [completion for group in groups for completion in group.completions]
-        return _Rollout(
+        batch = SampledBatch(
             [problem for group in groups for problem in group.problems],
             finished,
             np.concatenate([group.rewards for group in groups]),
             np.argsort([len(completion.token_ids) for completion in finished], kind="stable"),
             num_sampled - P * G,
+            next_problem,
         )
+        if rollout.ahead and scoring is not None:  # else when it is the step's turn
+            scoring.submit_rest(batch.problems, batch.completions)
+        return _Rollout(batch, scoring)
 
     def _shape(self, rewards_B: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
         """The rewards that train: the task's, less what the last tokens of a long completion cost."""
@@ -376,7 +399,7 @@ class _Trainer:
             weights_B = np.asarray(by_teacher_B, np.float32) * (1 if weights_B is None else weights_B)
         return weights_B
 
-    def _supervised_update(self) -> tuple[TrainBatch, int, dict[str, float], dict[str, float]]:
+    def _supervised_update(self) -> _Update:
         began = time.monotonic()
         size = self.config.optimizer.batch_size
         problems = [self.task.train_problem(self.step * size + i) for i in range(size)]
@@ -385,7 +408,7 @@ class _Trainer:
             [self.task.solution_ids(problem) for problem in problems],
             max_length=self.config.rollout.max_prompt_tokens + self.config.rollout.max_new_tokens,
         )
-        return batch, int(batch.loss_mask.sum()), {}, {"data_s": time.monotonic() - began}
+        return batch, int(batch.loss_mask.sum()), {}, {"data_s": time.monotonic() - began}, (0, None)
 
     def _evaluate(self, values: dict[str, float]) -> dict[str, float]:
         """Adds held-out results to `values`; returns how long it took."""
@@ -410,13 +433,15 @@ class _Trainer:
 
 
 class _Rollout(NamedTuple):
-    """The rows of a step, group by group."""
+    """What was sampled for a step, and its scoring; None without a teacher."""
 
-    problems: list[Problem]
-    completions: list[Completion]
-    rewards: np.ndarray
-    order: np.ndarray  # of rows: the first to be trained on first
-    num_dropped: int  # completions that were sampled and are not trained on
+    batch: SampledBatch
+    scoring: BatchScoring | None
+
+
+# What an update is made of, the number of its tokens, metrics, timings; and what holds once it is made: the next
+# problem, and the next step's rollout if it is there already.
+_Update = tuple[TrainBatch | Gradient, int, dict[str, float], dict[str, float], tuple[int, _Rollout | None]]
 
 
 class _Group(NamedTuple):

@@ -99,7 +99,7 @@ def endpoint(tmp_path_factory):
 def run(endpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(REPO)
 
-    def run(*overrides):
+    def run(*overrides, resume=False):
         """The lines of metrics.jsonl of two steps."""
         small = ["num_steps=2", "rollout.num_prompts=2", "rollout.num_completions=4", "eval.every=0"]
         teacher = ["teacher.spawn=null"]
@@ -110,9 +110,10 @@ def run(endpoint, tmp_path, monkeypatch):
             config.load(
                 config.TrainConfig,
                 "configs/demo.yaml",
-                [*small, *teacher, *overrides, f"run_dir={run_dir}", "checkpoint.every=0"],
+                [*small, *teacher, "checkpoint.every=0", *overrides, f"run_dir={run_dir}"],
             ),
-            overwrite=True,
+            overwrite=not resume,
+            resume=resume,
         )
         return metrics.read(run_dir / "metrics.jsonl")
 
@@ -147,6 +148,30 @@ def test_after_the_first_steps_nothing_is_compiled_and_a_slow_teacher_shows(run,
     assert [line["compilations"] for line in timings[2:]] == [0, 0, 0]
     for line in timings[2:]:
         assert line["teacher_wait_s"] > 0.5 and 0.4 < line["teacher_exposed_share"] <= 1
+
+
+AHEAD = ["objective.proximal=recomputed", "objective.behavior={action: clamp}"]
+
+
+def test_ahead_each_batch_is_sampled_before_the_last_update(run):
+    """A student that hardly learns samples what the untrained one would; one that is ahead does so for two steps."""
+    ahead = run(*AHEAD, "rollout.ahead=1", "num_steps=4", "optimizer.learning_rate=0.01", "optimizer.warmup_steps=0")
+    still = run(*AHEAD, "num_steps=4", "optimizer.learning_rate=1e-12")
+    gaps = [line["sampler_gap_mean"] for line in ahead]
+    assert gaps[0] < 1e-4 < 0.01 < min(gaps[1:]), "each step but the first trains on what an older policy sampled"
+    for name in ("response_length", "reward", "stopped_share"):
+        assert [line[name] for line in ahead[:2]] == [line[name] for line in still[:2]]
+    assert ahead[3]["response_length"] != still[3]["response_length"]
+    assert [line["sampled_tokens"] for line in ahead[:2]] == [line["sampled_tokens"] for line in still[:2]]
+
+
+def test_ahead_a_batch_that_was_not_trained_on_comes_back_with_the_checkpoint(run, tmp_path):
+    saved = ["checkpoint.every=2", "checkpoint.keep=9"]
+    keys = [*AHEAD, *saved, "rollout.ahead=1", "num_steps=5", "objective.dynamic_sampling=2"]
+    whole = run(*keys)
+    for step in (4, 5):  # as if the run had been killed in step 3 or 4
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    assert run(*keys, resume=True) == whole
 
 
 def test_several_teachers_each_score_their_own_problems(run, endpoint):
@@ -205,6 +230,8 @@ def test_a_teacher_with_another_tokenizer_gives_the_scores_of_its_text(run, tmp_
     ("overrides", "message"),
     [
         (["objective.distillation=k1", "objective.distill_placement=loss"], "teacher drops out"),
+        (["rollout.ahead=1"], "objective.behavior"),
+        ([*AHEAD, "rollout.ahead=1", "teacher.offload=true"], "teacher.offload"),
         (["objective.distillation=k2", "objective.distill_placement=advantage"], "k2"),
         (["objective.distillation=abs"], "abs"),
         (["objective.distillation=reverse_kl_by_guess"], "reverse_kl_by_guess"),

@@ -1,0 +1,65 @@
+"""What one step has sampled and not yet trained on; it can be kept with a checkpoint.
+
+Dimension key: B completions, R tokens of all completions together, S tokens with their prompts, K candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from jdistill.student.rollout import Completion
+from jdistill.tasks.base import Problem, Task
+
+
+class SampledBatch(NamedTuple):
+    """The rows of a step, group by group."""
+
+    problems: list[Problem]
+    completions: list[Completion]
+    rewards: np.ndarray  # float32 [B]
+    order: np.ndarray  # of rows: the first to be trained on first
+    num_dropped: int  # completions that were sampled and are not trained on
+    next_problem: int  # the first that the task has not been asked for
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """All of it but the problems' contents, which the task has."""
+        arrays = {
+            "problems": np.array([problem.index for problem in self.problems], np.int64),
+            "indices": np.array([c.index for c in self.completions], np.int32),
+            "lengths": np.array([len(c.token_ids) for c in self.completions], np.int32),
+            "prompt_lengths": np.array([c.prompt_length for c in self.completions], np.int32),
+            "stopped": np.array([c.finish_reason == "stop" for c in self.completions], np.int32),
+            "token_ids": np.concatenate([c.token_ids for c in self.completions]),
+            "sampler_logprobs": np.concatenate([c.sampler_logprobs for c in self.completions]),
+            "rewards": self.rewards,
+            "order": self.order.astype(np.int32),
+            "counts": np.array([self.num_dropped, self.next_problem], np.int64),
+        }
+        if self.completions[0].candidate_ids is not None:
+            arrays["candidate_ids"] = np.concatenate([c.candidate_ids for c in self.completions])  # [R, K]
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], task: Task) -> SampledBatch:
+        """What `to_arrays` was called on, of the same task."""
+        lengths_B, prompt_lengths_B = arrays["lengths"], arrays["prompt_lengths"]
+        token_ends_B, ends_B = np.cumsum(lengths_B), np.cumsum(lengths_B - prompt_lengths_B)
+        completions = []
+        for b, index in enumerate(arrays["indices"]):
+            sampled = slice(ends_B[b] - (lengths_B[b] - prompt_lengths_B[b]), ends_B[b])
+            completions.append(
+                Completion(
+                    index=int(index),
+                    token_ids=arrays["token_ids"][token_ends_B[b] - lengths_B[b] : token_ends_B[b]],
+                    prompt_length=int(prompt_lengths_B[b]),
+                    sampler_logprobs=arrays["sampler_logprobs"][sampled],
+                    candidate_ids=arrays["candidate_ids"][sampled] if "candidate_ids" in arrays else None,
+                    finish_reason="stop" if arrays["stopped"][b] else "length",
+                )
+            )
+        num_dropped, next_problem = map(int, arrays["counts"])
+        problems = [task.train_problem(int(index)) for index in arrays["problems"]]
+        return cls(problems, completions, arrays["rewards"], arrays["order"], num_dropped, next_problem)
