@@ -15,6 +15,7 @@ examples:
   jdistill train configs/demo.yaml objective.distill_loss_weight=0 optimizer.learning_rate=1e-4 run_dir=runs/rl_only
   jdistill train configs/demo.yaml teacher.endpoints='[gpu7:50051, gpu8:50051]' teacher.spawn=null
   jdistill train configs/demo.yaml --resume
+  srun jdistill train configs/demo.yaml --distributed
 
 A run directory gets metrics.jsonl (a line a step, the same for the same seed), timings.jsonl, config.json, teacher.log
 and checkpoints/. `jdistill plot RUN...` draws runs, `jdistill export RUN --to DIR` writes the student as a Hugging Face
@@ -33,6 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="go on from the newest checkpoint, exactly where the run was"
     )
     again.add_argument("--overwrite", action="store_true", help="delete an earlier run in run_dir first")
+    several = parser.add_argument_group("several hosts", "the same command on each; see docs/multi_host.md")
+    several.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one process of several; Slurm, Open MPI and Kubernetes say which, elsewhere the three below",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, any free port")
+    several.add_argument("--num-processes", type=int, metavar="P")
+    several.add_argument("--process-id", type=int, metavar="I", help="from 0")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,8 +50,12 @@ def run(args: argparse.Namespace) -> int:
     from jdistill import config
 
     parsed = config.load(config.TrainConfig, args.config, args.overrides)  # before jax: a typo is answered at once
+    from jdistill.student import hosts
     from jdistill.student.train import Stopped, TrainingError, train
 
+    given = (args.coordinator, args.num_processes, args.process_id)
+    if args.distributed or any(one is not None for one in given):
+        hosts.initialize(*given)
     try:
         train(parsed, resume=args.resume, overwrite=args.overwrite)
     except (Stopped, TrainingError) as e:

@@ -74,6 +74,7 @@ def make_batch(
     max_length: int,
     rewards: Float[np.ndarray, "N"] | None = None,
     distill_weights: Float[np.ndarray, "N"] | None = None,
+    min_length: int = 0,
 ) -> TrainBatch:
     """Puts completions, their advantages and the teacher's scores on the target grid.
 
@@ -85,6 +86,7 @@ def make_batch(
         max_length: S at most, prompt and completion; rows are padded to the smallest of its `length_buckets`.
         rewards: of each completion, for a value head: it stands at the last token. None: left out.
         distill_weights: of each completion, for the distillation's term; None: left out.
+        min_length: tokens that a row has to have room for, e.g. the longest row of another host.
 
     Raises:
         ValueError: a completion without tokens or over max_length; scores of another number of tokens, or a number that
@@ -97,7 +99,10 @@ def make_batch(
             "give one of each for every row"
         )
     tokens_BS, mask_BT = _pad(
-        [c.token_ids for c in completions], [c.prompt_length for c in completions], max_length=max_length
+        [c.token_ids for c in completions],
+        [c.prompt_length for c in completions],
+        max_length=max_length,
+        min_length=min_length,
     )
     sampler_BT = np.zeros(mask_BT.shape, np.float32)
     for b, completion in enumerate(completions):
@@ -148,7 +153,11 @@ def _spread(values_B: Float[np.ndarray, "B"], mask_BT: Bool[np.ndarray, "B T"]) 
 
 
 def make_supervised_batch(
-    prompts: Sequence[Int[np.ndarray, "_"]], solutions: Sequence[Int[np.ndarray, "_"]], *, max_length: int
+    prompts: Sequence[Int[np.ndarray, "_"]],
+    solutions: Sequence[Int[np.ndarray, "_"]],
+    *,
+    max_length: int,
+    min_length: int = 0,
 ) -> TrainBatch:
     """Prompts and right completions -> a batch whose loss is on the completions' tokens.
 
@@ -156,11 +165,11 @@ def make_supervised_batch(
         ValueError: an empty prompt or solution, or more than max_length tokens.
     """
     rows = [np.concatenate(pair) for pair in zip(prompts, solutions, strict=True)]
-    return TrainBatch(*_pad(rows, [len(prompt) for prompt in prompts], max_length=max_length))
+    return TrainBatch(*_pad(rows, [len(prompt) for prompt in prompts], max_length=max_length, min_length=min_length))
 
 
 def _pad(
-    rows: Sequence[np.ndarray], prompt_lengths: Sequence[int], *, max_length: int
+    rows: Sequence[np.ndarray], prompt_lengths: Sequence[int], *, max_length: int, min_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """int32 tokens [B, S] and the mask [B, T] of the targets after each prompt."""
     if not rows:
@@ -168,7 +177,7 @@ def _pad(
     longest = max(len(row) for row in rows)
     if longest > max_length:
         raise ValueError(f"a row has {longest} tokens, more than max_length = {max_length}: raise it, or drop the row")
-    num_tokens = next(size for size in length_buckets(max_length) if size >= longest)
+    num_tokens = next(size for size in length_buckets(max_length) if size >= max(longest, min_length))
     tokens_BS = np.empty((len(rows), num_tokens), np.int32)
     mask_BT = np.zeros((len(rows), num_tokens - 1), bool)
     for b, (row, prompt_length) in enumerate(zip(rows, prompt_lengths, strict=True)):

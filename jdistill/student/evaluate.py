@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
+from jdistill.student import hosts
 from jdistill.student.rollout import Completion, Sampler
 from jdistill.tasks import Problem, Task
 
@@ -35,7 +37,7 @@ def evaluate(
     max_rows: int = 512,
     on_answer: Callable[[Problem, Completion, float], None] | None = None,
 ) -> EvalResult:
-    """Samples one completion for each problem and rewards it.
+    """Samples one completion for each problem and rewards it; several hosts share the problems.
 
     Args:
         sampler: with the task's stop tokens.
@@ -54,26 +56,31 @@ def evaluate(
     if max_rows < 1:
         raise ValueError(f"evaluate: max_rows must be at least 1, got {max_rows}")
     seed_N = np.random.default_rng(seed).integers(0, 2**32, len(problems), dtype=np.uint32)
-    reward_N = np.full(len(problems), np.nan)  # NaN so that a problem without an answer could not pass for a wrong one
-    length_N = np.zeros(len(problems), np.int64)
-    stopped_N = np.zeros(len(problems), bool)
-    for start in range(0, len(problems), max_rows):
-        group = problems[start : start + max_rows]
-        for completion in sampler.sample(
-            params,
-            [problem.prompt_ids for problem in group],
-            seeds=seed_N[start : start + max_rows],
-            temperature=temperature,
-            greedy=greedy,
-        ):
-            problem = group[completion.index]
-            reward = float(task.reward(problem, completion.completion_ids))
-            n = start + completion.index
-            reward_N[n] = reward
-            length_N[n] = len(completion.completion_ids)
-            stopped_N[n] = completion.finish_reason == "stop"
-            if on_answer is not None:
-                on_answer(problem, completion, reward)
+    reward_N = np.zeros(len(problems))
+    length_N, stopped_N, answered_N = (np.zeros(len(problems), np.int32) for _ in range(3))
+    # Of several hosts each has every so many-th problem.
+    own = range(len(problems))[jax.process_index() :: hosts.count()]
+    with sampler.on_its_devices():
+        for start in range(0, len(own), max_rows):
+            group = own[start : start + max_rows]
+            for completion in sampler.sample(
+                params,
+                [problems[n].prompt_ids for n in group],
+                seeds=seed_N[np.array(group)],
+                temperature=temperature,
+                greedy=greedy,
+            ):
+                n = group[completion.index]
+                problem = problems[n]
+                reward = float(task.reward(problem, completion.completion_ids))
+                reward_N[n] = reward
+                length_N[n] = len(completion.completion_ids)
+                stopped_N[n] = completion.finish_reason == "stop"
+                answered_N[n] = 1
+                if on_answer is not None:
+                    on_answer(problem, completion, reward)
+    reward_N, length_N, stopped_N, answered_N = map(hosts.total, (reward_N, length_N, stopped_N, answered_N))
+    assert (answered_N == 1).all(), "a problem without an answer would pass for a wrong one"
     return EvalResult(
         num_problems=len(problems),
         accuracy=float(np.mean(reward_N == 1.0)),

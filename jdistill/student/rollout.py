@@ -14,6 +14,7 @@ candidates, `D` width, `J` blocks of the vocabulary.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
@@ -171,6 +172,7 @@ class Sampler:
         self._decode_text = decode
         self._kept = _Kept(top_k, top_p, min_p)
         self._cache_dtype = cache_dtype
+        self._mesh = mesh
         self._row_sharding = None
         self._num_shards = 1
         if mesh is not None and mesh.size > 1:
@@ -242,6 +244,10 @@ class Sampler:
             _Request(i, prompt, int(most)) for i, (prompt, most) in enumerate(zip(checked, most_N, strict=True))
         ]
         return self._run(params, requests, seed_N.astype(np.uint32), temperature, greedy)
+
+    def on_its_devices(self) -> contextlib.AbstractContextManager[Any]:
+        """To sample in, where JAX's current mesh may be another one: that of all hosts."""
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def _check_prompt(self, index: int, prompt: np.ndarray, vocab_size: int) -> np.ndarray:
         ids = np.asarray(prompt)

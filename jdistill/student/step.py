@@ -26,7 +26,7 @@ from jdistill import models
 from jdistill.config import TrainConfig
 from jdistill.losses import advantages, masked, value
 from jdistill.models.packing import Packing, num_places, pack_rows
-from jdistill.student import objective
+from jdistill.student import hosts, objective
 from jdistill.student.batch import TrainBatch
 from jdistill.student.logprobs import TargetLogprobs, loss_of_targets, target_logprobs
 from jdistill.student.optimizer import make_schedule
@@ -204,8 +204,8 @@ class TrainStep:
         """
         objective.check_batch(self._config, part, num_parts=1)
         mask_RT = part.loss_mask
-        counts = (int(mask_RT.sum()), int(mask_RT.any(axis=1).sum()))
-        num_real = int(_lengths(mask_RT).sum())
+        own = mask_RT.sum(), mask_RT.any(axis=1).sum(), _lengths(mask_RT).sum(), mask_RT.size
+        *counts, num_real, num_padded = map(int, hosts.total(np.array(own, np.int32)))
         part, packing = self._placed(part, 1, 1)
         if self._compiled_add is None:
             shardings = jax.tree.map(lambda x: x.sharding, gradient.grads)
@@ -214,11 +214,11 @@ class TrainStep:
         grads, metrics = self._compiled_add(
             (state.params, state.value_head), state.step, gradient.grads, part, packing, self.frozen, share
         )
-        num_places = mask_RT.size if packing is None else packing.token_of.size
+        num_places = num_padded if packing is None else packing.token_of.size
         return gradient._replace(
             grads=grads,
             metrics=(*gradient.metrics, metrics),
-            counts=(*gradient.counts, counts),
+            counts=(*gradient.counts, (counts[0], counts[1])),
             places=(*gradient.places, (num_real, num_places)),
         )
 
@@ -265,8 +265,8 @@ class TrainStep:
         if self._config.optimizer.packing:
             batch, packing = self._pack(batch, num_updates, num_parts)
         if self._mesh is not None:
-            batch = jax.device_put(batch, batch_sharding(self._mesh))
-            packing = jax.device_put(packing, self._parts_sharding())
+            batch = _global(batch, batch_sharding(self._mesh))
+            packing = _global(packing, self._parts_sharding())
         return batch, packing
 
     def _pack(self, batch: TrainBatch, num_updates: int, num_parts: int) -> tuple[TrainBatch, Packing]:
@@ -276,13 +276,15 @@ class TrainStep:
         """
         if not isinstance(batch.loss_mask, np.ndarray):
             raise ValueError("optimizer.packing: rows are packed on the host: give the batch as numpy arrays")
-        num_groups = 1 if self._mesh is None else self._mesh.size // self._mesh.shape.get("tensor", 1)
+        num_groups = 1
+        if self._mesh is not None:  # those of this host: its rows stay on it
+            num_groups = self._mesh.size // self._mesh.shape.get("tensor", 1) // hosts.count()
         U, A, T = num_updates, num_parts, batch.loss_mask.shape[1]
         lengths_B = np.asarray(_lengths(batch.loss_mask))
         order = _balanced_order(lengths_B, U, A, num_groups)
         batch, lengths_B = jax.tree.map(lambda x: x[order], batch), lengths_B[order]
         lengths_NR = [lengths_B[part :: U * A] for part in range(U * A)]
-        most = max(int(lengths_R.reshape(num_groups, -1).sum(axis=1).max()) for lengths_R in lengths_NR)
+        most = hosts.maximum(max(int(rows.reshape(num_groups, -1).sum(axis=1).max()) for rows in lengths_NR))
         places = num_places(most, lengths_NR[0].size // num_groups * T)
         packings = [pack_rows(lengths_R, T, num_groups=num_groups, places=places) for lengths_R in lengths_NR]
         return batch, Packing(*(np.stack(field) for field in zip(*packings, strict=True)))
@@ -513,6 +515,13 @@ class TrainStep:
 
 # Rows of a part, or of several with one dim more, and how they are packed.
 _Parts = tuple[TrainBatch, Packing | None]
+
+
+def _global(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays on the mesh, of each host's own rows."""
+    if hosts.count() == 1:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
 
 def _lengths(mask_BT: Bool[Array, "B T"]) -> Int[Array, "B"]:

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from jdistill import checkpoint_files, models, tasks
 from jdistill.client import Teacher, TeacherClient
 from jdistill.config import ConfigError, TrainConfig
-from jdistill.student import objective
+from jdistill.student import hosts, objective
 from jdistill.student.batch import SegmentScores
 from jdistill.student.cross_tokenizer import CrossTokenizer, Retokenized, scatter
 from jdistill.student.rollout import Completion
@@ -61,8 +61,8 @@ class RemoteTeacher:
         endpoints = teacher.several or {"": teacher.endpoints}
         if teacher.spawn is not None:
             spawn = teacher.spawn.model_copy(update={"offload": teacher.offload or teacher.spawn.offload})
-            sidecar = stack.enter_context(TeacherProcess(spawn, run_dir / "teacher.log"))
-            endpoints = {"": [sidecar.endpoint]}
+            log = run_dir / "teacher.log"
+            endpoints = hosts.from_first(lambda: {"": [stack.enter_context(TeacherProcess(spawn, log)).endpoint]})
         self._names = list(endpoints)
         self._client = stack.enter_context(
             TeacherClient(

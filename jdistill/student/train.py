@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import pathlib
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,12 +18,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from rich.console import Console
 
 from jdistill import checkpoint_files, models, tasks
 from jdistill.config import ConfigError, TrainConfig
 from jdistill.fingerprint import model_fingerprint
 from jdistill.losses import advantages, weights
-from jdistill.student import sharding
+from jdistill.student import hosts, sharding
 from jdistill.student.batch import TrainBatch, make_batch, make_supervised_batch
 from jdistill.student.checkpoint import Checkpoints
 from jdistill.student.compilations import COMPILATIONS
@@ -67,10 +71,10 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
         TrainingError: NaN; the state is saved.
         Stopped: SIGINT or SIGTERM; the state is saved.
     """
-    if jax.process_count() > 1:
-        raise ConfigError(f"one process trains, {jax.process_count()} were started: multi-host is not supported yet")
     check_objective(config)
-    run_dir = _prepare_run_dir(config, resume=resume, overwrite=overwrite)
+    _check_hosts(config)
+    run_dir = pathlib.Path(config.run_dir)
+    hosts.from_first(lambda: _prepare_run_dir(config, resume=resume, overwrite=overwrite))
     with _StopSignals() as stop, contextlib.ExitStack() as stack:
         trainer = _Trainer(config, run_dir, stack, label or run_dir.name)
         trainer.run(stop)
@@ -82,7 +86,7 @@ class _Trainer:
     def __init__(self, config: TrainConfig, run_dir: pathlib.Path, stack: contextlib.ExitStack, label: str):
         self.config = config
         self.on_policy = config.objective.kind == "on_policy"
-        self.progress = Progress(label, config.num_steps)
+        self.progress = Progress(label, config.num_steps, None if hosts.is_first() else Console(quiet=True))
         if config.model.init == "checkpoint":
             checkpoint_files.check_checkpoint(config.model.path)
         self.task = tasks.create_task(
@@ -98,6 +102,8 @@ class _Trainer:
         if config.objective.has_distillation:
             self.teacher = RemoteTeacher(config, self.model_config, self.task, run_dir, stack, say=self.progress.say)
         self.mesh = sharding.make_mesh(config.mesh)
+        # What samples has a whole copy of the parameters on each host.
+        own_mesh, host_mesh = (self.mesh, None) if hosts.count() == 1 else hosts.meshes(self.mesh)
         stack.enter_context(jax.set_mesh(self.mesh))
         kwargs: dict[str, Any] = {"compute_dtype": config.model.compute_dtype, "remat": config.model.remat}
         kwargs["mesh"] = self.mesh
@@ -108,6 +114,7 @@ class _Trainer:
             if lora is not None:  # weights that no update changes need no masters
                 kwargs["param_dtype"] = config.model.compute_dtype
             decoder = models.load(config.model.path, lora=lora, seed=config.seed, **kwargs)
+        self._to_own = None if host_mesh is None else _ToOwn(decoder, own_mesh, host_mesh)
         graphdef, params, self.base = nnx.split(decoder, models.trained_kind(decoder.config), ...)
         self.sampler = Sampler(
             graphdef,
@@ -124,7 +131,7 @@ class _Trainer:
             decode=self.task.decode,
             cache_dtype=config.rollout.cache_dtype,
             chunk_tokens=config.rollout.chunk_tokens,
-            mesh=self.mesh,
+            mesh=own_mesh,
         )
         optimizer = make_optimizer(config.optimizer, config.num_steps)
         has_critic = config.objective.has_rl and config.objective.advantage == "gae"
@@ -148,8 +155,10 @@ class _Trainer:
             self.num_problems = int(extra["num_problems"])
             if (arrays := self.checkpoints.restore_pending()) is not None:
                 self.pending = self._taken_up(SampledBatch.from_arrays(arrays, self.task))
-        self.writer = stack.enter_context(contextlib.closing(MetricsWriter(run_dir)))
-        self.writer.truncate_to(self.step if self.step else -1)
+        self.writer: MetricsWriter | None = None
+        if hosts.is_first():
+            self.writer = stack.enter_context(contextlib.closing(MetricsWriter(run_dir)))
+            self.writer.truncate_to(self.step if self.step else -1)
         self.progress.begin_at(self.step)
         stack.enter_context(self.progress)
 
@@ -169,8 +178,9 @@ class _Trainer:
         return nnx.split(models.load(section.path, **kwargs), nnx.Param)[1]
 
     def _policy(self) -> nnx.State:
-        """All parameters of the model that samples."""
-        return nnx.merge_state(self.state.params, self.base)
+        """All parameters of the model that samples, on this host's devices."""
+        params = nnx.merge_state(self.state.params, self.base)
+        return params if self._to_own is None else self._to_own(params)
 
     def _check_lengths(self) -> None:
         rollout, limit = self.config.rollout, self.model_config.max_position_embeddings
@@ -187,7 +197,7 @@ class _Trainer:
             if self.step == 0 and config.eval.every:
                 values: dict[str, float] = {"sampled_tokens": 0}
                 timings = self._evaluate(values)
-                self.writer.write(0, values, timings)
+                self._write(values, timings)
                 self.progress.step(0, values)
             while self.step < config.num_steps:
                 started, compiled = time.monotonic(), (COMPILATIONS.count, COMPILATIONS.seconds)
@@ -221,18 +231,23 @@ class _Trainer:
                     last = self.step == config.num_steps
                     if config.eval.every and (self.step % config.eval.every == 0 or last):
                         timings |= self._evaluate(values)
-                    self.writer.write(self.step, values, timings)
+                    self._write(values, timings)
                     if last or (config.checkpoint.every and self.step % config.checkpoint.every == 0):
                         self._save()
                 self.progress.step(self.step, values | timings)
         except BaseException as e:
-            if self.step:
+            # Of several hosts the others may be elsewhere, and a save takes all of them.
+            if self.step and (hosts.count() == 1 or isinstance(e, Stopped | TrainingError)):
                 if self.step != self.checkpoints.latest_step():
                     self._save()
                 e.add_note(
                     f"The state of step {self.step} is saved: the same command with --resume goes on from there."
                 )
             raise
+
+    def _write(self, values: dict[str, float], timings: dict[str, float]) -> None:
+        if self.writer is not None:
+            self.writer.write(self.step, values, timings)
 
     def _save(self) -> None:
         counts = {"sampled_tokens": self.sampled_tokens, "num_problems": self.num_problems}
@@ -257,10 +272,14 @@ class _Trainer:
         sampled = time.monotonic()
         lengths_B = np.array([len(c.token_ids) - c.prompt_length for c in completions])
         shaped_B = self._shape(rewards_B, lengths_B)
+        stopped_B = np.array([c.finish_reason == "stop" for c in completions])
+        # Of all hosts' rows: some advantages are relative to all of them.
+        all_N4 = hosts.gather(np.stack([shaped_B, rewards_B, lengths_B, stopped_B], axis=1).astype(np.float32))
         advantages_B = np.zeros_like(rewards_B)
         if objective.has_rl and objective.advantage != "gae":
             of_groups = advantages.ADVANTAGES[objective.advantage]
-            advantages_B = np.asarray(of_groups(shaped_B.reshape(rollout.num_prompts, -1))).reshape(-1)
+            advantages_N = np.asarray(of_groups(all_N4[:, 0].reshape(rollout.num_prompts, -1))).reshape(-1)
+            advantages_B = advantages_N[hosts.own_part(len(advantages_N))]
         weights_B = None if self.teacher is None else self._distill_weights(rows, rewards_B)
 
         def batch_of(indices: Sequence[int]) -> TrainBatch:
@@ -271,6 +290,7 @@ class _Trainer:
                 max_length=rollout.max_prompt_tokens + rollout.max_new_tokens,
                 rewards=shaped_B[indices] if objective.advantage == "gae" else None,
                 distill_weights=None if weights_B is None else weights_B[indices],
+                min_length=hosts.maximum(max(len(completions[index].token_ids) for index in indices)),
             )
 
         offload = self.teacher is not None and self.teacher.offload
@@ -280,12 +300,12 @@ class _Trainer:
                 self.teacher.wake()
             self.progress.phase("waiting for the teacher")
             scoring.submit_rest(rows, completions)
-        num_tokens, waited_s = int(lengths_B.sum()), 0.0
+        num_tokens, waited_s = int(all_N4[:, 2].sum(dtype=np.float64)), 0.0
         update: TrainBatch | Gradient
         if self.train_step.takes_parts and not offload:
             # In the order in which they were sampled, which is about that in which they are scored; and it is a
             # function of the samples alone, so that a resumed run adds up in the same order.
-            update = self.train_step.begin(self.state, num_tokens=num_tokens, num_sequences=len(rows))
+            update = self.train_step.begin(self.state, num_tokens=num_tokens, num_sequences=len(all_N4))
             for indices in np.split(order, self.config.optimizer.accumulate):
                 if scoring is not None and not scoring.are_scored(indices):
                     jax.block_until_ready(update.grads)  # from here on it is the teacher that is waited for
@@ -299,12 +319,15 @@ class _Trainer:
         if offload:
             self.teacher.sleep()
         values = {
-            "reward": float(rewards_B.mean()),
-            "response_length": float(lengths_B.mean()),
-            "stopped_share": float(np.mean([c.finish_reason == "stop" for c in completions])),
+            name: float(mean)
+            for name, mean in zip(
+                ("reward", "response_length", "stopped_share"),
+                all_N4[:, 1:].mean(axis=0, dtype=np.float64),
+                strict=True,
+            )
         }
         if objective.dynamic_sampling:
-            values["dropped_completions"] = num_dropped
+            values["dropped_completions"] = float(hosts.total(np.array(num_dropped)))
         timings = {"rollout_s": sampled - began}
         if scoring is not None:
             timings["teacher_wait_s"] = waited_s
@@ -327,31 +350,35 @@ class _Trainer:
         most; without it every completion goes to the teacher as it ends.
         """
         rollout, num_rounds = self.config.rollout, self.config.objective.dynamic_sampling
-        P, G = rollout.num_prompts, rollout.num_completions
+        first_problem, P, G = next_problem, rollout.num_prompts // hosts.count(), rollout.num_completions
         scoring = None if self.teacher is None else self.teacher.new_batch()
         at_once = self.teacher is not None and not self.teacher.offload and not num_rounds
         with_signal: list[_Group] = []
         without: list[_Group] = []
         for number in range(max(1, num_rounds)):
             self.progress.phase("sampling" if number == 0 else f"sampling, round {number + 1}")
-            problems = [self.task.train_problem(next_problem + i) for i in range(P)]
-            next_problem += P
+            part = hosts.own_part(rollout.num_prompts)
+            problems = [self.task.train_problem(next_problem + i) for i in range(part.start, part.stop)]
+            next_problem += rollout.num_prompts
             rows = [problem for problem in problems for _ in range(G)]
             completions: list[Completion | None] = [None] * len(rows)
             rewards_B = np.zeros(len(rows), np.float32)
             order: list[int] = []
-            for completion in self.sampler.sample(
-                self._policy(),
-                [problem.prompt_ids for problem in rows],
-                seeds=_seeds(self.config.seed, step, len(rows), number),
-                temperature=rollout.temperature,
-            ):
-                index = completion.index
-                order.append(index)
-                completions[index] = completion
-                rewards_B[index] = self.task.reward(rows[index], completion.completion_ids)
-                if at_once:
-                    scoring.submit(index, rows[index], completion)
+            seeds_N = _seeds(self.config.seed, step, G * rollout.num_prompts, number)
+            policy = self._policy()
+            with self.sampler.on_its_devices():
+                for completion in self.sampler.sample(
+                    policy,
+                    [problem.prompt_ids for problem in rows],
+                    seeds=seeds_N[part.start * G : part.stop * G],
+                    temperature=rollout.temperature,
+                ):
+                    index = completion.index
+                    order.append(index)
+                    completions[index] = completion
+                    rewards_B[index] = self.task.reward(rows[index], completion.completion_ids)
+                    if at_once:
+                        scoring.submit(index, rows[index], completion)
             finished = [completion for completion in completions if completion is not None]
             assert len(finished) == len(rows)
             if not num_rounds:
@@ -364,6 +391,8 @@ class _Trainer:
                 (with_signal if has_signal_P[p] else without).append(group)
             if len(with_signal) >= P:
                 break
+        # Some hosts may have needed more rounds than others.
+        next_problem = first_problem + hosts.maximum(next_problem - first_problem)
         num_sampled = (len(with_signal) + len(without)) * G
         groups = (with_signal + without)[:P]
         finished = [completion for group in groups for completion in group.completions]
@@ -402,13 +431,17 @@ class _Trainer:
     def _supervised_update(self) -> _Update:
         began = time.monotonic()
         size = self.config.optimizer.batch_size
-        problems = [self.task.train_problem(self.step * size + i) for i in range(size)]
+        part = hosts.own_part(size)
+        problems = [self.task.train_problem(self.step * size + i) for i in range(part.start, part.stop)]
+        solutions = [self.task.solution_ids(problem) for problem in problems]
+        lengths = [len(p.prompt_ids) + len(ids) for p, ids in zip(problems, solutions, strict=True)]
         batch = make_supervised_batch(
             [problem.prompt_ids for problem in problems],
-            [self.task.solution_ids(problem) for problem in problems],
+            solutions,
             max_length=self.config.rollout.max_prompt_tokens + self.config.rollout.max_new_tokens,
+            min_length=hosts.maximum(max(lengths)),
         )
-        return batch, int(batch.loss_mask.sum()), {}, {"data_s": time.monotonic() - began}, (0, None)
+        return batch, int(hosts.total(batch.loss_mask.sum())), {}, {"data_s": time.monotonic() - began}, (0, None)
 
     def _evaluate(self, values: dict[str, float]) -> dict[str, float]:
         """Adds held-out results to `values`; returns how long it took."""
@@ -452,13 +485,66 @@ class _Group(NamedTuple):
     rewards: np.ndarray
 
 
+class _ToOwn:
+    """Brings parameters that lie over all hosts onto each host's own devices, in the dtype that sampling reads.
+
+    One program: they are gathered over hosts, and stay sharded over a host's devices.
+    """
+
+    def __init__(self, decoder: models.Decoder, own: Mesh, host_mesh: Mesh):
+        def cast(path: Any, x: jax.Array) -> jax.Array:
+            # Norms are multiplied in float32, whatever the rest is computed in.
+            return x if "norm" in jax.tree_util.keystr(path) else x.astype(decoder.compute_dtype)
+
+        self._shardings = sharding.param_shardings(decoder, own)
+        self._gather = jax.jit(
+            lambda params: jax.tree_util.tree_map_with_path(cast, params),
+            out_shardings=sharding.param_shardings(decoder, host_mesh),
+        )
+
+    def __call__(self, params: nnx.State) -> nnx.State:
+        def own(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+            parts = [shard.data for shard in x.addressable_shards]
+            return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
+
+        return jax.tree.map(own, self._gather(params), self._shardings)
+
+
+def _check_hosts(config: TrainConfig) -> None:
+    """Whether a run can be split over the processes there are. Raises ConfigError."""
+    num = hosts.count()
+    if num == 1:
+        return
+    on_policy = config.objective.kind == "on_policy"
+    key = "rollout.num_prompts" if on_policy else "optimizer.batch_size"
+    size = config.rollout.num_prompts if on_policy else config.optimizer.batch_size
+    if size % num:
+        raise ConfigError(f"{key} = {size} does not split over {num} processes: each samples its own prompts")
+    if config.rollout.ahead:
+        raise ConfigError(f"rollout.ahead: 1 is for one process, and there are {num}: leave it out")
+    teacher = config.teacher
+    if teacher is not None and teacher.offload:
+        raise ConfigError(f"teacher.offload is for one process, and there are {num}: give the teacher its own devices")
+    if teacher is not None and teacher.spawn is not None:
+        names = {name.tobytes() for name in hosts.gather(_host_name()[None])}
+        if len(names) > 1:
+            raise ConfigError(
+                f"teacher.spawn: the sidecar listens on loopback, and the processes are on {len(names)} hosts: start "
+                "it with `jdistill teacher`, and give teacher.endpoints"
+            )
+
+
+def _host_name() -> np.ndarray:
+    return np.frombuffer(hashlib.sha256(socket.gethostname().encode()).digest()[:8], np.uint8)
+
+
 def _seeds(seed: int, step: int, num: int, number: int = 0) -> np.ndarray:
     """uint32 [num]: a function of its arguments alone, so that a resumed run samples what the first one would have."""
     key = [seed, step, number] if number else [seed, step]
     return np.random.SeedSequence(key).generate_state(num, np.uint32)
 
 
-def _prepare_run_dir(config: TrainConfig, *, resume: bool, overwrite: bool) -> pathlib.Path:
+def _prepare_run_dir(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
     run_dir = pathlib.Path(config.run_dir)
     stored_path = run_dir / "config.json"
     if overwrite and run_dir.exists():
@@ -474,7 +560,6 @@ def _prepare_run_dir(config: TrainConfig, *, resume: bool, overwrite: bool) -> p
         _check_same(json.loads(stored_path.read_text()), config, run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     stored_path.write_text(config.model_dump_json(indent=2))
-    return run_dir
 
 
 def _check_same(stored: dict[str, Any], config: TrainConfig, run_dir: pathlib.Path) -> None:
@@ -512,7 +597,7 @@ class _StopSignals:
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self._held:
+        if self._held or hosts.count() > 1:  # of several hosts all stop after the same step
             self._pending = signum
         else:
             raise Stopped(signum)
@@ -525,5 +610,5 @@ class _StopSignals:
             yield
         finally:
             self._held = False
-        if self._pending is not None:
-            raise Stopped(self._pending)
+        if signum := hosts.maximum(self._pending or 0):
+            raise Stopped(signum)

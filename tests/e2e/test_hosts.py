@@ -1,0 +1,95 @@
+"""Two real processes of 4 devices each train what one process of 8 does, through `jdistill train`."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jdistill.student import metrics
+
+REPO = pathlib.Path(__file__).parents[2]
+KEYS = [
+    *("num_steps=4", "rollout.num_prompts=4", "rollout.num_completions=4", "rollout.max_rows=8"),
+    *("objective.reference={path: examples/addition/student, weight: 0.1}", "objective.advantage=reinforce_plus_plus"),
+    *("optimizer.accumulate=2", "optimizer.packing=true", "optimizer.warmup_steps=0"),
+    *("eval.every=2", "eval.num_prompts=31", "checkpoint.every=2", "mesh={data: 1, fsdp: 4, tensor: 2}"),
+]
+
+
+def start(run_dir: pathlib.Path, num_devices: int, *argv: str) -> subprocess.Popen[str]:
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}", "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "jdistill.cli", "train", "configs/demo.yaml", *KEYS, f"run_dir={run_dir}", *argv],
+        cwd=REPO,
+        env=os.environ | flags,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def start_two(run_dir: pathlib.Path, *argv: str) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", *argv]
+    return [start(run_dir, 4, *common, "--process-id", str(process)) for process in range(2)]
+
+
+def finish(processes: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
+    outputs = []
+    try:
+        for process in processes:
+            outputs.append(process.communicate(timeout=200)[0])
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [code] * len(processes), "\n".join(outputs)[-5000:]
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    finish([start(run_dir, 8)])
+    return metrics.read(run_dir / "metrics.jsonl")
+
+
+def test_two_processes_stop_together_resume_and_train_what_one_does(
+    alone: list[dict[str, float]], tmp_path: pathlib.Path
+) -> None:
+    run_dir = tmp_path / "run"
+    processes = start_two(run_dir)
+    lines = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (lines.exists() and len(metrics.read(lines)) >= 3):  # steps 0, 1 and 2
+        assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)  # one of them, and both stop after the same step
+    stopped = finish(processes, 128 + signal.SIGTERM)
+    assert all("--resume goes on from there" in output for output in stopped)
+    assert len(metrics.read(lines)) < 5
+    first, second = finish(start_two(run_dir, "--resume"))
+    assert "4/4" in first and "4/4" not in second  # the first one speaks
+    together = metrics.read(lines)
+    assert [line["step"] for line in together] == [line["step"] for line in alone] == [0, 1, 2, 3, 4]
+    for a, b in zip(together, alone, strict=True):
+        assert set(a) == set(b)
+        for name in set(a) - {"padding_share"}:  # rows are dealt out within a host
+            assert a[name] == pytest.approx(b[name], rel=5e-3, abs=1e-4), (a["step"], name)
+
+
+def test_what_one_process_finds_wrong_ends_all(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    for output in finish(start_two(tmp_path / "run"), 2):
+        assert "holds a run already: --resume goes on with it" in output
+    for output in finish(start_two(tmp_path / "other", "rollout.num_prompts=3", "optimizer.accumulate=1"), 2):
+        assert "rollout.num_prompts = 3 does not split over 2 processes" in output
