@@ -16,19 +16,22 @@ from jdistill.student import metrics
 
 REPO = pathlib.Path(__file__).parents[2]
 KEYS = [
-    *("num_steps=4", "rollout.num_prompts=4", "rollout.num_completions=4", "rollout.max_rows=8"),
+    *("num_steps=3", "rollout.num_prompts=4", "rollout.num_completions=4", "rollout.max_new_tokens=12"),
     *("objective.reference={path: examples/addition/student, weight: 0.1}", "objective.advantage=reinforce_plus_plus"),
     *("optimizer.accumulate=2", "optimizer.packing=true", "optimizer.warmup_steps=0"),
-    *("eval.every=2", "eval.num_prompts=31", "checkpoint.every=2", "mesh={data: 1, fsdp: 4, tensor: 2}"),
+    *("eval.every=3", "eval.num_prompts=5", "eval.greedy=false", "mesh={data: 1, fsdp: 4, tensor: 2}"),
 ]
 
 
 def start(run_dir: pathlib.Path, num_devices: int, *argv: str) -> subprocess.Popen[str]:
+    # The run that is resumed compiles nothing again.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(run_dir.parent / "compiled")}
+    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}", "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         [sys.executable, "-m", "jdistill.cli", "train", "configs/demo.yaml", *KEYS, f"run_dir={run_dir}", *argv],
         cwd=REPO,
-        env=os.environ | flags,
+        env=os.environ | flags | cache,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -69,17 +72,17 @@ def test_two_processes_stop_together_resume_and_train_what_one_does(
     processes = start_two(run_dir)
     lines = run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 200
-    while not (lines.exists() and len(metrics.read(lines)) >= 3):  # steps 0, 1 and 2
+    while not (lines.exists() and len(metrics.read(lines)) >= 2):  # steps 0 and 1
         assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)  # one of them, and both stop after the same step
     stopped = finish(processes, 128 + signal.SIGTERM)
     assert all("--resume goes on from there" in output for output in stopped)
-    assert len(metrics.read(lines)) < 5
+    assert len(metrics.read(lines)) < 4
     first, second = finish(start_two(run_dir, "--resume"))
-    assert "4/4" in first and "4/4" not in second  # the first one speaks
+    assert "3/3" in first and "3/3" not in second  # the first one speaks
     together = metrics.read(lines)
-    assert [line["step"] for line in together] == [line["step"] for line in alone] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in together] == [line["step"] for line in alone] == [0, 1, 2, 3]
     for a, b in zip(together, alone, strict=True):
         assert set(a) == set(b)
         for name in set(a) - {"padding_share"}:  # rows are dealt out within a host
