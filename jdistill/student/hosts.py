@@ -6,8 +6,11 @@ Every function here is called by all processes in the same order. With one proce
 from __future__ import annotations
 
 import json
+import os
+import sys
+import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -15,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from jdistill.config import ConfigError
+from jdistill.wire.errors import TeacherError
 
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
@@ -92,6 +96,24 @@ def from_first(make: Callable[[], Any]) -> Any:
     if "error" in made:
         raise error or ConfigError(made["error"])
     return made["value"]
+
+
+def leave(error: BaseException) -> NoReturn:
+    """Ends this process at once, after an error that it alone has met.
+
+    An orderly end would wait for the others, which wait for this one; JAX's coordination service ends them.
+    """
+    if isinstance(error, TeacherError | ValueError | FileNotFoundError):
+        print("\n".join([f"jdistill train: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    print(
+        f"jdistill train: process {jax.process_index()} of {count()} ends here; the others follow within two minutes. "
+        "Start all again, with --resume if a checkpoint was saved.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2 if isinstance(error, ValueError | FileNotFoundError) else 1)
 
 
 def meshes(mesh: Mesh) -> tuple[Mesh, Mesh]:

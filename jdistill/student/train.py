@@ -76,8 +76,15 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
     run_dir = pathlib.Path(config.run_dir)
     hosts.from_first(lambda: _prepare_run_dir(config, resume=resume, overwrite=overwrite))
     with _StopSignals() as stop, contextlib.ExitStack() as stack:
-        trainer = _Trainer(config, run_dir, stack, label or run_dir.name)
-        trainer.run(stop)
+        try:
+            trainer = _Trainer(config, run_dir, stack, label or run_dir.name)
+            trainer.run(stop)
+        except (Stopped, TrainingError):
+            raise
+        except BaseException as e:
+            if hosts.count() > 1:  # alone: the others know nothing of it, and will never answer again
+                hosts.leave(e)
+            raise
 
 
 class _Trainer:

@@ -38,12 +38,12 @@ def start(run_dir: pathlib.Path, num_devices: int, *argv: str) -> subprocess.Pop
     )
 
 
-def start_two(run_dir: pathlib.Path, *argv: str) -> list[subprocess.Popen[str]]:
+def start_two(run_dir: pathlib.Path, *argv: str, second: tuple[str, ...] = ()) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", *argv]
-    return [start(run_dir, 4, *common, "--process-id", str(process)) for process in range(2)]
+    return [start(run_dir, 4, *common, "--process-id", str(i), *argv) for i, argv in enumerate([(), second])]
 
 
 def finish(processes: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
@@ -96,3 +96,14 @@ def test_what_one_process_finds_wrong_ends_all(tmp_path: pathlib.Path) -> None:
         assert "holds a run already: --resume goes on with it" in output
     for output in finish(start_two(tmp_path / "other", "rollout.num_prompts=3", "optimizer.accumulate=1"), 2):
         assert "rollout.num_prompts = 3 does not split over 2 processes" in output
+
+
+def test_a_process_that_alone_meets_an_error_does_not_wait_for_the_others(tmp_path: pathlib.Path) -> None:
+    first, second = start_two(tmp_path / "run", second=("rollout.max_prompt_tokens=100000",))
+    try:
+        output = second.communicate(timeout=60)[0]
+    finally:
+        first.kill()
+        first.communicate()
+    assert second.returncode == 2
+    assert "has max_position_embeddings" in output and "process 1 of 2 ends here" in output
