@@ -284,7 +284,7 @@ def compile_time(door: work.Door) -> None:
         step, state = steps[num_layers]
         jax.clear_caches()
         begin = time.perf_counter()
-        compiled = jax.jit(step.step, donate_argnums=0).lower(state, batch).compile()
+        compiled = jax.jit(step.step, donate_argnums=0).lower(state, batch, step.frozen).compile()
         return {
             "seconds": time.perf_counter() - begin,
             "temp_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
