@@ -77,7 +77,7 @@ def from_first(make: Callable[[], Any]) -> Any:
     """What `make` returns on the first process (JSON), which alone calls it.
 
     Raises:
-        ConfigError: on all processes, if it raised one.
+        Exception: what `make` raised; on the others a ConfigError of the same text.
     """
     if count() == 1:
         return make()
@@ -85,7 +85,7 @@ def from_first(make: Callable[[], Any]) -> Any:
     if is_first():
         try:
             made = {"value": make()}
-        except ConfigError as e:
+        except Exception as e:
             made, error = {"error": str(e)}, e
     data = np.frombuffer(json.dumps(made).encode(), np.uint8)
     buffer = np.zeros(maximum(len(data)), np.uint8)
