@@ -1,5 +1,7 @@
 """Evaluation against numbers worked out by hand from completions that a fake sampler chose."""
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,9 @@ class FakeSampler:
         self.answer_of = answer_of
         self.stop = task.stop_token_ids[0]
         self.calls = []
+
+    def on_its_devices(self):
+        return contextlib.nullcontext()
 
     def sample(self, params, prompts, *, seeds, temperature, greedy):
         self.calls.append((params, [tuple(p) for p in prompts], list(seeds), temperature, greedy))
