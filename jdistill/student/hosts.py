@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -24,6 +24,8 @@ from jdistill.wire.errors import TeacherError
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
     """Joins this process to the others; before anything else is asked of JAX.
 
+    A process that is alone on its host takes all devices that it sees; of several on a host, each takes one.
+
     Args:
         coordinator: host:port of process 0, any free port; the same for all. All three None: JAX finds them out from
             Slurm, Open MPI, or Kubernetes.
@@ -33,13 +35,23 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
     Raises:
         ConfigError: there is nothing to find them out from, or the others did not come.
     """
+    # Under Slurm and Open MPI, JAX by itself takes one device a process, however many the host has. None is that
+    # default (or the user's JAX_LOCAL_DEVICE_IDS), an empty list all that the process sees.
+    takes_all = is_alone_on_host(os.environ) and not os.environ.get("JAX_LOCAL_DEVICE_IDS")
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(coordinator, num_processes, process_id, [] if takes_all else None)
     except (ValueError, RuntimeError) as e:
         raise ConfigError(
             f"--distributed: {e}. JAX knows Slurm, Open MPI and Kubernetes by itself; elsewhere give --coordinator "
             "HOST:PORT --num-processes P --process-id I, the same HOST:PORT and P to all"
         ) from None
+
+
+def is_alone_on_host(environ: Mapping[str, str]) -> bool:
+    """Whether Slurm or Open MPI, by what they tell a process, started one process a host."""
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environ:
+        return environ["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
+    return "SLURM_STEP_NUM_NODES" in environ and environ.get("SLURM_NTASKS") == environ["SLURM_STEP_NUM_NODES"]
 
 
 def count() -> int:

@@ -23,7 +23,9 @@ KEYS = [
 ]
 
 
-def start(run_dir: pathlib.Path, num_devices: int, *argv: str) -> subprocess.Popen[str]:
+def start(
+    run_dir: pathlib.Path, num_devices: int, *argv: str, found: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     # The run that is resumed compiles nothing again.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(run_dir.parent / "compiled")}
     cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
@@ -31,17 +33,23 @@ def start(run_dir: pathlib.Path, num_devices: int, *argv: str) -> subprocess.Pop
     return subprocess.Popen(
         [sys.executable, "-m", "jdistill.cli", "train", "configs/demo.yaml", *KEYS, f"run_dir={run_dir}", *argv],
         cwd=REPO,
-        env=os.environ | flags | cache,
+        env=os.environ | flags | cache | (found or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def start_two(run_dir: pathlib.Path, *argv: str, second: tuple[str, ...] = ()) -> list[subprocess.Popen[str]]:
+def start_two(
+    run_dir: pathlib.Path, *argv: str, second: tuple[str, ...] = (), slurm: bool = False
+) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    if slurm:  # what srun tells each of its processes, one on each of two nodes
+        step = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "2"}
+        step |= {"SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "JAX_COORDINATOR_PORT": str(port)}
+        return [start(run_dir, 4, "--distributed", *argv, found=step | {"SLURM_PROCID": str(i)}) for i in range(2)]
     common = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", *argv]
     return [start(run_dir, 4, *common, "--process-id", str(i), *argv) for i, argv in enumerate([(), second])]
 
@@ -79,7 +87,7 @@ def test_two_processes_stop_together_resume_and_train_what_one_does(
     stopped = finish(processes, 128 + signal.SIGTERM)
     assert all("--resume goes on from there" in output for output in stopped)
     assert len(metrics.read(lines)) < 4
-    first, second = finish(start_two(run_dir, "--resume"))
+    first, second = finish(start_two(run_dir, "--resume", slurm=True))
     assert "3/3" in first and "3/3" not in second  # the first one speaks
     together = metrics.read(lines)
     assert [line["step"] for line in together] == [line["step"] for line in alone] == [0, 1, 2, 3]

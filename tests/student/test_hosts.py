@@ -1,0 +1,52 @@
+"""Slurm's processes find each other by what Slurm tells them, and take the devices that are theirs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+SHOW = (
+    "import jax; from jdistill.student import hosts; hosts.initialize(); "
+    "print(hosts.count(), jax.process_index(), jax.config.values['jax_cuda_visible_devices'])"
+)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "own", "devices"),
+    [
+        (2, {}, ["all", "all"]),  # a process a host
+        (1, {}, ["0", "1"]),  # both on one host
+        (2, {"JAX_LOCAL_DEVICE_IDS": "2,3"}, ["2,3", "2,3"]),
+    ],
+)
+def test_devices_under_slurm(num_nodes: int, own: dict[str, str], devices: list[str]) -> None:
+    slurm = {
+        "SLURM_JOB_ID": "1234",
+        "SLURM_STEP_NODELIST": "localhost",  # JAX takes the first host's name from it
+        "SLURM_STEP_NUM_NODES": str(num_nodes),
+        "SLURM_NTASKS": "2",
+        # Slurm's port, made from the job's number, may be in use here.
+        "JAX_COORDINATOR_PORT": str(free_port()),
+        "JAX_PLATFORMS": "cpu",
+    }
+    processes = []
+    for process in range(2):
+        ids = {"SLURM_PROCID": str(process), "SLURM_LOCALID": str(process if num_nodes == 1 else 0)}
+        env = os.environ | slurm | ids | own
+        processes.append(subprocess.Popen([sys.executable, "-c", SHOW], env=env, stdout=subprocess.PIPE, text=True))
+    try:
+        printed = [process.communicate(timeout=60)[0].split() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert printed == [["2", str(process), devices[process]] for process in range(2)]
