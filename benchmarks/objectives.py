@@ -37,7 +37,7 @@ from jdistill.student.batch import TrainBatch, make_batch
 from jdistill.student.checkpoint import restore_params
 from jdistill.student.evaluate import evaluate
 from jdistill.student.objective import Scored, loss
-from jdistill.student.rollout import Sampler
+from jdistill.rollout.sampler import Sampler
 from jdistill.student.teacher_process import TeacherProcess
 from jdistill.student.train import train
 from jdistill.tasks import addition

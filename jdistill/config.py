@@ -58,7 +58,7 @@ class TaskSection(Section):
 class EngineSection(Section):
     """Which model, in which engine, of which size; what the engine cannot do it refuses at start."""
 
-    engine: str  # a key of jdistill.teacher.engines.ENGINES
+    engine: str  # a key of jdistill.sidecar.engines.ENGINES
     model: str  # checkpoint directory; in front of a running server (urls): at least its config.json and tokenizer
     urls: list[str] | None = None  # vllm-http, sglang-http: servers that run
     served_name: str | None = None  # default: the directory's name
@@ -126,7 +126,7 @@ class RolloutSection(Section):
     max_new_tokens: int = pydantic.Field(512, ge=1)
     temperature: float = pydantic.Field(1.0, gt=0)  # of the student's sampling, the student's loss and the teacher
     min_new_tokens: int = pydantic.Field(0, ge=0)  # no stop token before so many
-    top_k: int | None = pydantic.Field(None, ge=1)  # of these three see student/rollout.py; None: off
+    top_k: int | None = pydantic.Field(None, ge=1)  # of these three see rollout/sampler.py; None: off
     top_p: float | None = pydantic.Field(None, gt=0, le=1)
     min_p: float | None = pydantic.Field(None, gt=0, le=1)
     stop_strings: tuple[str, ...] = pydantic.Field((), strict=False)  # beside the task's stop tokens

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 
-from tests.teacher import sidecar
+from tests.sidecar import sidecar
 
 with contextlib.suppress(ModuleNotFoundError):  # the SGLang environment has no use for it
     import hypothesis

@@ -20,8 +20,8 @@ from jdistill.checkpoint_files import (
 )
 from jdistill.config import ConfigError
 from jdistill.fingerprint import adapter_fingerprint, model_fingerprint
-from jdistill.teacher.engines.options import adapter_rank
-from tests.teacher.checkpoints import write_adapter, write_checkpoint, write_tokenizer
+from jdistill.sidecar.engines.options import adapter_rank
+from tests.sidecar.checkpoints import write_adapter, write_checkpoint, write_tokenizer
 
 
 @pytest.fixture

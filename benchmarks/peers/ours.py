@@ -26,7 +26,7 @@ from jdistill.losses import advantages
 from jdistill.student.batch import TrainBatch, make_batch
 from jdistill.student.logprobs import target_logprobs
 from jdistill.student.optimizer import make_optimizer
-from jdistill.student.rollout import Sampler
+from jdistill.rollout.sampler import Sampler
 from jdistill.student.step import TrainState, TrainStep, init_state, make_train_step
 
 CANDIDATES = 8  # K of the distillation: objective.distill_top_k's default

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from jdistill import cli
-from jdistill.teacher import engines
+from jdistill.sidecar import engines
 
 if __name__ == "__main__":
     engines.ENGINES |= {

@@ -17,7 +17,7 @@ from aiohttp import web
 from benchmarks.service.engines import MAX_TOP_K, ReadyEngine
 from benchmarks.service.per_token import PerTokenReply
 from jdistill.config import TeacherServerConfig
-from jdistill.teacher.server import _keep_freed_memory
+from jdistill.sidecar.server import _keep_freed_memory
 from jdistill.wire import channel, codec
 from jdistill.wire.v1 import teacher_pb2
 

@@ -128,7 +128,7 @@ def _teacher_accuracy(base: TrainConfig, path: str) -> dict[str, float]:
 
     from jdistill import models, tasks
     from jdistill.student.evaluate import evaluate
-    from jdistill.student.rollout import Sampler
+    from jdistill.rollout.sampler import Sampler
 
     task = tasks.create_task(base.task.name, base.task.options, path)
     graphdef, params = nnx.split(models.load(path, compute_dtype=base.model.compute_dtype), nnx.Param)

@@ -157,7 +157,7 @@ def load_sampler(args: argparse.Namespace, prompt_length: int, stop_token_ids: t
     from flax import nnx
 
     from jdistill import models
-    from jdistill.student.rollout import Sampler
+    from jdistill.rollout.sampler import Sampler
 
     limit = models.config_from_hf(args.model).max_position_embeddings
     left = limit - prompt_length

@@ -214,7 +214,7 @@ class EngineHere:
         return futures
 
     async def _score(self, items: list[Item], temperature: float, futures: list[asyncio.Future[TokenScores]]) -> None:
-        from jdistill.teacher.service import check_scores
+        from jdistill.sidecar.service import check_scores
         from jdistill.wire.codec import token_crc
 
         sequences = [item.sequence for item in items]
@@ -257,7 +257,7 @@ async def _teacher(
             # In a thread: Ctrl-C is to end the wait for a teacher that is not there.
             yield RunningTeacher(client, (await asyncio.to_thread(client.info)).model)
         return
-    from jdistill.teacher.engines import create_engine
+    from jdistill.sidecar.engines import create_engine
 
     here = EngineHere(await create_engine(config))
     try:

@@ -154,10 +154,10 @@ def run(args: argparse.Namespace) -> int:
     if args.config is not None and "=" in args.config:
         raise ConfigError(f"{args.config}: changes come after a configuration file; without one use flags (--help)")
     config = config_of(args, HELP, args.config, args.overrides)
-    from jdistill.teacher.logs import configure
+    from jdistill.sidecar.logs import configure
 
     configure(config.log_format, args.log_level)
-    from jdistill.teacher.server import exit_soon, exit_with_parent, serve
+    from jdistill.sidecar.server import exit_soon, exit_with_parent, serve
 
     if args.exit_with_parent is not None:
         exit_with_parent(args.exit_with_parent or None)

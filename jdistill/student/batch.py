@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from jdistill.wire.types import TokenScores
 
 if TYPE_CHECKING:
-    from jdistill.student.rollout import Completion
+    from jdistill.rollout.sampler import Completion
 
 
 class TrainBatch(NamedTuple):

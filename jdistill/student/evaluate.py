@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jdistill.student import hosts
-from jdistill.student.rollout import Completion, Sampler
+from jdistill.rollout.sampler import Completion, Sampler
 from jdistill.tasks import Problem, Task
 
 

@@ -16,7 +16,7 @@ from jdistill.config import ConfigError, TrainConfig
 from jdistill.student import hosts, objective
 from jdistill.student.batch import SegmentScores
 from jdistill.student.cross_tokenizer import CrossTokenizer, Retokenized, scatter
-from jdistill.student.rollout import Completion
+from jdistill.rollout.sampler import Completion
 from jdistill.student.teacher_process import TeacherProcess
 from jdistill.tasks.base import Problem, Task
 from jdistill.wire import credentials

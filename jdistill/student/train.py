@@ -34,7 +34,7 @@ from jdistill.student.metrics import MetricsWriter
 from jdistill.student.objective import check as check_objective
 from jdistill.student.optimizer import make_optimizer
 from jdistill.student.progress import Progress
-from jdistill.student.rollout import Completion, Sampler
+from jdistill.rollout.sampler import Completion, Sampler
 from jdistill.student.sampled import SampledBatch
 from jdistill.student.step import Gradient, init_state, make_train_step
 from jdistill.student.teacher import BatchScoring, RemoteTeacher

@@ -12,9 +12,9 @@ from jdistill import cli
 from jdistill.wire import errors
 from tests.client.conftest import FakeTeacher
 from tests.commands.test_score import random_lines, write
-from tests.teacher import sidecar
-from tests.teacher.certificates import Authority
-from tests.teacher.checkpoints import write_checkpoint
+from tests.sidecar import sidecar
+from tests.sidecar.certificates import Authority
+from tests.sidecar.checkpoints import write_checkpoint
 
 DEADLINE_S = 30
 

@@ -17,7 +17,7 @@ from jdistill.config import LoraSection, TrainConfig
 from jdistill.fingerprint import model_fingerprint
 from jdistill.student.checkpoint import Checkpoints
 from jdistill.student.step import TrainState
-from tests.teacher.checkpoints import write_checkpoint
+from tests.sidecar.checkpoints import write_checkpoint
 
 
 @pytest.fixture(scope="module")

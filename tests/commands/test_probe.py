@@ -9,7 +9,7 @@ import pytest
 
 from jdistill import cli
 from jdistill.client import TeacherClient
-from tests.teacher.certificates import Authority
+from tests.sidecar.certificates import Authority
 
 
 def test_it_tells_model_limits_health_and_speed(start_sidecar, capsys):

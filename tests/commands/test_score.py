@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from jdistill import cli
 from jdistill.commands import score
-from jdistill.teacher.engines import fake
+from jdistill.sidecar.engines import fake
 from jdistill.wire.types import TokenScores
-from tests.teacher.certificates import Authority
+from tests.sidecar.certificates import Authority
 
 VOCAB = 64
 

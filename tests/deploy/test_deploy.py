@@ -24,10 +24,10 @@ from ruamel.yaml import YAML
 from jdistill import cli, config
 from jdistill.commands import probe, teacher
 from jdistill.config import TeacherServerConfig
-from jdistill.teacher import server
+from jdistill.sidecar import server
 from jdistill.wire.codec import SERVICE
-from tests.teacher.certificates import Authority
-from tests.teacher.sidecar import command
+from tests.sidecar.certificates import Authority
+from tests.sidecar.sidecar import command
 
 DEPLOY = pathlib.Path(__file__).parents[2] / "deploy"
 # What the teacher needs after SIGTERM at most: the running calls, then to end the calls left, to tell clients, to close

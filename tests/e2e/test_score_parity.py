@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.teacher.checkpoints import write_checkpoint
+from tests.sidecar.checkpoints import write_checkpoint
 
 REPO = pathlib.Path(__file__).parents[2]
 VLLM_PYTHON = os.environ.get("JDISTILL_VLLM_PYTHON")

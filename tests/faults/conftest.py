@@ -7,7 +7,7 @@ import pytest
 from jdistill.client import TeacherClient
 from tests.faults.harness import WATCHED
 from tests.faults.proxy import FaultProxy
-from tests.teacher import sidecar
+from tests.sidecar import sidecar
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jdistill.teacher.engines import fake
+from jdistill.sidecar.engines import fake
 from jdistill.wire import codec
 from jdistill.wire.types import SequenceToScore, TokenScores
 

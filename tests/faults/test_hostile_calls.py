@@ -7,7 +7,7 @@ import pytest
 
 from jdistill.client import TeacherClient
 from tests.faults.harness import assert_scores, batch, good_calls, metrics, wait_until
-from tests.teacher import sidecar as sidecars
+from tests.sidecar import sidecar as sidecars
 
 
 def call_without_utf8(address):

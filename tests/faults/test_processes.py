@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from jdistill.client import SequenceToScore
 from jdistill.wire.v1 import teacher_pb2, teacher_pb2_grpc
 from tests.faults.harness import FULL, WATCHED, assert_scores, batch, calls, good_calls, metrics, wait_until
-from tests.teacher import sidecar as sidecars
+from tests.sidecar import sidecar as sidecars
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from jdistill.wire import codec
 from jdistill.wire.v1 import teacher_pb2, teacher_pb2_grpc
 from tests.faults.bad_requests import BAD, MAX_LENGTH, VOCAB, assert_refused
 from tests.faults.harness import FULL, WATCHED, batch, expected, metrics
-from tests.teacher import sidecar
+from tests.sidecar import sidecar
 
 pytestmark = pytest.mark.timeout(3600 if FULL else 120)
 NUM_FUZZED = 20_000 if FULL else 1500

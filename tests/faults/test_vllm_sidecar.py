@@ -20,8 +20,8 @@ from jdistill.client import SequenceToScore
 from jdistill.wire.v1 import teacher_pb2_grpc
 from tests.faults.bad_requests import BAD, MAX_LENGTH, VOCAB, assert_refused
 from tests.faults.harness import WATCHED, metrics, wait_until
-from tests.teacher import sidecar as sidecars
-from tests.teacher.checkpoints import write_checkpoint
+from tests.sidecar import sidecar as sidecars
+from tests.sidecar.checkpoints import write_checkpoint
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jdistill.student.evaluate import EvalResult, evaluate
-from jdistill.student.rollout import Completion
+from jdistill.rollout.sampler import Completion
 from jdistill.tasks import create_task
 from jdistill.tasks.addition import write_tokenizer
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jdistill.student.rollout import Completion
+from jdistill.rollout.sampler import Completion
 from jdistill.student.sampled import SampledBatch
 from jdistill.tasks.base import Problem
 

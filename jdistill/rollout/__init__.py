@@ -1,0 +1,1 @@
+"""Samples completions and gathers a step's episodes."""

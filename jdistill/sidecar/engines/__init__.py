@@ -1,0 +1,76 @@
+"""The table of engines: name -> where it is. An engine is tested by being listed here."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import importlib
+
+from jdistill.config import ConfigError, TeacherServerConfig
+from jdistill.sidecar.engines.base import Engine
+
+# Imported only when asked for: each needs an environment of its own (vllm no jax, jax no torch).
+ENGINES = {
+    "vllm": "jdistill.sidecar.engines.vllm:VllmEngine",
+    "sglang": "jdistill.sidecar.engines.sglang:SglangEngine",
+    "vllm-http": "jdistill.sidecar.engines.vllm_http:VllmHttpEngine",
+    "sglang-http": "jdistill.sidecar.engines.sglang_http:SglangHttpEngine",
+    "transformers": "jdistill.sidecar.engines.transformers:TransformersEngine",
+    "jax": "jdistill.sidecar.engines.jax:JaxEngine",
+    "fake": "jdistill.sidecar.engines.fake:FakeEngine",
+}
+
+# The pip extra that brings what an engine needs.
+EXTRAS = {
+    "vllm": "vllm",
+    "sglang": "sglang",
+    "vllm-http": "http",
+    "sglang-http": "http",
+    "transformers": "transformers",
+    "jax": "student",
+    "fake": "server",
+}
+
+
+def check_engine_name(name: str) -> None:
+    """Raises ConfigError, with the nearest name, if there is no such engine."""
+    if name not in ENGINES:
+        near = difflib.get_close_matches(name, ENGINES, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"no engine {name!r}; {hint}There are: {', '.join(ENGINES)}")
+
+
+def engine_class(name: str) -> type[Engine]:
+    """The class behind `name`.
+
+    Raises:
+        ConfigError: no such engine, or its libraries are not installed here.
+    """
+    check_engine_name(name)
+    module, _, attribute = ENGINES[name].partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as e:
+        if (e.name or "").partition(".")[0] == "jdistill":
+            raise  # ours: a bug, not an installation
+        raise ConfigError(
+            f"engine {name!r} needs {e.name}, which is not installed for this Python: "
+            f"pip install 'jdistill[{EXTRAS[name]}]', or use the interpreter of an environment that has it"
+        ) from None
+
+
+async def create_engine(config: TeacherServerConfig) -> Engine:
+    """Makes the engine of `config.engine` and loads its model.
+
+    Raises:
+        ConfigError, ValueError: no such engine, a checkpoint that cannot be used, unknown engine_args.
+    """
+    if config.urls and not config.engine.endswith("-http"):
+        near = f"{config.engine}-http" if f"{config.engine}-http" in ENGINES else "vllm-http, sglang-http"
+        raise ConfigError(
+            f"engine {config.engine} and urls are two ways of naming an engine: it runs a model itself. For servers "
+            f"that run already use engine {near}; to run one here leave urls out"
+        )
+    # In a thread: importing torch or vLLM takes seconds, in which health checks are to be answered.
+    engine = await asyncio.to_thread(engine_class, config.engine)
+    return await engine.create(config)

@@ -1,0 +1,504 @@
+"""Engines in front of HTTP servers against a fake server that answers as vLLM's does, or as it is told to lie."""
+
+import asyncio
+import base64
+import contextlib
+import io
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("aiohttp")
+from aiohttp import web
+
+from jdistill.config import ConfigError, TeacherServerConfig
+from jdistill.sidecar.engines import http_front
+from jdistill.sidecar.engines.vllm_http import VllmHttpEngine
+from jdistill.wire.codec import token_crc
+from jdistill.wire.errors import FingerprintMismatchError, InvalidRequestError, TeacherError, UnavailableError
+from jdistill.wire.types import SequenceToScore
+from tests.sidecar.checkpoints import write_checkpoint
+from tests.sidecar.engine_contract import random_spans
+from tests.sidecar.http_server import free_port
+
+VOCAB = 512
+
+
+def bigrams(seed: int) -> np.ndarray:
+    """log p(column | row), [V, V]: the fake server's model."""
+    logits_VV = np.random.default_rng(seed).standard_normal((VOCAB, VOCAB)) * 3
+    return logits_VV - np.log(np.exp(logits_VV).sum(axis=-1, keepdims=True))
+
+
+class FakeVllm:
+    """An HTTP server with vLLM's paths and reply formats over a bigram model."""
+
+    def __init__(self, root, *, seed=0, scale_out=True, fields=True, max_len=129, key=None):
+        self.table_VV = bigrams(seed)
+        self.root, self.scale_out, self.fields, self.max_len, self.key = str(root), scale_out, fields, max_len, key
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.num_scored = self.running = self.most_running = self.cancelled = 0
+        self.healthy = True
+        self.change = None  # reply -> reply, to lie
+        self.status = None  # of every scoring request
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def start(self):
+        app = web.Application()
+        app.router.add_get("/health", self.health)
+        app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/version", self.version)
+        app.router.add_post("/v1/completions", self.score)
+        app.router.add_post("/inference/v1/generate", self.score)
+        self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await self.runner.setup()
+        await web.TCPSite(self.runner, "127.0.0.1", self.port, reuse_address=True).start()
+        return self
+
+    async def stop(self):
+        await self.runner.cleanup()
+
+    async def health(self, request):
+        return web.Response(status=200 if self.healthy else 503)
+
+    async def version(self, request):
+        return web.json_response({"version": "0.32.0"})
+
+    async def models(self, request):
+        if self.key is not None and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        base = {"id": "teacher", "root": self.root, "parent": None, "max_model_len": self.max_len}
+        return web.json_response({"data": [base, {"id": "math", "root": "/lora", "parent": "teacher"}]})
+
+    async def score(self, request):
+        body = await request.json()
+        generate = request.path.endswith("/generate")
+        if generate and not self.scale_out:
+            return web.json_response({"error": "Scale-out endpoints are disabled."}, status=403)
+        if self.status is not None:
+            return web.json_response({"error": "told to"}, status=self.status)
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+        self.num_scored += 1
+        ids, sampling = (body["token_ids"], body["sampling_params"]) if generate else (body["prompt"], body)
+        if max(ids) >= VOCAB:
+            return web.json_response({"error": "Token id is out of vocabulary"}, status=400)
+        reply = {"prompt_logprobs": None, "prompt_token_ids": ids}
+        rows = sampling.get("prompt_logprob_token_ids")
+        if rows is not None:
+            if not self.fields:
+                return web.json_response({"error": "requires the V2 model runner"}, status=400)
+            start, width = sampling["prompt_logprob_start"], max(map(len, rows))
+            assert len(rows) == len(ids) - 1 - start
+            array = np.zeros((len(rows), width), np.float32)
+            for i, row in enumerate(rows):
+                array[i, : len(row)] = self.table_VV[ids[start + i], row]
+            file = io.BytesIO()
+            np.save(file, array)
+            reply["prompt_token_id_logprobs"] = base64.b64encode(file.getvalue()).decode()
+        if sampling.get("prompt_logprobs") is not None:
+            reply["prompt_logprobs"] = [None]
+            for before, token in itertools.pairwise(ids):
+                row_V = self.table_VV[before]
+                shown = [*np.argsort(-row_V)[: sampling["prompt_logprobs"]].tolist(), token]  # the token comes last
+                reply["prompt_logprobs"].append({str(i): {"logprob": float(row_V[i])} for i in shown})
+        if not generate:
+            reply = {"choices": [reply]}
+        if self.change is not None:
+            reply = self.change(reply)
+        return web.Response(text=reply if isinstance(reply, str) else json.dumps(reply))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("front") / "teacher")
+
+
+@contextlib.asynccontextmanager
+async def running(*servers):
+    for server in servers:
+        await server.start()
+    try:
+        yield
+    finally:
+        for server in servers:
+            server.gate.set()
+            await server.stop()
+
+
+@contextlib.asynccontextmanager
+async def engine_for(path, servers, **config):
+    config = {"engine": "vllm-http", "model": str(path), "urls": [server.url for server in servers], **config}
+    engine = await VllmHttpEngine.create(TeacherServerConfig(**config))
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+async def score_all(engine, sequences, **options):
+    results = [(index, scores) async for index, scores in engine.score(sequences, **options)]
+    assert sorted(index for index, _ in results) == list(range(len(sequences)))
+    return [scores for _, scores in sorted(results, key=lambda item: item[0])]
+
+
+def sequences_of(count, length=40):
+    rng = np.random.default_rng(3)
+    return [
+        SequenceToScore(rng.integers(0, VOCAB, length).astype(np.int32), random_spans(length, seed))
+        for seed in range(count)
+    ]
+
+
+def check(table_VV, sequence, scores):
+    positions_P = sequence.scored_positions()
+    rows_PV = table_VV[sequence.token_ids[positions_P - 1]]
+    np.testing.assert_allclose(
+        scores.logprobs, rows_PV[np.arange(len(positions_P)), sequence.token_ids[positions_P]], atol=1e-5
+    )
+    if scores.top_ids is not None:
+        np.testing.assert_array_equal(scores.top_ids, np.argsort(-rows_PV)[:, : scores.top_ids.shape[1]])
+        np.testing.assert_allclose(scores.top_logprobs, np.take_along_axis(rows_PV, scores.top_ids, -1), atol=1e-5)
+    if sequence.candidate_ids is not None:
+        expected = np.take_along_axis(rows_PV, sequence.candidate_ids, -1)
+        np.testing.assert_allclose(scores.candidate_logprobs, expected, atol=1e-5)
+    assert scores.token_crc == token_crc(sequence.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("server", "way"),
+    [
+        ({}, "fields"),
+        ({"fields": False}, "generate"),
+        ({"scale_out": False}, "completions"),
+    ],
+)
+def test_the_best_way_that_the_server_has_open_is_taken_and_gives_the_model_s_numbers(path, server, way):
+    async def run():
+        fake = FakeVllm(path, **server)
+        async with running(fake), engine_for(path, [fake]) as engine:
+            assert engine.way == way
+            assert engine.info.max_candidate_count == (19 if way == "fields" else 0)
+            assert engine.info.max_sequence_length == 128
+            sequences = sequences_of(4)
+            if way == "fields":
+                rng = np.random.default_rng(0)
+                sequences += [
+                    SequenceToScore(s.token_ids, s.spans, rng.integers(0, VOCAB, (s.num_scored, 5)).astype(np.int32))
+                    for s in sequences
+                ]
+            for top_k in (0, 3):
+                for sequence, scores in zip(sequences, await score_all(engine, sequences, top_k=top_k), strict=True):
+                    assert (scores.top_ids is None) == (top_k == 0)
+                    check(fake.table_VV, sequence, scores)
+
+    asyncio.run(run())
+
+
+def test_a_way_that_gives_other_numbers_than_plain_completions_is_not_taken(path):
+    def shifted(reply):
+        text = reply.get("prompt_token_id_logprobs")
+        if text is None:
+            return reply
+        array, file = np.load(io.BytesIO(base64.b64decode(text))), io.BytesIO()
+        np.save(file, np.roll(array, 1, axis=0))
+        return {**reply, "prompt_token_id_logprobs": base64.b64encode(file.getvalue()).decode()}
+
+    async def run():
+        fake = FakeVllm(path)
+        fake.change = shifted
+        async with running(fake), engine_for(path, [fake]) as engine:
+            assert engine.way == "generate"
+
+    asyncio.run(run())
+
+
+def edited(edit):
+    def change(reply):
+        edit(reply["choices"][0])
+        return reply
+
+    return change
+
+
+def set_all(value):
+    def edit(choice):
+        for row in choice["prompt_logprobs"][1:]:
+            for entry in row.values():
+                entry["logprob"] = value
+
+    return edited(edit)
+
+
+def rows_change(edit):
+    return edited(lambda choice: edit(choice["prompt_logprobs"]))
+
+
+LIES = [
+    ("missing, NaN or above 0", set_all(float("nan"))),
+    ("missing, NaN or above 0", set_all(None)),
+    ("missing, NaN or above 0", set_all(0.5)),
+    ("cannot read", set_all("much")),
+    ("39 rows of prompt_logprobs for 40 tokens", rows_change(lambda rows: rows.pop())),
+    ("no rows of prompt_logprobs", edited(lambda choice: choice.update(prompt_logprobs=None))),
+    ("not aligned as vLLM's", rows_change(lambda rows: rows.insert(0, rows.pop()))),
+    ("scored other token ids", edited(lambda choice: choice["prompt_token_ids"].reverse())),
+    ("no log-probability of token", rows_change(lambda rows: rows.__setitem__(slice(1, None), [{}] * 39))),
+    (
+        "of the 2 most likely",
+        rows_change(lambda rows: [row.pop(token) for row in rows[1:] for token in list(row)[:-1]]),
+    ),
+    ("cannot read", lambda reply: {}),
+    ("cannot read", lambda reply: {"choices": []}),
+    ("not JSON", lambda reply: "<html>"),
+    ("answers 200", lambda reply: []),
+]
+
+
+@pytest.mark.parametrize(("words", "lie"), LIES)
+def test_a_reply_that_cannot_be_true_is_an_error_and_never_a_number(path, words, lie):
+    async def run():
+        fake = FakeVllm(path, scale_out=False)
+        async with running(fake), engine_for(path, [fake]) as engine:
+            sequences = sequences_of(1)
+            await score_all(engine, sequences, top_k=2)
+            fake.change = lie
+            with pytest.raises(TeacherError, match=words) as caught:
+                await score_all(engine, sequences, top_k=2)
+            assert not isinstance(caught.value, UnavailableError)  # a retry would not help
+            fake.change = None
+            check(fake.table_VV, sequences[0], (await score_all(engine, sequences, top_k=2))[0])
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("lie", "words"), [("too few", "expected"), ("NaN", "NaN"), ("pickle", "is no array")])
+def test_a_bad_array_of_candidates_is_an_error(path, lie, words):
+    def bad(reply):
+        array = np.load(io.BytesIO(base64.b64decode(reply["prompt_token_id_logprobs"])))
+        array = {"too few": array[1:], "NaN": array * np.nan, "pickle": array.astype(object)}[lie]
+        file = io.BytesIO()
+        np.save(file, array)
+        return {**reply, "prompt_token_id_logprobs": base64.b64encode(file.getvalue()).decode()}
+
+    async def run():
+        fake = FakeVllm(path)
+        async with running(fake), engine_for(path, [fake]) as engine:
+            fake.change = bad
+            with pytest.raises(TeacherError, match=words):
+                await score_all(engine, sequences_of(1))
+
+    asyncio.run(run())
+
+
+def test_a_dead_url_is_left_out_at_start_and_used_once_it_answers(path, monkeypatch):
+    monkeypatch.setattr(http_front, "LEFT_OUT_S", 0.0)
+
+    async def run():
+        here, later = FakeVllm(path), FakeVllm(path)
+        async with running(here), engine_for(path, [later, here]) as engine:
+            sequences = sequences_of(6)
+            for sequence, scores in zip(sequences, await score_all(engine, sequences), strict=True):
+                check(here.table_VV, sequence, scores)
+            async with running(later):
+                await score_all(engine, sequences)
+                assert later.num_scored > 1  # the probe, and more
+
+    asyncio.run(run())
+
+
+def test_a_server_that_stops_under_way_loses_nothing(path):
+    async def run():
+        first, second = FakeVllm(path), FakeVllm(path)
+        async with running(second):
+            await first.start()
+            async with engine_for(path, [first, second]) as engine:
+                first.gate.clear()
+                scoring = asyncio.ensure_future(score_all(engine, sequences_of(12), top_k=1))
+                while first.running < 6:
+                    await asyncio.sleep(0.01)
+                await first.stop()
+                for sequence, scores in zip(sequences_of(12), await asyncio.wait_for(scoring, 10), strict=True):
+                    check(second.table_VV, sequence, scores)
+                await second.stop()
+                with pytest.raises(UnavailableError, match=rf"{first.url}.*; .*{second.url}|{second.url}.*{first.url}"):
+                    await score_all(engine, sequences_of(1))
+                await second.start()
+                await score_all(engine, sequences_of(1))
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("failure", ["under way", "in a pause"])
+def test_a_server_that_comes_back_with_other_weights_is_refused(path, monkeypatch, failure):
+    if failure == "in a pause":
+        monkeypatch.setattr(http_front, "TRUSTED_S", 0.0)
+
+    async def run():
+        server, other = FakeVllm(path), FakeVllm(path)
+        async with running(server, other), engine_for(path, [server]) as engine:
+            await score_all(engine, sequences_of(2))
+            if failure == "under way":
+                server.status = 503
+                with pytest.raises(UnavailableError, match="503"):
+                    await score_all(engine, sequences_of(1))
+                server.status = None
+            server.table_VV = bigrams(1)
+            with pytest.raises(FingerprintMismatchError, match="other weights"):
+                await score_all(engine, sequences_of(2))
+            server.table_VV, server.max_len = bigrams(0), 65
+            with pytest.raises(FingerprintMismatchError, match=r"differ in max_length.* 64, .* 128"):
+                await score_all(engine, sequences_of(2))
+            server.max_len = 129
+            await score_all(engine, sequences_of(2))
+
+    asyncio.run(run())
+
+
+def test_tokens_are_spread_by_what_each_server_still_has_to_do_and_connections_are_bounded(path):
+    async def run():
+        servers = [FakeVllm(path), FakeVllm(path)]
+        async with running(*servers), engine_for(path, servers, engine_args={"max_connections": 3}) as engine:
+            for server in servers:
+                server.gate.clear()
+            long = SequenceToScore(np.arange(120, dtype=np.int32))
+            short = [SequenceToScore(np.arange(30, dtype=np.int32)) for _ in range(8)]
+            scoring = asyncio.ensure_future(score_all(engine, [long, *short]))
+            while [server.running for server in servers] != [3, 3]:
+                await asyncio.sleep(0.01)
+            # 120 | 30 30 30 30, then in turns: 180 each at the end.
+            assert sorted(server.outstanding_tokens for server in engine._servers) == [180, 180]
+            for server in servers:
+                server.gate.set()
+            await asyncio.wait_for(scoring, 10)
+            assert [server.most_running for server in servers] == [3, 3]
+            assert [server.outstanding_tokens for server in engine._servers] == [0, 0]
+
+    asyncio.run(run())
+
+
+def test_closing_the_iterator_ends_the_requests_at_the_server(path):
+    async def run():
+        fake = FakeVllm(path)
+        async with running(fake), engine_for(path, [fake]) as engine:
+            fake.gate.clear()
+            stream = engine.score(sequences_of(5))
+            first = asyncio.ensure_future(anext(stream))
+            while fake.running < 5:
+                await asyncio.sleep(0.01)
+            first.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await first
+            await stream.aclose()
+            while fake.running:
+                await asyncio.sleep(0.01)
+            assert fake.cancelled == 5
+
+    asyncio.run(run())
+
+
+def test_an_unhealthy_server_s_500_goes_elsewhere_and_a_healthy_one_s_is_an_error(path):
+    async def run():
+        servers = [FakeVllm(path), FakeVllm(path)]
+        async with running(*servers), engine_for(path, servers) as engine:
+            servers[0].status, servers[0].healthy = 500, False
+            await score_all(engine, sequences_of(4))
+            servers[0].healthy = True
+            engine._servers[0].left_out_until = 0.0
+            servers[1].status = 500
+            with pytest.raises(TeacherError, match="answers 500"):
+                engine._servers[0].trusted_until = float("inf")
+                await score_all(engine, sequences_of(4))
+            for server in servers:
+                server.status = 400
+            with pytest.raises(InvalidRequestError, match="refused a sequence"):
+                await score_all(engine, sequences_of(1))
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("servers", "config", "words"),
+    [
+        ([{}, {"seed": 1}], {}, "other weights"),
+        ([{}, {"max_len": 100}], {}, "differ in max_length"),
+        ([{"key": "secret"}], {}, "api_key_file"),
+        ([{}], {"engine_args": {"server_model": "math"}}, "no model 'math'"),
+        ([{}], {"engine_args": {"max_top_k": 2, "scoring": "magic"}}, "scoring"),
+        ([{}], {"engine_args": {"api_key_file": "/nowhere/key"}}, "api_key_file: /nowhere/key"),
+        ([{}], {"adapters": {"teacher": "/x"}}, "no 'teacher'"),
+        ([{"scale_out": False}], {"max_sequence_length": 129}, "expected 2 to 128"),
+    ],
+)
+def test_servers_that_contradict_the_configuration_or_each_other_are_refused_at_start(path, servers, config, words):
+    async def run():
+        fakes = [FakeVllm(path, **server) for server in servers]
+        async with running(*fakes):
+            with pytest.raises(ConfigError, match=words):
+                async with engine_for(path, fakes, **config):
+                    pass
+
+    asyncio.run(run())
+
+
+def test_a_server_whose_checkpoint_has_another_vocabulary_is_refused_before_it_scores(path, tmp_path):
+    other = write_checkpoint(tmp_path / "other", vocab_size=600)
+
+    async def run():
+        fake = FakeVllm(other)
+        async with running(fake):
+            with pytest.raises(ConfigError, match=r"another vocabulary or tokenizer than .*other"):
+                async with engine_for(path, [fake]):
+                    pass
+        assert fake.num_scored == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", ["raw", "all below 0"])
+def test_a_server_that_returns_logits_is_refused(path, kind):
+    async def run():
+        fake = FakeVllm(path)
+        fake.table_VV = fake.table_VV + (20 if kind == "raw" else -fake.table_VV.max(axis=-1, keepdims=True))
+        async with running(fake):
+            with pytest.raises(ConfigError, match="logprobs-mode raw_logprobs"):
+                async with engine_for(path, [fake]):
+                    pass
+
+    asyncio.run(run())
+
+
+def test_the_key_is_sent_and_an_adapter_is_asked_by_its_name(path, tmp_path):
+    (tmp_path / "key").write_text("secret\n")
+    asked = []
+
+    async def run():
+        fake = FakeVllm(path, key="secret")
+        score = fake.score
+
+        async def noted(request):
+            asked.append((await request.json())["model"])
+            return await score(request)
+
+        fake.score = noted
+        config = {"engine_args": {"api_key_file": str(tmp_path / "key")}, "adapters": {"math": "/lora"}}
+        async with running(fake), engine_for(path, [fake], **config) as engine:
+            assert engine.adapters["math"].base_model == engine.info.model == "teacher"
+            assert engine.adapters["math"].fingerprint != engine.info.fingerprint
+            del asked[:]
+            await score_all(engine, sequences_of(1))
+            await score_all(engine, sequences_of(1), adapter="math")
+        assert asked == ["teacher", "math"]
+
+    asyncio.run(run())
