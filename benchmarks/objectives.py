@@ -32,12 +32,12 @@ from rich.console import Console
 
 from jdistill import cli, config, models, plot, tasks
 from jdistill.losses import estimators, masked
+from jdistill.rollout.sampler import Sampler
 from jdistill.student import metrics
 from jdistill.student.batch import TrainBatch, make_batch
 from jdistill.student.checkpoint import restore_params
 from jdistill.student.evaluate import evaluate
 from jdistill.student.objective import Scored, loss
-from jdistill.rollout.sampler import Sampler
 from jdistill.student.teacher_process import TeacherProcess
 from jdistill.student.train import train
 from jdistill.tasks import addition

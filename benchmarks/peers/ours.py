@@ -23,10 +23,10 @@ from benchmarks.peers import work
 from jdistill import models
 from jdistill.config import TrainConfig, parse
 from jdistill.losses import advantages
+from jdistill.rollout.sampler import Sampler
 from jdistill.student.batch import TrainBatch, make_batch
 from jdistill.student.logprobs import target_logprobs
 from jdistill.student.optimizer import make_optimizer
-from jdistill.rollout.sampler import Sampler
 from jdistill.student.step import TrainState, TrainStep, init_state, make_train_step
 
 CANDIDATES = 8  # K of the distillation: objective.distill_top_k's default

@@ -127,8 +127,8 @@ def _teacher_accuracy(base: TrainConfig, path: str) -> dict[str, float]:
     from flax import nnx
 
     from jdistill import models, tasks
-    from jdistill.student.evaluate import evaluate
     from jdistill.rollout.sampler import Sampler
+    from jdistill.student.evaluate import evaluate
 
     task = tasks.create_task(base.task.name, base.task.options, path)
     graphdef, params = nnx.split(models.load(path, compute_dtype=base.model.compute_dtype), nnx.Param)

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdistill.student import hosts
 from jdistill.rollout.sampler import Completion, Sampler
+from jdistill.student import hosts
 from jdistill.tasks import Problem, Task
 
 

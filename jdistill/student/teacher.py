@@ -13,10 +13,10 @@ from concurrent.futures import Future
 from jdistill import checkpoint_files, models, tasks
 from jdistill.client import Teacher, TeacherClient
 from jdistill.config import ConfigError, TrainConfig
+from jdistill.rollout.sampler import Completion
 from jdistill.student import hosts, objective
 from jdistill.student.batch import SegmentScores
 from jdistill.student.cross_tokenizer import CrossTokenizer, Retokenized, scatter
-from jdistill.rollout.sampler import Completion
 from jdistill.student.teacher_process import TeacherProcess
 from jdistill.tasks.base import Problem, Task
 from jdistill.wire import credentials

@@ -25,6 +25,7 @@ from jdistill import checkpoint_files, models, tasks
 from jdistill.config import ConfigError, TrainConfig
 from jdistill.fingerprint import model_fingerprint
 from jdistill.losses import advantages, weights
+from jdistill.rollout.sampler import Completion, Sampler
 from jdistill.student import hosts, sharding
 from jdistill.student.batch import TrainBatch, make_batch, make_supervised_batch
 from jdistill.student.checkpoint import Checkpoints
@@ -34,7 +35,6 @@ from jdistill.student.metrics import MetricsWriter
 from jdistill.student.objective import check as check_objective
 from jdistill.student.optimizer import make_optimizer
 from jdistill.student.progress import Progress
-from jdistill.rollout.sampler import Completion, Sampler
 from jdistill.student.sampled import SampledBatch
 from jdistill.student.step import Gradient, init_state, make_train_step
 from jdistill.student.teacher import BatchScoring, RemoteTeacher

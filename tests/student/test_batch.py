@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jdistill.student.batch import length_buckets, make_batch, make_supervised_batch
 from jdistill.rollout.sampler import Completion
+from jdistill.student.batch import length_buckets, make_batch, make_supervised_batch
 from jdistill.wire.types import TokenScores
 
 

@@ -5,8 +5,8 @@ import contextlib
 import numpy as np
 import pytest
 
-from jdistill.student.evaluate import EvalResult, evaluate
 from jdistill.rollout.sampler import Completion
+from jdistill.student.evaluate import EvalResult, evaluate
 from jdistill.tasks import create_task
 from jdistill.tasks.addition import write_tokenizer
 

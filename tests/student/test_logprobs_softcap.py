@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 
 from jdistill import models
-from jdistill.student.logprobs import loss_of_targets, target_logprobs
 from jdistill.rollout.sampler import Sampler
 from jdistill.sidecar.engines import jax as jax_engine
+from jdistill.student.logprobs import loss_of_targets, target_logprobs
 
 B, T, D, V, K = 2, 5, 6, 23, 3
 CAP = 1.5
