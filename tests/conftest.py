@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 
-from tests.sidecar import sidecar
+from tests.sidecar import processes
 
 with contextlib.suppress(ModuleNotFoundError):  # the SGLang environment has no use for it
     import hypothesis
@@ -34,7 +34,7 @@ def start_sidecar(tmp_path):
     started = []
 
     def start(*args, wait=True):
-        started.append(sidecar.launch(tmp_path, *args, wait=False))
+        started.append(processes.launch(tmp_path, *args, wait=False))
         if wait:
             started[-1].wait_for_port()
         return started[-1]

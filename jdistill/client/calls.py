@@ -8,37 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from typing import TYPE_CHECKING
 
 from jdistill.client.jobs import Job
+from jdistill.client.replica import Replica
 from jdistill.client.verification import Reply
-
-if TYPE_CHECKING:
-    from jdistill.client.replica import Replica
 
 LATE_FACTOR = 4.0  # times what the fastest other replica takes: above any scatter of equal machines
 HUNG_FACTOR = 10.0  # times what the replica itself usually takes
-_DECAY = 0.8  # of a Pace at each call: about the last five count
-
-
-class Pace:
-    """Usual seconds a token of a replica's calls, queues included.
-
-    A ratio of sums, so that small calls, which are mostly overhead, weigh little.
-    """
-
-    def __init__(self) -> None:
-        self._seconds = self._tokens = 0.0
-
-    def add(self, seconds: float, num_tokens: int) -> None:
-        """A call took so long while so many tokens were outstanding at its replica, its own included."""
-        self._seconds = _DECAY * self._seconds + seconds
-        self._tokens = _DECAY * self._tokens + num_tokens
-
-    @property
-    def s_per_token(self) -> float | None:
-        """None: no call has ended yet."""
-        return self._seconds / self._tokens if self._tokens else None
 
 
 @dataclasses.dataclass(eq=False, slots=True)

@@ -15,7 +15,6 @@ import grpc
 import grpc.aio
 
 from jdistill.client import agreement
-from jdistill.client.calls import Pace
 from jdistill.client.token import BearerToken
 from jdistill.wire import codec, credentials, status
 from jdistill.wire.channel import client_options, service_config
@@ -27,12 +26,33 @@ MAX_CALL_BYTES = 1 << 20  # of token ids, spans and candidates in one call of se
 MAX_PAUSE_S = 300.0  # of a replica that hangs: so long does it take at most to notice that it works again
 REQUEST_OVERHEAD_BYTES = 4096  # names, fingerprint, field tags
 
+_DECAY = 0.8  # of a Pace at each call: about the last five count
 _SLEEP_METHOD = f"/{codec.CONTROL_SERVICE}/Sleep"
 _WAKE_METHOD = f"/{codec.CONTROL_SERVICE}/Wake"
 
 
 class HopelessError(TeacherError):
     """Waiting cannot help: wrong TLS credentials."""
+
+
+class Pace:
+    """Usual seconds a token of a replica's calls, queues included.
+
+    A ratio of sums, so that small calls, which are mostly overhead, weigh little.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = self._tokens = 0.0
+
+    def add(self, seconds: float, num_tokens: int) -> None:
+        """A call took so long while so many tokens were outstanding at its replica, its own included."""
+        self._seconds = _DECAY * self._seconds + seconds
+        self._tokens = _DECAY * self._tokens + num_tokens
+
+    @property
+    def s_per_token(self) -> float | None:
+        """None: no call has ended yet."""
+        return self._seconds / self._tokens if self._tokens else None
 
 
 class Replica:

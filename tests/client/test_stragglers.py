@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jdistill.client import SequenceToScore
-from jdistill.client.calls import Call, Pace
+from jdistill.client.calls import Call
+from jdistill.client.replica import Pace
 from jdistill.wire import codec, errors
 
 

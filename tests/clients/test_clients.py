@@ -12,7 +12,7 @@ from jdistill import cli
 from jdistill.wire import errors
 from tests.client.conftest import FakeTeacher
 from tests.commands.test_score import random_lines, write
-from tests.sidecar import sidecar
+from tests.sidecar import processes
 from tests.sidecar.certificates import Authority
 from tests.sidecar.checkpoints import write_checkpoint
 
@@ -83,7 +83,7 @@ def real_teacher(tmp_path_factory):
     """Address of a sidecar with a real model; loading PyTorch takes seconds, so the clients share it."""
     directory = tmp_path_factory.mktemp("real")
     model = write_checkpoint(directory / "model")
-    one = sidecar.launch(directory, "--engine", "transformers", "--model", model, wait=False)
+    one = processes.launch(directory, "--engine", "transformers", "--model", model, wait=False)
     try:
         one.wait_for_port(timeout_s=120)
         yield one.address

@@ -27,7 +27,7 @@ from jdistill.config import TeacherServerConfig
 from jdistill.sidecar import server
 from jdistill.wire.codec import SERVICE
 from tests.sidecar.certificates import Authority
-from tests.sidecar.sidecar import command
+from tests.sidecar.processes import command
 
 DEPLOY = pathlib.Path(__file__).parents[2] / "deploy"
 # What the teacher needs after SIGTERM at most: the running calls, then to end the calls left, to tell clients, to close

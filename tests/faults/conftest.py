@@ -7,7 +7,7 @@ import pytest
 from jdistill.client import TeacherClient
 from tests.faults.harness import WATCHED
 from tests.faults.proxy import FaultProxy
-from tests.sidecar import sidecar
+from tests.sidecar import processes
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def proxy():
 @pytest.fixture(scope="module")
 def steady_sidecar(tmp_path_factory):
     """A sidecar for all tests of a module that do it no harm; they check that it still serves."""
-    one = sidecar.launch(tmp_path_factory.mktemp("sidecar"), *WATCHED)
+    one = processes.launch(tmp_path_factory.mktemp("sidecar"), *WATCHED)
     yield one
     one.process.kill()
     one.process.wait()

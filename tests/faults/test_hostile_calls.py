@@ -7,7 +7,7 @@ import pytest
 
 from jdistill.client import TeacherClient
 from tests.faults.harness import assert_scores, batch, good_calls, metrics, wait_until
-from tests.sidecar import sidecar as sidecars
+from tests.sidecar import processes
 
 
 def call_without_utf8(address):
@@ -27,7 +27,7 @@ def test_a_method_name_that_is_not_utf8_costs_a_retry_and_not_the_sidecar(start_
             call_without_utf8(sidecar.address)
         assert not future.done(), "the batch was over before the calls"
         assert_scores(future.result(timeout=20), asked)
-    assert sidecars.health(sidecar.address) == sidecars.SERVING
+    assert processes.health(sidecar.address) == processes.SERVING
     assert sidecar.log.count("listening again") == 2 and sidecar.log.count("loaded in") == 1
     # What was under way for the connections that ended has left queue and engine.
     wait_until(lambda: not metrics(sidecar)["jdistill_open_calls"])

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from jdistill.client import SequenceToScore
 from jdistill.wire.v1 import teacher_pb2, teacher_pb2_grpc
 from tests.faults.harness import FULL, WATCHED, assert_scores, batch, calls, good_calls, metrics, wait_until
-from tests.sidecar import sidecar as sidecars
+from tests.sidecar import processes
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ class Supervisor:
     def __init__(self, directory, *args):
         self.exit_codes = []
         self._directory, self._args = directory, args
-        self.sidecar = sidecars.launch(directory, *args)
+        self.sidecar = processes.launch(directory, *args)
         self.first = self.sidecar
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -168,7 +168,7 @@ class Supervisor:
     def _run(self):
         while (code := self.sidecar.process.wait()) != 0 and not self._stopping.is_set():
             self.exit_codes.append(code)
-            self.sidecar = sidecars.launch(self._directory, "--port", self.first.port, *self._args, wait=False)
+            self.sidecar = processes.launch(self._directory, "--port", self.first.port, *self._args, wait=False)
 
     def stop(self):
         self._stopping.set()
@@ -211,7 +211,7 @@ def test_an_engine_that_crashes_fails_over_and_its_supervised_sidecar_is_used_ag
         assert not future.done(), "the batch was over before the crash"
         assert_scores(future.result(timeout=20), asked)
         watched.result(timeout=10)
-        assert statuses == [sidecars.SERVING, sidecars.NOT_SERVING]
+        assert statuses == [processes.SERVING, processes.NOT_SERVING]
         wait_until(lambda: supervisor.exit_codes == [1])
 
         def used_again():

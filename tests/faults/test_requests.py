@@ -11,7 +11,7 @@ from jdistill.wire import codec
 from jdistill.wire.v1 import teacher_pb2, teacher_pb2_grpc
 from tests.faults.bad_requests import BAD, MAX_LENGTH, VOCAB, assert_refused
 from tests.faults.harness import FULL, WATCHED, batch, expected, metrics
-from tests.sidecar import sidecar
+from tests.sidecar import processes
 
 pytestmark = pytest.mark.timeout(3600 if FULL else 120)
 NUM_FUZZED = 20_000 if FULL else 1500
@@ -21,7 +21,7 @@ REFUSALS = {"INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "UNIMPLEMENT
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     args = ("--max-sequence-length", MAX_LENGTH, "--engine-arg", f"vocab_size={VOCAB}")
-    one = sidecar.launch(tmp_path_factory.mktemp("sidecar"), *WATCHED, *args, "--adapter", "lora=x")
+    one = processes.launch(tmp_path_factory.mktemp("sidecar"), *WATCHED, *args, "--adapter", "lora=x")
     yield one
     one.process.kill()
     one.process.wait()

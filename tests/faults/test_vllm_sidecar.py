@@ -20,7 +20,7 @@ from jdistill.client import SequenceToScore
 from jdistill.wire.v1 import teacher_pb2_grpc
 from tests.faults.bad_requests import BAD, MAX_LENGTH, VOCAB, assert_refused
 from tests.faults.harness import WATCHED, metrics, wait_until
-from tests.sidecar import sidecar as sidecars
+from tests.sidecar import processes
 from tests.sidecar.checkpoints import write_checkpoint
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -33,7 +33,7 @@ def teacher(tmp_path_factory):
     path = write_checkpoint(directory / "tiny")
     # The largest context, so that there is work that a lost client can leave behind.
     args = ("--engine", "vllm", "--model", path, "--max-sequence-length", MAX_LENGTH)
-    one = sidecars.launch(directory, *WATCHED, *args, wait=False)
+    one = processes.launch(directory, *WATCHED, *args, wait=False)
     try:
         one.wait_for_port(180)
         yield one
@@ -103,7 +103,7 @@ def test_what_cannot_be_scored_never_reaches_vllm_and_the_rest_goes_on(teacher, 
             # Other batch mates, other rounding: float32.
             np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-4)
             assert (got.logprobs <= 0).all() and np.ptp(got.logprobs) > 1
-    assert teacher.process.poll() is None and sidecars.health(teacher.address) == sidecars.SERVING
+    assert teacher.process.poll() is None and processes.health(teacher.address) == processes.SERVING
 
 
 CLIENT = """
@@ -175,6 +175,6 @@ def test_the_death_of_vllms_engine_process_is_told_at_once_and_ends_the_sidecar_
     assert teacher.process.wait(30) == 1
     print(f"ended {time.monotonic() - killed_at:.1f} s after its engine")
     watcher.join(10)
-    assert statuses == [sidecars.SERVING, sidecars.NOT_SERVING]
+    assert statuses == [processes.SERVING, processes.NOT_SERVING]
     assert "died" in teacher.log or "dead" in teacher.log
     wait_until(lambda: not any(pathlib.Path(f"/proc/{pid}").exists() for pid in everyone), 15, what="the end of vLLM")

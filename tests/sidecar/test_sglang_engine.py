@@ -29,7 +29,7 @@ from jdistill.wire.errors import EngineDeadError, UnsupportedError
 from jdistill.wire.types import SequenceToScore
 from tests.sidecar.checkpoints import write_adapter, write_checkpoint
 from tests.sidecar.engine_contract import EngineContract, reference_logits, score_all, serve
-from tests.sidecar.sidecar import launch
+from tests.sidecar.processes import launch
 
 # The shared server starts in 40 s on two quiet cores, in 170 s on busy ones.
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]
