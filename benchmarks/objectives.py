@@ -38,6 +38,7 @@ from jdistill.student.batch import TrainBatch, make_batch
 from jdistill.student.checkpoint import restore_params
 from jdistill.student.evaluate import evaluate
 from jdistill.student.objective import Scored, loss
+from jdistill.student.recipe import make_recipe
 from jdistill.student.teacher_process import TeacherProcess
 from jdistill.student.train import train
 from jdistill.tasks import addition
@@ -266,7 +267,7 @@ class Measured:
             if batch.candidate_ids is not None:
                 candidates_BTK = jnp.take_along_axis(logprobs_BTV, jnp.asarray(batch.candidate_ids), axis=-1)
             scored = Scored(logprobs_BT, candidates_BTK, jnp.zeros_like(logprobs_BT))
-            return loss(section, scored, batch, jnp.zeros((), jnp.int32))[0]
+            return loss(section, make_recipe(section), scored, batch, jnp.zeros((), jnp.int32))[0]
 
         def exact(params: nnx.State) -> jax.Array:
             return masked.masked_mean(_kl(_logprobs(nnx.merge(graphdef, params), batch.tokens), teacher_BTV), mask_BT)

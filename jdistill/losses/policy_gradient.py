@@ -15,6 +15,7 @@ Dimension key: B sequences, T targets.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -226,10 +227,25 @@ def sapo(
     return -advantages * 4 / tau_BT * jax.nn.sigmoid(tau_BT * (ratio_BT - 1))
 
 
-# ---- called alike ----
+# ---- the table ----
 
-Policy = Callable[..., Float[Array, "B T"]]
-Clip = Callable[..., Bool[Array, "B T"]]
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy loss, as a trainer needs to know it."""
+
+    name: str
+    # f(logprobs, proximal_logprobs, advantages, loss_mask, **options) -> loss [B, T]
+    function: Callable[..., Float[Array, "B T"]]
+    # Called like `function`, with clip_low and clip_high alone -> bool [B, T]; None: nothing is cut off.
+    clip_is_active: Callable[..., Bool[Array, "B T"]] | None
+    options: tuple[str, ...]  # keyword arguments of `function`, which are keys of the objective's configuration too
+    by_sequence: bool = False  # the loss at a token depends on other tokens of its sequence
+
+    @property
+    def clip_options(self) -> tuple[str, ...]:
+        """Keyword arguments of `clip_is_active`."""
+        return tuple(name for name in self.options if name in ("clip_low", "clip_high"))
 
 
 def _per_token(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -242,23 +258,16 @@ def _per_token(function: Callable[..., Any]) -> Callable[..., Any]:
     return masked_function
 
 
-# name -> f(logprobs, proximal_logprobs, advantages, loss_mask, **its own options) -> loss [B, T]. Adding a policy is
-# its function and a line here.
-POLICIES: dict[str, Policy] = {
-    "ppo_clip": _per_token(ppo_clip),
-    "gspo": gspo,
-    "cispo": _per_token(cispo),
-    "sapo": _per_token(sapo),
-}
-
-# Those whose loss at a token depends on other tokens of its sequence.
-BY_SEQUENCE = frozenset({"gspo"})
-
-# name -> f(..., **its clip_low and clip_high) -> bool [B, T], called like POLICIES. sapo cuts nothing off.
-CLIPS: dict[str, Clip] = {
-    "ppo_clip": _per_token(clip_is_active),
-    "gspo": gspo_clip_is_active,
-    "cispo": _per_token(cispo_clip_is_active),
+_CLIP = ("clip_low", "clip_high")
+# Adding a policy is its function and a line here.
+POLICIES = {
+    policy.name: policy
+    for policy in (
+        Policy("ppo_clip", _per_token(ppo_clip), _per_token(clip_is_active), (*_CLIP, "dual_clip")),
+        Policy("gspo", gspo, gspo_clip_is_active, _CLIP, by_sequence=True),
+        Policy("cispo", _per_token(cispo), _per_token(cispo_clip_is_active), _CLIP),
+        Policy("sapo", _per_token(sapo), None, ("tau_positive", "tau_negative")),
+    )
 }
 
 

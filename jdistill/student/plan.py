@@ -22,9 +22,9 @@ from jax.sharding import AbstractMesh
 
 from jdistill import models
 from jdistill.config import ConfigError, TrainConfig
-from jdistill.student import objective
 from jdistill.student.batch import TrainBatch, length_buckets
 from jdistill.student.optimizer import make_optimizer
+from jdistill.student.recipe import Recipe, make_recipe
 from jdistill.student.sharding import AXES, BATCH_AXES, mesh_sizes, param_shardings
 from jdistill.student.step import TrainState, TrainStep, ValueHead, make_train_step, moment_shardings
 
@@ -65,6 +65,7 @@ class Shapes(NamedTuple):
     """The arrays of a run, without their contents, as one device would have them if it were alone."""
 
     model: models.DecoderConfig
+    recipe: Recipe
     graphdef: nnx.GraphDef
     state: TrainState
     batch: TrainBatch  # of zeros, with rows of the greatest length
@@ -79,23 +80,22 @@ def make_shapes(config: TrainConfig, model: models.DecoderConfig | None = None) 
         model: the student's architecture; None: that of the directory model.path.
     """
     model = models.config_from_hf(config.model.path) if model is None else model
+    recipe = make_recipe(config, vocab_size=model.vocab_size)  # `auto`: candidates, which take more memory
     decoder = _decoder(config, model)
     graphdef, params, base = nnx.split(decoder, models.trained_kind(decoder.config), ...)
-    on_policy, asked = config.objective.kind == "on_policy", config.objective
     head = None
-    if asked.has_rl and asked.advantage == "gae":
+    if recipe.has_critic:
         width = model.hidden_size
         head = ValueHead(jax.ShapeDtypeStruct((width,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32))
     optimizer = make_optimizer(config.optimizer, config.num_steps)
     trained = params if head is None else (params, head)
     step_number = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(params, jax.eval_shape(optimizer.init, trained), step_number, head)
-    num_rows = config.rollout.num_prompts * config.rollout.num_completions if on_policy else config.optimizer.batch_size
     reference = None
-    if objective.reference_of(asked) is not None:
+    if recipe.reference is not None:
         reference = nnx.state(_decoder(config, model, adapters=False), nnx.Param)
-    step = make_train_step(graphdef, config, optimizer, base=base, reference=reference)
-    return Shapes(model, graphdef, state, _batch(config, num_rows, model.vocab_size), step)
+    step = make_train_step(graphdef, config, optimizer, recipe=recipe, base=base, reference=reference)
+    return Shapes(model, recipe, graphdef, state, _batch(config, recipe), step)
 
 
 def make_plan(config: TrainConfig, num_devices: int, model: models.DecoderConfig | None = None) -> Plan:
@@ -149,7 +149,7 @@ def make_plan(config: TrainConfig, num_devices: int, model: models.DecoderConfig
         ),
         Item("batch", _bytes(shapes.batch) // num_shards),
     ]
-    if objective.reference_of(config.objective) is not None:
+    if shapes.recipe.reference is not None:
         always.append(Item("parameters of the reference", whole_bytes, "objective.reference"))
 
     kept = activations(shapes, part)
@@ -172,11 +172,10 @@ def make_plan(config: TrainConfig, num_devices: int, model: models.DecoderConfig
             Item("a layer and the output projection, gathered", gathered * dtype.itemsize // axes["tensor"])
         )
     sampling = []
-    if config.objective.kind == "on_policy":
+    if shapes.recipe.on_policy:
         shards_of_params = axes["fsdp"] * axes["tensor"]
         whole = sum(math.prod(x.shape) for x in jax.tree.leaves((params, base)))
-        most = rollout.num_prompts * rollout.num_completions
-        rows = -(-min(rollout.max_rows or most, most) // num_shards)
+        rows = -(-min(rollout.max_rows or shapes.recipe.num_rows, shapes.recipe.num_rows) // num_shards)
         cache = jax.eval_shape(
             lambda: models.init_cache(
                 shapes.model, rows, rollout.max_prompt_tokens + rollout.max_new_tokens, rollout.cache_dtype or dtype
@@ -229,23 +228,22 @@ def _decoder(config: TrainConfig, model: models.DecoderConfig, *, adapters: bool
     return decoder
 
 
-def _batch(config: TrainConfig, num_rows: int, vocab_size: int) -> TrainBatch:
-    rollout, asked = config.rollout, config.objective
-    num_tokens = length_buckets(rollout.max_prompt_tokens + rollout.max_new_tokens)[-1]
-    floats = np.zeros((num_rows, num_tokens - 1), np.float32)
-    batch = TrainBatch(np.zeros((num_rows, num_tokens), np.int32), np.ones(floats.shape, bool))
-    if asked.kind != "on_policy":
+def _batch(config: TrainConfig, recipe: Recipe) -> TrainBatch:
+    """A batch of zeros with rows of the greatest length, as `make_batch` would give it."""
+    num_tokens = length_buckets(config.rollout.max_prompt_tokens + config.rollout.max_new_tokens)[-1]
+    floats = np.zeros((recipe.num_rows, num_tokens - 1), np.float32)
+    batch = TrainBatch(np.zeros((recipe.num_rows, num_tokens), np.int32), np.ones(floats.shape, bool))
+    if not recipe.on_policy:
         return batch
     batch = batch._replace(sampler_logprobs=floats, advantages=floats)
-    if asked.has_rl and asked.advantage == "gae":
+    if recipe.has_critic:
         batch = batch._replace(token_rewards=floats)
-    if not asked.has_distillation:
-        return batch
-    batch = batch._replace(teacher_logprobs=floats)
-    term = objective.distillation_of(asked)
-    # auto takes candidates wherever the engine can score them; they are what takes more memory.
-    if (term is None and config.teacher.tokenizer is None) or objective.needs_candidates(asked):
-        shape = (*floats.shape, min(asked.distill_top_k, vocab_size))
+    if recipe.distillation is not None:
+        batch = batch._replace(teacher_logprobs=floats)
+    if recipe.has_segments:
+        batch = batch._replace(teacher_segments=floats.astype(np.int32))
+    if recipe.candidates_per_target:
+        shape = (*floats.shape, recipe.candidates_per_target)
         batch = batch._replace(
             candidate_ids=np.zeros(shape, np.int32), teacher_candidate_logprobs=np.zeros(shape, np.float32)
         )

@@ -30,6 +30,7 @@ from jdistill.student import hosts, objective
 from jdistill.student.batch import TrainBatch
 from jdistill.student.logprobs import TargetLogprobs, loss_of_targets, target_logprobs
 from jdistill.student.optimizer import make_schedule
+from jdistill.student.recipe import Recipe, make_recipe
 from jdistill.student.sharding import batch_sharding, param_shardings
 
 
@@ -141,12 +142,14 @@ class TrainStep:
         self,
         graphdef: nnx.GraphDef,
         config: TrainConfig,
+        recipe: Recipe,
         optimizer: optax.GradientTransformation,
         mesh: Mesh | None,
         frozen: Frozen,
     ):
         self._graphdef = graphdef
         self._config = config
+        self._recipe = recipe
         self._optimizer = optimizer
         self._mesh = mesh if mesh is not None and mesh.size > 1 else None
         self.frozen = frozen
@@ -161,21 +164,14 @@ class TrainStep:
         Raises:
             ValueError: the batch lacks what the objective needs, or does not split into minibatches and devices.
         """
-        objective.check_batch(self._config, batch)
         section = self._config.optimizer
+        objective.check_batch(self._recipe, batch, num_parts=section.minibatches * section.accumulate)
         batch, packing = self._placed(batch, section.minibatches, section.accumulate)
         if self._compiled is None:
             # A state that came back elsewhere than it was would compile everything again.
             shardings = jax.tree.map(lambda x: x.sharding, state)
             self._compiled = jax.jit(self.step, donate_argnums=0, out_shardings=(shardings, None))
         return self._compiled(state, batch, self.frozen, packing)
-
-    @property
-    def takes_parts(self) -> bool:
-        """Whether `begin`, `add` and `apply` can make a step: of one update, with nothing that needs all rows first."""
-        asked, section = self._config.objective, self._config.optimizer
-        has_critic = asked.has_rl and asked.advantage == "gae"
-        return section.accumulate > 1 and section.minibatches == 1 and not has_critic
 
     def begin(self, state: TrainState, *, num_tokens: int, num_sequences: int) -> Gradient:
         """An update of which no part has come yet.
@@ -185,7 +181,7 @@ class TrainStep:
             num_tokens: scored, of all parts that will come.
             num_sequences: with a scored token, likewise.
         """
-        if not self.takes_parts:
+        if not self._recipe.takes_parts:
             raise ValueError("steps by parts need optimizer.accumulate > 1, minibatches: 1, and no value head")
         trained = _trained(state.params, state.value_head)
         grads = jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), trained)
@@ -202,7 +198,7 @@ class TrainStep:
         Raises:
             ValueError: the part lacks what the objective needs, or does not split into devices.
         """
-        objective.check_batch(self._config, part, num_parts=1)
+        objective.check_batch(self._recipe, part, num_parts=1)
         mask_RT = part.loss_mask
         own = mask_RT.sum(), mask_RT.any(axis=1).sum(), _lengths(mask_RT).sum(), mask_RT.size
         *counts, num_real, num_padded = map(int, hosts.total(np.array(own, np.int32)))
@@ -342,14 +338,14 @@ class TrainStep:
     def _prepare(self, trained: tuple[nnx.State, ValueHead | None], parts: _Parts, frozen: Frozen) -> _Parts:
         """Adds what the objective needs of all rows before the first update."""
         asked, (rows, packing), (params, head) = self._config.objective, parts, trained
-        if asked.kind != "on_policy":
+        if not self._recipe.on_policy:
             return parts
 
         def score(params, base, head=None):
             scored = _one_by_one(lambda part: self._score(params, base, *part, head), parts)
             return jax.lax.stop_gradient(scored)
 
-        recompute = asked.proximal == "recomputed" and self._config.optimizer.minibatches > 1
+        recompute = self._recipe.recomputes_proximal
         if recompute or head is not None:
             now = score(params, frozen.base, head)
             if recompute:
@@ -439,18 +435,18 @@ class TrainStep:
         share: Float[Array, ""] | float = 1.0,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         (params, head), (rows, packing) = trained, part
-        term = objective.term_of(self._config.objective, rows)
-        candidate_ids = None if term is None or term.needs_candidates is None else rows.candidate_ids
-        if head is not None or not objective.adds_over_targets(self._config, rows):
+        recipe = self._recipe
+        candidate_ids = rows.candidate_ids if recipe.candidates_per_target else None
+        if recipe.has_critic or not recipe.adds_over_targets:
             scored = self._score(params, base, rows, packing, head, candidate_ids)
-            loss, metrics = objective.loss(self._config, scored, rows, step)
+            loss, metrics = objective.loss(self._config, recipe, scored, rows, step)
             return share * loss, metrics
 
         def both(found: TargetLogprobs, given: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
             rows, packing, step = given
             scored = objective.Scored(*found)
             scored = scored if packing is None else jax.tree.map(packing.unpack, scored)
-            return objective.loss(self._config, scored, rows, step)
+            return objective.loss(self._config, recipe, scored, rows, step)
 
         asked, positions = self._asked(rows, packing, candidate_ids)
         decoder, hidden = self._hidden(params, base, asked, positions, packing)
@@ -484,7 +480,7 @@ class TrainStep:
         """Of target_logprobs."""
         config = self._config
         return {
-            "temperature": config.rollout.temperature if config.objective.kind == "on_policy" else 1.0,
+            "temperature": self._recipe.temperature,
             "chunk_tokens": config.objective.chunk_tokens,
             "mesh": self._mesh,
             "softcap": decoder.config.final_softcap,
@@ -562,6 +558,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     mesh: Mesh | None = None,
     *,
+    recipe: Recipe | None = None,
     base: nnx.State | None = None,
     reference: nnx.State | None = None,
 ) -> TrainStep:
@@ -573,6 +570,7 @@ def make_train_step(
         config: of the run: objective, temperature, minibatches.
         optimizer: the one that the state was made with.
         mesh: on which the state lies; None: one device.
+        recipe: the resolved objective; None: `make_recipe(config)`, for a teacher that can score candidates.
         base: the last of what that split gives, the weights that adapters stand beside; None: there are no adapters.
         reference: parameters of the frozen model of objective.reference, without adapters; None: there is none.
 
@@ -580,7 +578,8 @@ def make_train_step(
         ConfigError: the objective's gradient is not what its name says.
         ValueError: objective.reference without parameters, or the reverse.
     """
-    objective.check(config)
-    if (objective.reference_of(config.objective) is None) != (reference is None):
+    recipe = make_recipe(config) if recipe is None else recipe
+    if (recipe.reference is None) != (reference is None):
         raise ValueError("objective.reference and the reference's parameters belong together: give both or none")
-    return TrainStep(graphdef, config, optimizer, mesh, Frozen(nnx.State({}) if base is None else base, reference))
+    frozen = Frozen(nnx.State({}) if base is None else base, reference)
+    return TrainStep(graphdef, config, recipe, optimizer, mesh, frozen)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import logging
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -14,15 +13,14 @@ from jdistill import checkpoint_files, models, tasks
 from jdistill.client import Teacher, TeacherClient
 from jdistill.config import ConfigError, TrainConfig
 from jdistill.rollout.sampler import Completion
-from jdistill.student import hosts, objective
+from jdistill.student import hosts
 from jdistill.student.batch import SegmentScores
 from jdistill.student.cross_tokenizer import CrossTokenizer, Retokenized, scatter
+from jdistill.student.recipe import TeacherCapabilities, make_recipe
 from jdistill.student.teacher_process import TeacherProcess
 from jdistill.tasks.base import Problem, Task
 from jdistill.wire import credentials
 from jdistill.wire.types import SequenceToScore, ServerInfo, TokenScores
-
-logger = logging.getLogger(__name__)
 
 
 class RemoteTeacher:
@@ -98,41 +96,15 @@ class RemoteTeacher:
                 teacher_stop_id=self._teacher_task.stop_token_ids[0],
                 max_length=min(info.model.max_sequence_length for info in infos),
             )
-        # Of each scored token: so many of the student's most likely tokens are candidates, or of the teacher's come.
-        self.num_candidates, self._top_k = self._distribution(model_config.vocab_size, infos)
+        capabilities = [
+            TeacherCapabilities(
+                f"{info.engine} {info.engine_version}", info.model.max_top_k, info.model.max_candidate_count
+            )
+            for info in infos
+        ]
+        self.recipe = make_recipe(config, vocab_size=model_config.vocab_size, teachers=capabilities)
         if teacher.offload:
             self._client.sleep()  # before the student takes its memory
-
-    def _distribution(self, vocab_size: int, infos: Sequence[ServerInfo]) -> tuple[int, int]:
-        """(candidates, teacher's top-k) to ask for; 0 and 0: the sampled tokens alone."""
-        asked = self._config.objective
-        wanted = min(asked.distill_top_k, vocab_size)
-        term = objective.distillation_of(asked)
-        is_auto = term is None
-        fits = "student" if term is None or term.needs_candidates == "student_topk" else "teacher"
-        theirs = (asked.distill_candidates or fits) == "teacher"
-        if (is_auto and self._cross is not None) or (not is_auto and not objective.needs_candidates(asked)):
-            return 0, 0
-        for info in infos:
-            most = info.model.max_top_k if theirs else info.model.max_candidate_count
-            if most >= wanted:
-                continue
-            what = f"gives the {most} most likely tokens" if theirs else f"scores {most} candidates a token"
-            if is_auto:
-                logger.warning(
-                    "%s %s %s, not %d: distilling from the sampled tokens alone",
-                    info.engine,
-                    info.engine_version,
-                    what,
-                    wanted,
-                )
-                return 0, 0
-            raise ConfigError(
-                f"objective.distillation: {asked.distillation} needs {wanted} tokens at each position; {info.engine} "
-                f"{info.engine_version} {what}: lower objective.distill_top_k, use another engine, or set "
-                "objective.distillation: sampled_reverse_kl"
-            )
-        return (0, wanted) if theirs else (wanted, 0)
 
     def new_batch(self) -> BatchScoring:
         """For the completions of one step."""
@@ -140,7 +112,9 @@ class RemoteTeacher:
 
     def submit(self, sequence: SequenceToScore) -> Future[TokenScores]:
         """Sends one sequence."""
-        return self._client.submit(sequence, top_k=self._top_k, temperature=self._config.rollout.temperature)
+        return self._client.submit(
+            sequence, top_k=self.recipe.teacher_top_k, temperature=self._config.rollout.temperature
+        )
 
     def wake(self) -> None:
         """Before a finished rollout is scored, with offload."""
@@ -166,7 +140,7 @@ class RemoteTeacher:
         sequence = SequenceToScore(
             completion.token_ids,
             ((completion.prompt_length, len(completion.token_ids)),),
-            completion.candidate_ids if self.num_candidates else None,
+            completion.candidate_ids if self.recipe.num_candidates else None,
             teacher=name,
             teacher_prefix=prefix,
             num_replaced=num_replaced,

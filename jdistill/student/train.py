@@ -27,12 +27,12 @@ from jdistill.fingerprint import model_fingerprint
 from jdistill.losses import advantages, weights
 from jdistill.rollout.sampler import Completion, Sampler
 from jdistill.student import hosts, sharding
+from jdistill.student import recipe as recipes
 from jdistill.student.batch import TrainBatch, make_batch, make_supervised_batch
 from jdistill.student.checkpoint import Checkpoints
 from jdistill.student.compilations import COMPILATIONS
 from jdistill.student.evaluate import evaluate
 from jdistill.student.metrics import MetricsWriter
-from jdistill.student.objective import check as check_objective
 from jdistill.student.optimizer import make_optimizer
 from jdistill.student.progress import Progress
 from jdistill.student.sampled import SampledBatch
@@ -71,7 +71,7 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
         TrainingError: NaN; the state is saved.
         Stopped: SIGINT or SIGTERM; the state is saved.
     """
-    check_objective(config)
+    recipes.check(config)
     _check_hosts(config)
     run_dir = pathlib.Path(config.run_dir)
     hosts.from_first(lambda: _prepare_run_dir(config, resume=resume, overwrite=overwrite))
@@ -92,7 +92,6 @@ class _Trainer:
 
     def __init__(self, config: TrainConfig, run_dir: pathlib.Path, stack: contextlib.ExitStack, label: str):
         self.config = config
-        self.on_policy = config.objective.kind == "on_policy"
         self.progress = Progress(label, config.num_steps, None if hosts.is_first() else Console(quiet=True))
         if config.model.init == "checkpoint":
             checkpoint_files.check_checkpoint(config.model.path)
@@ -108,6 +107,7 @@ class _Trainer:
         self.teacher: RemoteTeacher | None = None
         if config.objective.has_distillation:
             self.teacher = RemoteTeacher(config, self.model_config, self.task, run_dir, stack, say=self.progress.say)
+        self.recipe = recipes.make_recipe(config) if self.teacher is None else self.teacher.recipe
         self.mesh = sharding.make_mesh(config.mesh)
         # What samples has a whole copy of the parameters on each host.
         own_mesh, host_mesh = (self.mesh, None) if hosts.count() == 1 else hosts.meshes(self.mesh)
@@ -128,7 +128,7 @@ class _Trainer:
             max_prompt_tokens=config.rollout.max_prompt_tokens,
             max_new_tokens=config.rollout.max_new_tokens,
             stop_token_ids=self.task.stop_token_ids,
-            num_candidates=0 if self.teacher is None else self.teacher.num_candidates,
+            num_candidates=self.recipe.num_candidates,
             max_rows=config.rollout.max_rows,
             min_new_tokens=config.rollout.min_new_tokens,
             top_k=config.rollout.top_k,
@@ -141,11 +141,12 @@ class _Trainer:
             mesh=own_mesh,
         )
         optimizer = make_optimizer(config.optimizer, config.num_steps)
-        has_critic = config.objective.has_rl and config.objective.advantage == "gae"
-        value_width = self.model_config.hidden_size if has_critic else None
+        value_width = self.model_config.hidden_size if self.recipe.has_critic else None
         self.state = init_state(params, optimizer, self.mesh, value_width=value_width)
         reference = self._load_reference(**kwargs)
-        self.train_step = make_train_step(graphdef, config, optimizer, self.mesh, base=self.base, reference=reference)
+        self.train_step = make_train_step(
+            graphdef, config, optimizer, self.mesh, recipe=self.recipe, base=self.base, reference=reference
+        )
         # Only the adapters are in a checkpoint, so it says beside which weights they stood.
         base = model_fingerprint(config.model.path, config.model.compute_dtype) if self.base else None
         self.checkpoints = stack.enter_context(
@@ -172,7 +173,7 @@ class _Trainer:
     def _load_reference(self, **kwargs: Any) -> nnx.State | None:
         """The parameters of objective.reference, which stay as they are."""
         section = self.config.objective.reference
-        if not self.on_policy or section is None:
+        if self.recipe.reference is None:
             return None
         if self.base and pathlib.Path(section.path).resolve() == pathlib.Path(self.config.model.path).resolve():
             return self.base  # already there
@@ -208,7 +209,7 @@ class _Trainer:
                 self.progress.step(0, values)
             while self.step < config.num_steps:
                 started, compiled = time.monotonic(), (COMPILATIONS.count, COMPILATIONS.seconds)
-                make = self._on_policy_update if self.on_policy else self._supervised_update
+                make = self._on_policy_update if self.recipe.on_policy else self._supervised_update
                 update, num_tokens, values, timings, after = make()
                 self.progress.phase("training")
                 with stop.held():  # the state and its line in metrics.jsonl change together
@@ -228,7 +229,7 @@ class _Trainer:
                     self.step += 1
                     self.num_problems, self.pending = after
                     values |= results
-                    if self.on_policy:
+                    if self.recipe.on_policy:
                         self.sampled_tokens += num_tokens
                         values["sampled_tokens"] = self.sampled_tokens
                     timings["step_s"] = time.monotonic() - started
@@ -283,9 +284,10 @@ class _Trainer:
         # Of all hosts' rows: some advantages are relative to all of them.
         all_N4 = hosts.gather(np.stack([shaped_B, rewards_B, lengths_B, stopped_B], axis=1).astype(np.float32))
         advantages_B = np.zeros_like(rewards_B)
-        if objective.has_rl and objective.advantage != "gae":
-            of_groups = advantages.ADVANTAGES[objective.advantage]
-            advantages_N = np.asarray(of_groups(all_N4[:, 0].reshape(rollout.num_prompts, -1))).reshape(-1)
+        if self.recipe.group_advantage is not None:
+            advantages_N = np.asarray(
+                self.recipe.group_advantage(all_N4[:, 0].reshape(rollout.num_prompts, -1))
+            ).reshape(-1)
             advantages_B = advantages_N[hosts.own_part(len(advantages_N))]
         weights_B = None if self.teacher is None else self._distill_weights(rows, rewards_B)
 
@@ -295,7 +297,7 @@ class _Trainer:
                 advantages_B[indices],
                 None if scoring is None else scoring.scores(indices),
                 max_length=rollout.max_prompt_tokens + rollout.max_new_tokens,
-                rewards=shaped_B[indices] if objective.advantage == "gae" else None,
+                rewards=shaped_B[indices] if self.recipe.has_critic else None,
                 distill_weights=None if weights_B is None else weights_B[indices],
                 min_length=hosts.maximum(max(len(completions[index].token_ids) for index in indices)),
             )
@@ -309,7 +311,7 @@ class _Trainer:
             scoring.submit_rest(rows, completions)
         num_tokens, waited_s = int(all_N4[:, 2].sum(dtype=np.float64)), 0.0
         update: TrainBatch | Gradient
-        if self.train_step.takes_parts and not offload:
+        if self.recipe.takes_parts and not offload:
             # In the order in which they were sampled, which is about that in which they are scored; and it is a
             # function of the samples alone, so that a resumed run adds up in the same order.
             update = self.train_step.begin(self.state, num_tokens=num_tokens, num_sequences=len(all_N4))

@@ -57,7 +57,9 @@ def test_a_policy_equals_areals(name):
         advantages = jnp.broadcast_to(advantages, mask.shape)
 
     def loss(logprobs):
-        per_token = policy_gradient.POLICIES[policy](logprobs, inputs["proximal_logprobs"], advantages, mask, **options)
+        per_token = policy_gradient.POLICIES[policy].function(
+            logprobs, inputs["proximal_logprobs"], advantages, mask, **options
+        )
         return masked.masked_mean(per_token, mask)
 
     close(loss, inputs, case)
@@ -74,7 +76,7 @@ def test_decoupled_ppo_equals_areals(name):
     assert ("mask" in name) == bool((kept != mask).any()) and kept.any()
 
     def loss(logprobs):
-        per_token = weight * policy_gradient.POLICIES["ppo_clip"](
+        per_token = weight * policy_gradient.POLICIES["ppo_clip"].function(
             logprobs, inputs["proximal_logprobs"], inputs["advantages"], kept, clip_low=clip_low
         )
         return masked.masked_mean(per_token, mask)  # what was rejected counts as 0

@@ -63,7 +63,7 @@ def on_policy(policy, advantages_NT):
     def loss(logits_HV):
         logprobs_NT = token_logprobs(logits_HV)
         proximal_NT = jax.lax.stop_gradient(logprobs_NT)
-        return policy_gradient.POLICIES[policy](logprobs_NT, proximal_NT, advantages_NT, jnp.asarray(MASK_NT))
+        return policy_gradient.POLICIES[policy].function(logprobs_NT, proximal_NT, advantages_NT, jnp.asarray(MASK_NT))
 
     return loss
 
@@ -119,7 +119,7 @@ def test_off_policy_the_tokens_weight_gives_the_exact_gradient_at_the_samplers_p
     np.testing.assert_array_equal(kept_NT, MASK_NT)
 
     def loss(x, weight_NT=weight_NT):
-        return weight_NT * policy_gradient.POLICIES[policy](
+        return weight_NT * policy_gradient.POLICIES[policy].function(
             token_logprobs(x), proximal_NT, spread(REWARD_N), jnp.asarray(MASK_NT), **UNCLIPPED
         )
 

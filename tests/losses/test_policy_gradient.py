@@ -68,7 +68,7 @@ def test_cispo_bounds_the_weight_and_never_stops_the_gradient(ratio, advantage, 
     grad = jax.grad(lambda x: policy_gradient.cispo(x, *args[1:], **options).sum())(args[0])
     np.testing.assert_allclose(grad[0, 0], gradient, rtol=1e-5)
     np.testing.assert_allclose(policy_gradient.cispo(*args, **options)[0, 0], gradient * (np.log(ratio) - 3), rtol=1e-5)
-    assert bool(policy_gradient.CLIPS["cispo"](*args, ONE, **options)[0, 0]) == bounded
+    assert bool(policy_gradient.POLICIES["cispo"].clip_is_active(*args, ONE, **options)[0, 0]) == bounded
 
 
 def test_cispos_default_has_no_lower_bound_and_a_weight_of_at_most_5():
@@ -109,7 +109,9 @@ def test_gspo_by_hand():
     # 1.105 > 1.05: the token with a positive advantage stops, though its own ratio is not what is compared.
     grad = jax.grad(lambda x: loss(x, clip_low=0.2, clip_high=0.05).sum())(logprobs)
     np.testing.assert_allclose(grad, [[0, 0, 3 * ratio]], rtol=1e-5)
-    active = policy_gradient.CLIPS["gspo"](logprobs, proximal, advantage, mask, clip_low=0.2, clip_high=0.05)
+    active = policy_gradient.POLICIES["gspo"].clip_is_active(
+        logprobs, proximal, advantage, mask, clip_low=0.2, clip_high=0.05
+    )
     np.testing.assert_array_equal(active, [[True, False, False]])
 
 
@@ -143,7 +145,7 @@ OPTIONS = {"ppo_clip": {"dual_clip": 3.0}, "gspo": {"clip_low": 0.2}}
 
 
 def per_token(name, *args):
-    return policy_gradient.POLICIES[name](*args, **OPTIONS.get(name, {}))
+    return policy_gradient.POLICIES[name].function(*args, **OPTIONS.get(name, {}))
 
 
 @functools.cache
@@ -199,16 +201,16 @@ def clipped_and_not(name):
     clip, wide = {"clip_low": 0.15, "clip_high": 0.25}, {"clip_low": 1e6, "clip_high": 1e6}
 
     def total(logprobs, proximal, advantages, mask, options):
-        return jnp.sum(policy_gradient.POLICIES[name](logprobs, proximal, advantages, mask, **options))
+        return jnp.sum(policy_gradient.POLICIES[name].function(logprobs, proximal, advantages, mask, **options))
 
     def both(*inputs):
         grads = (jax.grad(total)(*inputs, options) for options in (clip, wide))
-        return (*grads, policy_gradient.CLIPS[name](*inputs, **clip))
+        return (*grads, policy_gradient.POLICIES[name].clip_is_active(*inputs, **clip))
 
     return jax.jit(both)
 
 
-@pytest.mark.parametrize("name", sorted(policy_gradient.CLIPS))
+@pytest.mark.parametrize("name", [name for name in NAMES if policy_gradient.POLICIES[name].clip_is_active is not None])
 @given(seed=SEEDS)
 @settings(max_examples=15, deadline=None)
 def test_a_clip_is_active_exactly_where_it_changes_the_gradient(name, seed):

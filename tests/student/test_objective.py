@@ -8,7 +8,7 @@ from flax import nnx
 
 from jdistill.config import ConfigError, ObjectiveSection, ScheduleSection, parse
 from jdistill.losses import advantages, distillation, masked, off_policy, policy_gradient
-from jdistill.student import objective
+from jdistill.student import objective, recipe
 from jdistill.student.checkpoint import Checkpoints
 from jdistill.student.objective import Scored
 from jdistill.student.optimizer import make_optimizer
@@ -30,7 +30,9 @@ def scored_of(batch, seed=3):
 
 def loss_of(scored, batch, step=0, **keys):
     config = train_config(objective={"rl_loss_weight": 0.8, "distill_loss_weight": 0.5} | keys)
-    return objective.loss(config, scored, jax.tree.map(jnp.asarray, batch), jnp.asarray(step))
+    return objective.loss(
+        config, recipe.make_recipe(config), scored, jax.tree.map(jnp.asarray, batch), jnp.asarray(step)
+    )
 
 
 # ---- sums over targets ----
@@ -61,17 +63,19 @@ NOT_A_SUM = [1, 6, 7, 10, 11, 12, 19]
 def test_the_gradient_of_a_sum_over_targets_at_one_needs_no_other(number):
     keys = dict(OBJECTIVES[number])
     batch = random_batch()._replace(reference_logprobs=random_batch(seed=5).sampler_logprobs)
+    teacher = {}
     if keys.pop("segments", False):
+        teacher = {"tokenizer": "another"}
         batch = batch._replace(teacher_segments=np.cumsum(np.arange(12) % 3 == 0) * np.ones((8, 1), np.int32))
         batch = batch._replace(teacher_segments=batch.teacher_segments.astype(np.int32))
-    config = train_config(objective={"rl_loss_weight": 0.8, "distill_loss_weight": 0.5} | keys)
+    config = train_config(objective={"rl_loss_weight": 0.8, "distill_loss_weight": 0.5} | keys, teacher=teacher)
+    resolved = recipe.make_recipe(config)
     scored, batch = scored_of(batch), jax.tree.map(jnp.asarray, batch)
 
     def grad(scored):
         def loss(logprobs, candidates):
-            return objective.loss(config, scored._replace(logprobs=logprobs, candidate_logprobs=candidates), batch, 0)[
-                0
-            ]
+            here = scored._replace(logprobs=logprobs, candidate_logprobs=candidates)
+            return objective.loss(config, resolved, here, batch, 0)[0]
 
         return jax.grad(loss, argnums=(0, 1))(scored.logprobs, scored.candidate_logprobs)
 
@@ -80,7 +84,7 @@ def test_the_gradient_of_a_sum_over_targets_at_one_needs_no_other(number):
     here_BT = jnp.arange(12) % 2 == jnp.arange(8)[:, None] % 2  # every other target
     alone = grad(jax.tree.map(lambda x: jnp.where(here_BT.reshape(here_BT.shape + (1,) * (x.ndim - 2)), x, 0), scored))
     same = all(np.allclose(a[here_BT], b[here_BT], rtol=1e-5, atol=1e-8) for a, b in zip(alone, whole, strict=True))
-    assert same == objective.adds_over_targets(config, batch) == (number not in NOT_A_SUM)
+    assert same == resolved.adds_over_targets == (number not in NOT_A_SUM)
 
 
 # ---- the composition ----
@@ -147,7 +151,7 @@ def test_another_policy_takes_the_joint_advantage(policy):
         scored.logprobs, jnp.asarray(batch.teacher_logprobs), mask
     )
     sampler = jnp.asarray(batch.sampler_logprobs)
-    expected = policy_gradient.POLICIES[policy](masked.fill(scored.logprobs, mask), sampler, joint, mask)
+    expected = policy_gradient.POLICIES[policy].function(masked.fill(scored.logprobs, mask), sampler, joint, mask)
     total, _ = loss_of(scored, batch, policy=policy, distillation="sampled_reverse_kl")
     np.testing.assert_allclose(total, masked.masked_mean(expected, mask), rtol=1e-5)
 
@@ -281,7 +285,7 @@ def test_a_value_head_is_saved_and_restored(tmp_path):
 )
 def test_an_estimator_that_does_not_do_what_it_is_named_for_is_refused(keys, message):
     with pytest.raises(ConfigError, match=message):
-        objective.check(train_config(objective=keys))
+        recipe.check(train_config(objective=keys))
 
 
 @pytest.mark.parametrize(

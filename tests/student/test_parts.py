@@ -1,5 +1,7 @@
 """A step in parts (accumulation) and without padding (packing) against the same step at once."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdistill.config import ConfigError
-from jdistill.student import objective as objective_of_step
 from jdistill.student.optimizer import make_optimizer
+from jdistill.student.recipe import make_recipe
 from jdistill.student.step import _balanced_order, init_state, make_train_step
 from tests.student.test_step import make_params, random_batch, train_config
 
@@ -42,14 +44,16 @@ def uneven_batch(case):
     return batch._replace(token_rewards=rewards_BT)
 
 
-def run(batch, objective, **optimizer):
+def run(batch, objective, recipe_changes=None, **optimizer):
     """Two steps: the second shows that the first one's update was the same."""
-    config = train_config(objective=objective, optimizer={"clip_norm": 1e9, **optimizer})
+    teacher = {} if batch.teacher_segments is None else {"tokenizer": "another"}
+    config = train_config(objective=objective, optimizer={"clip_norm": 1e9, **optimizer}, teacher=teacher)
+    recipe = dataclasses.replace(make_recipe(config), **recipe_changes or {})
     graphdef, params = make_params()
     reference = make_params()[1] if config.objective.reference else None
     maker = make_optimizer(config.optimizer, config.num_steps)
     state = init_state(params, maker, value_width=16 if config.objective.advantage == "gae" else None)
-    step = make_train_step(graphdef, config, maker, reference=reference)
+    step = make_train_step(graphdef, config, maker, recipe=recipe, reference=reference)
     state, first = step(state, batch)
     state, second = step(state, batch)
     return first, second
@@ -170,17 +174,16 @@ def test_what_parts_cannot_do_is_refused():
 
 
 @pytest.mark.parametrize("case", ["default", "constant, reference", "sampled"])
-def test_the_gradient_within_the_chunk_is_the_one_after_all_scores(case, monkeypatch):
+def test_the_gradient_within_the_chunk_is_the_one_after_all_scores(case):
     keys = {
         "default": {"distill_beta": 0.3, "distillation": "topk_jsd"},
         "constant, reference": {"reduction": "constant", "reference": {"path": "unused", "weight": 0.3}},
         "sampled": {"distillation": "sampled_reverse_kl", "policy": "cispo", "reduction": "sequence_mean"},
     }[case]
     batch, optimizer = uneven_batch(""), {"minibatches": 2, "accumulate": 2, "packing": True}
-    assert objective_of_step.adds_over_targets(train_config(objective=keys), batch)
-    within = run(batch, keys, **optimizer)
-    monkeypatch.setattr(objective_of_step, "adds_over_targets", lambda *_: False)
-    for a, b in zip(within, run(batch, keys, **optimizer), strict=True):
+    assert make_recipe(train_config(objective=keys)).adds_over_targets
+    within, after = run(batch, keys, **optimizer), run(batch, keys, {"adds_over_targets": False}, **optimizer)
+    for a, b in zip(within, after, strict=True):
         assert set(a) == set(b)
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)

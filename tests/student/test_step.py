@@ -322,9 +322,8 @@ def test_a_batch_without_what_the_objective_reads_is_refused():
     with pytest.raises(ValueError, match="needs candidate_ids, which the batch does not have"):
         make_train_step(graphdef, config, optimizer)(init_state(params, optimizer), batch._replace(candidate_ids=None))
     with pytest.raises(ValueError, match="needs teacher_logprobs"):
-        make_train_step(graphdef, train_config(), optimizer)(
-            init_state(params, optimizer),
-            batch._replace(teacher_logprobs=None, candidate_ids=None, teacher_candidate_logprobs=None),
+        make_train_step(graphdef, train_config(objective={"distillation": "sampled_reverse_kl"}), optimizer)(
+            init_state(params, optimizer), batch._replace(teacher_logprobs=None)
         )
     with pytest.raises(ValueError, match="accumulate = 4 does not divide the batch's 6 rows"):
         make_train_step(graphdef, train_config(optimizer={"minibatches": 4}), optimizer)(
