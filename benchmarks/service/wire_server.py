@@ -17,7 +17,7 @@ from aiohttp import web
 from benchmarks.service.engines import MAX_TOP_K, ReadyEngine
 from benchmarks.service.per_token import PerTokenReply
 from jdistill.config import TeacherServerConfig
-from jdistill.sidecar.server import _keep_freed_memory
+from jdistill.sidecar.process import keep_freed_memory
 from jdistill.wire import channel, codec
 from jdistill.wire.v1 import teacher_pb2
 
@@ -100,7 +100,7 @@ class Server:
 
 async def main() -> None:
     assert MAX_TOP_K == 64 and np.little_endian
-    _keep_freed_memory()
+    keep_freed_memory()
     server = Server()
     grpc_server = grpc.aio.server(options=channel.SERVER_OPTIONS)
     methods = {name: getattr(server, name) for name in ("codec_stream", "lists", "per_token")}

@@ -214,21 +214,21 @@ class EngineHere:
         return futures
 
     async def _score(self, items: list[Item], temperature: float, futures: list[asyncio.Future[TokenScores]]) -> None:
-        from jdistill.sidecar.service import check_scores
+        from jdistill.sidecar.results import ResultChecker
         from jdistill.wire.codec import token_crc
 
-        sequences = [item.sequence for item in items]
+        sequences, lines = [item.sequence for item in items], [item.line for item in items]
         top_k = items[0].top_k
+        checker = ResultChecker(self._engine.name, sequences, lines, top_k=top_k, info=self.model)
         try:
             results = self._engine.score(sequences, top_k=top_k, temperature=temperature)
             async with contextlib.aclosing(results):
                 async for index, scores in results:
-                    check_scores(sequences[index], scores, top_k=top_k, info=self.model, index=items[index].line)
+                    checker.check(index, scores)
                     if scores.token_crc != token_crc(sequences[index].token_ids):
                         raise VerificationError("the engine scored other tokens than these")
                     futures[index].set_result(scores)
-            if not all(future.done() for future in futures):
-                raise VerificationError("the engine left sequences unscored")
+            checker.check_complete()
         except Exception as e:
             for future in futures:
                 if not future.done():

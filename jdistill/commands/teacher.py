@@ -157,7 +157,8 @@ def run(args: argparse.Namespace) -> int:
     from jdistill.sidecar.logs import configure
 
     configure(config.log_format, args.log_level)
-    from jdistill.sidecar.server import exit_soon, exit_with_parent, serve
+    from jdistill.sidecar.process import exit_soon, exit_with_parent
+    from jdistill.sidecar.server import serve
 
     if args.exit_with_parent is not None:
         exit_with_parent(args.exit_with_parent or None)

@@ -24,7 +24,7 @@ from ruamel.yaml import YAML
 from jdistill import cli, config
 from jdistill.commands import probe, teacher
 from jdistill.config import TeacherServerConfig
-from jdistill.sidecar import server
+from jdistill.sidecar.process import CLOSE_TIMEOUT_S
 from jdistill.wire.codec import SERVICE
 from tests.sidecar.certificates import Authority
 from tests.sidecar.processes import command
@@ -32,7 +32,7 @@ from tests.sidecar.processes import command
 DEPLOY = pathlib.Path(__file__).parents[2] / "deploy"
 # What the teacher needs after SIGTERM at most: the running calls, then to end the calls left, to tell clients, to close
 # the engine.
-STOP_S = TeacherServerConfig.model_fields["drain_timeout_s"].default + 3 * server.CLOSE_TIMEOUT_S
+STOP_S = TeacherServerConfig.model_fields["drain_timeout_s"].default + 3 * CLOSE_TIMEOUT_S
 
 
 def arguments(module, argv):
@@ -87,7 +87,7 @@ def test_the_unit_and_its_yaml_are_a_configuration_of_the_teacher(unit):
     assert flags[0] == "/etc/jdistill/teacher.yaml"
     parsed = teacher_config([DEPLOY / "teacher.yaml", *flags[1:]])
     assert parsed.log_format == "json"
-    assert float(unit["Service"]["TimeoutStopSec"]) >= parsed.drain_timeout_s + 3 * server.CLOSE_TIMEOUT_S
+    assert float(unit["Service"]["TimeoutStopSec"]) >= parsed.drain_timeout_s + 3 * CLOSE_TIMEOUT_S
     assert not parsed.insecure and parsed.tls_cert and parsed.token_file  # it listens beyond loopback
 
 
@@ -183,7 +183,7 @@ def test_replicas_have_names_of_their_own_and_the_time_to_drain():
         assert selector.items() <= labels.items()
     (container,) = pod_of(stateful)["containers"]
     parsed = teacher_config(container["args"])
-    assert pod_of(stateful)["terminationGracePeriodSeconds"] >= parsed.drain_timeout_s + 3 * server.CLOSE_TIMEOUT_S
+    assert pod_of(stateful)["terminationGracePeriodSeconds"] >= parsed.drain_timeout_s + 3 * CLOSE_TIMEOUT_S
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"grpc": parsed.port, "metrics": parsed.metrics_port}
     assert {p["targetPort"]: p["port"] for p in service["spec"]["ports"]} == ports

@@ -22,7 +22,7 @@ def main() -> None:
         if os.getppid() != parent_pid:  # it ended before we asked
             sys.exit(1)
     else:
-        from jdistill.sidecar.server import exit_with_parent
+        from jdistill.sidecar.process import exit_with_parent
 
         exit_with_parent(parent_pid)
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
