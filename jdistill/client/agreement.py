@@ -1,4 +1,4 @@
-"""Are these replicas one teacher, and the one that the run began with? Pure functions of what the replicas say."""
+"""Check that replicas serve one model, the one that the run began with; pure functions of their ServerInfo."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _LIMITS = ("max_sequence_length", "max_top_k", "max_candidate_count", "any_tempe
 
 
 def check_up(info: ServerInfo, endpoint: str) -> None:
-    """Raises UnavailableError unless this server would take a score now."""
+    """Raises UnavailableError unless this server would accept a score now."""
     if info.state is ServerState.LOADING:
         raise UnavailableError(f"{endpoint}: is loading its model")
     if info.state is ServerState.DRAINING:
-        raise UnavailableError(f"{endpoint}: is draining, and takes no more work")
+        raise UnavailableError(f"{endpoint}: is draining and accepts no more work")
     if info.state is ServerState.SLEEPING and not info.wake_on_score:
         raise UnavailableError(
             f"{endpoint}: is asleep and refuses scores; call TeacherClient.wake(), or start it with on_sleep: wake"
@@ -26,10 +26,10 @@ def check_up(info: ServerInfo, endpoint: str) -> None:
 
 
 def pick_model(info: ServerInfo, model: str, endpoint: str) -> ModelInfo:
-    """The ModelInfo of the served name `model` ("": the base model).
+    """Returns the ModelInfo of the served name `model` ("": the base model).
 
     Raises:
-        ModelNotFoundError: lists what there is.
+        ModelNotFoundError: lists the served names.
     """
     if not model:
         return info.model
@@ -38,17 +38,20 @@ def pick_model(info: ServerInfo, model: str, endpoint: str) -> ModelInfo:
             return one
     served = ", ".join(repr(one.model) for one in info.models)
     raise ModelNotFoundError(
-        f"{endpoint}: serves no model {model!r}, only {served}; name one of them, or start that teacher with the "
-        "adapter",
+        f"{endpoint}: serves no model {model!r}, only {served}; use one of these names, or start that teacher with "
+        "the adapter",
         field="model",
     )
 
 
 def agree(models: Sequence[tuple[str, ModelInfo]], expected_tokenizer_fingerprint: str | None) -> ModelInfo:
-    """The model that all replicas, (endpoint, model) each, serve; its limits are the tightest of all.
+    """Returns the model that all replicas serve, with the tightest limits of all.
+
+    Args:
+        models: (endpoint, model) of each replica.
 
     Raises:
-        FingerprintMismatchError: says which replicas differ in what, or that it is not the student's tokenizer.
+        FingerprintMismatchError: replicas differ (says which and in what), or the tokenizer is not the student's.
     """
     for name in _IDENTITY:
         endpoints: dict[Any, list[str]] = {}
@@ -57,7 +60,7 @@ def agree(models: Sequence[tuple[str, ModelInfo]], expected_tokenizer_fingerprin
         if len(endpoints) > 1:
             parts = "; ".join(f"{', '.join(who)}: {value!r}" for value, who in endpoints.items())
             raise FingerprintMismatchError(
-                f"the teacher replicas differ in {name}: {parts}. All replicas of one teacher serve the same "
+                f"the teacher replicas differ in {name}: {parts}. All replicas of one teacher must serve the same "
                 "checkpoint in the same dtype: restart those that differ"
             )
     model = models[0][1]
@@ -65,16 +68,15 @@ def agree(models: Sequence[tuple[str, ModelInfo]], expected_tokenizer_fingerprin
     if expected and model.tokenizer_fingerprint != expected:
         has = f"{model.tokenizer_fingerprint!r}" if model.tokenizer_fingerprint else "none (no tokenizer files)"
         raise FingerprintMismatchError(
-            f"the tokenizer of teacher {model.model!r} has the fingerprint {has}, the student's {expected!r}: the "
-            "same id means another text on each side, and every score would be wrong. Use a teacher of the same "
-            "model family, or save the student's tokenizer files beside the teacher's checkpoint if only they "
-            "differ"
+            f"the tokenizer of teacher {model.model!r} has fingerprint {has}, the student's {expected!r}: one id means "
+            "different text on each side, so every score would be wrong. Use a teacher of the same model family; if "
+            "only the tokenizer files differ, save the student's beside the teacher's checkpoint"
         )
     return dataclasses.replace(model, **{name: min(getattr(one, name) for _, one in models) for name in _LIMITS})
 
 
 def difference(model: ModelInfo, pinned: ModelInfo) -> str | None:
-    """How `model` differs from the pinned one in a way that matters; None if it does not."""
+    """Describes how `model` differs from the pinned one in identity or by tighter limits; None if it does not."""
     for name in _IDENTITY:
         if getattr(model, name) != getattr(pinned, name):
             return f"{name} is now {getattr(model, name)!r}, was {getattr(pinned, name)!r}"

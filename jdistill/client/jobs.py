@@ -1,7 +1,7 @@
-"""One sequence on its way to its scores, and the queue of those that wait: in order, by kind, never scanned.
+"""One sequence on its way to its scores, and the queue of waiting sequences.
 
-The textbook has one deque; but only jobs of one kind (options, replicas that may score them) share a call, and picking
-them out of a deque costs a pass over all that wait for every call: quadratic for a large batch.
+The textbook queue is one deque. Here only jobs of one kind (options, replicas that may score them) can share a call,
+and picking those out of a deque would scan all waiting jobs for every call: quadratic in the size of a batch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import heapq
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,22 +17,27 @@ from jdistill.wire import codec
 from jdistill.wire.errors import TeacherError, VerificationError
 from jdistill.wire.types import SequenceToScore, TokenScores
 
+logger = logging.getLogger("jdistill.client")
+
+_NO_ENDPOINTS: frozenset[str] = frozenset()
+
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Job:
     """One sequence on its way to one TokenScores.
 
     Args:
-        index: what errors call it.
+        index: number of the sequence in error messages.
         deadline: in the loop's time.
-        crc, num_tokens: of the sequence as the teacher sees it, its prefix in place.
-        order: of submission; set by the dispatcher.
-        group: of one call of `score`: all of them or one error.
-        bad_replies: by endpoint; those replicas are not asked again.
-        sink: takes the scores instead of the future, in the loop's thread, so that they need not be kept until all of
-            a batch are there.
-        calls: that carry it now; two, and never more, if it is hedged.
-        stalls: times that a server was given up over it.
+        crc, num_tokens: of the sequence as the teacher sees it, with its prefix in place.
+        num_bytes: what the sequence adds to a request.
+        order: position in the order of submission; set by the dispatcher.
+        group: all jobs of one call of `score`: they all succeed, or all fail with one error.
+        bad_replies: rejected replies by endpoint; those replicas are not asked again.
+        sink: takes the scores instead of the future, in the loop's thread, so that a batch need not keep all of its
+            scores until the last one has arrived.
+        calls: the calls that carry the job now; never more than two, and two only while it is hedged.
+        stalls: number of calls with this job that were given up as hung.
     """
 
     sequence: SequenceToScore
@@ -56,41 +62,38 @@ class Job:
 
     @property
     def kind(self) -> tuple[int, float, int, frozenset[str]]:
-        """Jobs of one kind can share a call: top_k, temperature, candidates a position, replicas that may not."""
+        """(top_k, temperature, candidates per position, excluded replicas): jobs of one kind can share a call."""
         candidates = self.sequence.candidate_ids
         return (
             self.top_k,
             self.temperature,
             0 if candidates is None else candidates.shape[1],
-            frozenset(self.bad_replies) if self.bad_replies else _NOBODY,
+            frozenset(self.bad_replies) if self.bad_replies else _NO_ENDPOINTS,
         )
 
     def succeed(self, scores: TokenScores) -> None:
-        """Ends the job; a job that has ended stays as it is."""
+        """Ends the job with its scores; does nothing if the job has already ended."""
         if not self.future.done() and self.future.set_running_or_notify_cancel():
             if self.sink is None:
                 self.future.set_result(scores)
                 return
             try:
                 self.sink(scores)
-            except Exception as e:  # no memory for the batch, perhaps
+            except Exception as e:  # for example no memory for the batch
                 self.future.set_exception(e)
             else:
                 self.future.set_result(None)
 
     def fail(self, error: TeacherError) -> None:
-        """Ends the job and its group: what nobody will get is not sent. A job that has ended stays as it is."""
+        """Ends the job with an error and cancels the rest of its group; does nothing if the job has already ended."""
         if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
             for other in self.group:
                 other.future.cancel()
 
 
-_NOBODY: frozenset[str] = frozenset()
-
-
 class JobQueue:
-    """Jobs that wait, oldest first. Each operation costs O(log n) a job; `len` and `num_tokens` cost nothing."""
+    """Waiting jobs, oldest first. Each operation costs O(log n) per job; `len` and `num_tokens` are O(1)."""
 
     def __init__(self) -> None:
         self._heaps: dict[Any, list[tuple[int, Job]]] = {}  # by kind; (order, job)
@@ -101,22 +104,28 @@ class JobQueue:
         return self._count
 
     def add(self, job: Job) -> None:
-        """Puts a job where its order says: one that comes back after a failed call is the oldest of all."""
+        """Inserts a job at its place in the order of submission, so a job of a failed call goes before newer ones."""
         assert not job.queued
         job.queued = True
         self._count += 1
         self.num_tokens += job.num_tokens
         heapq.heappush(self._heaps.setdefault(job.kind, []), (job.order, job))
 
+    def put_back(self, jobs: Sequence[Job]) -> None:
+        """Adds those of `jobs` that have not ended, are in no other call and are not in the queue yet."""
+        for job in jobs:
+            if not (job.future.done() or job.calls or job.queued):
+                self.add(job)
+
     def discard(self, job: Job) -> None:
-        """Forgets a job that has ended; does nothing to one that does not wait."""
-        if job.queued:  # its entry is dropped when it comes to the front
+        """Removes a job that has ended; does nothing if it is not in the queue."""
+        if job.queued:  # its heap entry is dropped when it reaches the front
             job.queued = False
             self._count -= 1
             self.num_tokens -= job.num_tokens
 
     def oldest(self) -> Job | None:
-        """The job at the front of all kinds."""
+        """The oldest waiting job of any kind."""
         return min((heap[0][1] for heap in self._fronts()), key=lambda job: job.order, default=None)
 
     def take(self, endpoint: str, max_tokens: int, max_bytes: int) -> list[Job]:
@@ -142,7 +151,7 @@ class JobQueue:
         return jobs
 
     def take_overdue(self, now: float) -> list[Job]:
-        """Removes the jobs whose deadline is over; all have the same deadline_s, so they end in their order."""
+        """Removes the jobs whose deadline has passed; deadline_s is the same for all, so deadlines follow the order."""
         overdue = []
         for heap in self._fronts():
             while heap and (not heap[0][1].queued or heap[0][1].deadline <= now):
@@ -161,7 +170,7 @@ class JobQueue:
         return jobs
 
     def _fronts(self) -> Iterator[list[tuple[int, Job]]]:
-        """The heaps, each with a job that waits at its front."""
+        """Yields the heaps, each with a waiting job at its front."""
         for kind, heap in list(self._heaps.items()):
             while heap and (not heap[0][1].queued or heap[0][1].future.done()):
                 self.discard(heapq.heappop(heap)[1])
@@ -172,10 +181,10 @@ class JobQueue:
 
 
 def make_job(sequence: SequenceToScore, *, index: int, top_k: int, temperature: float, deadline: float) -> Job:
-    """A Job of a sequence whose arrays nobody else will change."""
+    """Makes the Job of a sequence whose arrays will not change any more."""
     token_ids, prefix = sequence.token_ids, sequence.teacher_prefix
     scored_ids = token_ids
-    if prefix is not None and token_ids.ndim == prefix.ndim == 1:  # else it is refused before it is sent
+    if prefix is not None and token_ids.ndim == prefix.ndim == 1:  # otherwise validation refuses it later
         scored_ids = sequence.as_scored().token_ids
     return Job(
         sequence=sequence,
@@ -187,3 +196,9 @@ def make_job(sequence: SequenceToScore, *, index: int, top_k: int, temperature: 
         num_tokens=len(scored_ids),
         num_bytes=codec.request_bytes(sequence),
     )
+
+
+def unexpected(error: BaseException) -> TeacherError:
+    """Turns an unexpected exception into an error for the jobs concerned, so that callers never hang."""
+    logger.error("unexpected error in the client; please report it", exc_info=error)
+    return TeacherError(f"the client failed with {type(error).__name__}: {error}")

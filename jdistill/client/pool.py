@@ -1,4 +1,4 @@
-"""The replicas of one teacher: which are up, do they agree, who is left out and comes back, who sleeps."""
+"""The replicas of one teacher: preflight and agreement, leaving out and taking back, sleep and wake."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from jdistill.wire.types import ModelInfo, ServerInfo
 
 logger = logging.getLogger("jdistill.client")
 
-PROBE_TIMEOUT_S = 10.0  # of one GetServerInfo: it does no work, so a longer silence is a dead server
-GRACE_S = 2.0  # for the others once a replica has answered the preflight: nobody waits for a half-open connection
+PROBE_TIMEOUT_S = 10.0  # for one GetServerInfo: it does no work, so a longer silence means a dead server
+GRACE_S = 2.0  # for the other replicas once one has answered the preflight: a half-open connection must not delay it
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Arguments of TeacherClient that are the same for all of its teachers; see there."""
+    """Arguments of TeacherClient that all of its teachers share; documented there."""
 
     deadline_s: float
     max_in_flight: int
@@ -50,9 +50,9 @@ class ReplicaPool:
     """All replicas of one teacher; lives on the loop.
 
     Args:
-        name: of the teacher; "" if there is only one.
-        token, report: one for all teachers of a client.
-        on_change: called when a replica is back, and now and then while one is looked for.
+        name: the teacher's name; "" if there is only one.
+        token, report: shared by all teachers of a client.
+        on_change: called when a replica is back, and before each probe of a lost one.
         on_hopeless: called with the error when every replica is refused, so that waiting cannot help.
     """
 
@@ -85,29 +85,29 @@ class ReplicaPool:
             )
             for endpoint in teacher.endpoints
         ]
-        self.model: ModelInfo | None = None  # pinned by the preflight; limits are the tightest of all replicas
+        self.model: ModelInfo | None = None  # pinned by the preflight; its limits are the tightest of all replicas
         self._preflight = asyncio.Lock()
         self._watchers: list[asyncio.Task[None]] = []
 
-    # ---- what TeacherClient asks ----
+    # ---- called by TeacherClient ----
 
     async def info(self) -> ServerInfo:
-        """Asks all replicas; see TeacherClient.info."""
+        """Asks all replicas and compares them; see TeacherClient.info."""
         deadline = self._loop.time() + self._settings.deadline_s
         async with self._preflight:
             return await self._agree(deadline)
 
     async def check_can_sleep(self) -> None:
-        """Raises UnsupportedError if a replica that answers cannot sleep."""
+        """Raises UnsupportedError if a replica reports that it cannot sleep."""
         await self.info()
         for replica in self.replicas:
             replica.check_can_sleep()
 
     async def sleep(self) -> None:
-        """Puts all replicas that are up to sleep; one that is down has no memory to free."""
+        """Puts all replicas that are up to sleep; a replica that is down has no memory to free."""
         deadline = self._loop.time() + self._settings.deadline_s
         await self.ensure_model(deadline)
-        for replica in self.replicas:  # all or none: half a teacher asleep helps nobody
+        for replica in self.replicas:  # all or none: a teacher half asleep is of no use
             replica.check_can_sleep()
         results = await self._control(self.replicas, Replica.sleep, deadline)
         for replica, result in results:
@@ -120,7 +120,7 @@ class ReplicaPool:
         _raise_first(result for _, result in results if not isinstance(result, UnavailableError))
 
     async def wake(self) -> None:
-        """Wakes all replicas and waits until one at least is ready; those that are down join when they are up."""
+        """Wakes all replicas and waits until at least one is ready; those that are down join when they are up."""
         deadline = self._loop.time() + self._settings.deadline_s
         failures = 0
         asleep = list(self.replicas)
@@ -134,10 +134,10 @@ class ReplicaPool:
             if len(asleep) < len(self.replicas):
                 return
             failures += 1
-            await self._wait_for_anyone(deadline, failures)
+            await self._wait_for_any(deadline, failures)
 
     async def close(self) -> None:
-        """Ends the watching, closes the channels."""
+        """Stops the watchers and closes the channels."""
         for task in self._watchers:
             task.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
@@ -147,23 +147,23 @@ class ReplicaPool:
     # ---- preflight ----
 
     async def ensure_model(self, deadline: float) -> None:
-        """Asks all replicas if nobody has yet; raises as `info` does."""
+        """Runs the preflight unless it has already succeeded; raises as `info` does."""
         async with self._preflight:  # first come, first served: the order of submission stays
             if self.model is None:
                 await self._agree(deadline)
 
     async def _agree(self, deadline: float) -> ServerInfo:
-        """Waits until a replica answers, then compares all that do with each other and with what the run expects."""
+        """Waits until a replica answers, then compares all answers with each other and with what the run expects."""
         failures = 0
         while True:
             answers = await self._ask_all(deadline)
             infos = [(r, a) for r, a in answers if isinstance(a, ServerInfo)]
             if infos:
                 break
-            # Wrong credentials, not a teacher: nobody will put it right while we wait.
+            # Wrong credentials, or not a teacher: waiting will not fix that.
             _raise_first(a for _, a in answers if not isinstance(a, UnavailableError | DeadlineError))
             failures += 1
-            await self._wait_for_anyone(deadline, failures)
+            await self._wait_for_any(deadline, failures)
         self._report.over(self._name)
         models = [(replica.endpoint, replica.model(info)) for replica, info in infos]
         model = agreement.agree(models, self._settings.expected_tokenizer_fingerprint)
@@ -179,17 +179,18 @@ class ReplicaPool:
                 self._watchers.append(self._loop.create_task(self._watch(replica)))
         elif problem := agreement.difference(model, self.model):
             raise FingerprintMismatchError(
-                f"{self.who}the teacher was exchanged since this client's first call: {problem}"
+                f"{self.who}the teacher has changed since this client's first call: {problem}"
             )
         others = tuple(one for one in first.models if one.model != self.model.model)
         return dataclasses.replace(first, models=(self.model, *others))
 
-    async def _wait_for_anyone(self, deadline: float, failures: int) -> None:
+    async def _wait_for_any(self, deadline: float, failures: int) -> None:
+        """Sleeps before the next round; raises DeadlineError once the deadline has passed."""
         now = self._loop.time()
         if now >= deadline:
             self._report.over(self._name)
             raise DeadlineError(
-                f"{self.who}no teacher has answered within {self._settings.deadline_s:g} s: "
+                f"{self.who}no teacher answered within {self._settings.deadline_s:g} s: "
                 f"{self.errors_by_endpoint()}. Is it running, and is the address right?"
             )
         self.report_waiting(deadline)
@@ -198,7 +199,7 @@ class ReplicaPool:
     # ---- replicas ----
 
     async def _control(self, replicas: Sequence[Replica], ask: Any, deadline: float) -> list[tuple[Replica, Any]]:
-        """(replica, result or TeacherError) of `await ask(replica, timeout_s)` for each, all at once."""
+        """Runs `ask(replica, timeout_s)` for all replicas concurrently; returns (replica, result or TeacherError)."""
         timeout_s = max(0.1, deadline - self._loop.time())
         results = await asyncio.gather(*(ask(r, timeout_s) for r in replicas), return_exceptions=True)
         for result in results:
@@ -207,7 +208,7 @@ class ReplicaPool:
         return list(zip(replicas, results, strict=True))
 
     async def _ask_all(self, deadline: float) -> list[tuple[Replica, ServerInfo | TeacherError]]:
-        """What each replica says of itself; who is silent while others have answered is not waited for."""
+        """Asks all replicas for their ServerInfo; those silent GRACE_S after another's answer are not waited for."""
         timeout_s = min(PROBE_TIMEOUT_S, max(0.1, deadline - self._loop.time()))
         tasks = {self._loop.create_task(replica.ask(timeout_s)): replica for replica in self.replicas}
         waiting = set(tasks)
@@ -222,7 +223,7 @@ class ReplicaPool:
         answers: list[tuple[Replica, ServerInfo | TeacherError]] = []
         for task, replica in tasks.items():
             if task in waiting:
-                replica.error = f"{replica.endpoint}: no answer within {GRACE_S:g} s of another's"
+                replica.error = f"{replica.endpoint}: no answer within {GRACE_S:g} s of another replica's"
                 answers.append((replica, DeadlineError(replica.error)))
             elif (error := task.exception()) is None or isinstance(error, TeacherError):
                 answers.append((replica, error or task.result()))
@@ -245,7 +246,7 @@ class ReplicaPool:
             self._on_change()
             await asyncio.sleep(replica.backoff_s())
             if not replica.lost.is_set():
-                continue  # it was woken
+                continue  # `wake` has brought it back meanwhile
             try:
                 info = await replica.ask(PROBE_TIMEOUT_S)
             except UnauthenticatedError as e:
@@ -258,7 +259,7 @@ class ReplicaPool:
                 self._consider(replica, info)
 
     def _consider(self, replica: Replica, info: ServerInfo) -> None:
-        """Takes a replica that answers again, unless it is another teacher by now."""
+        """Takes back a replica that answers again, unless it now serves another model."""
         assert self.model is not None
         try:
             problem = agreement.difference(replica.model(info), self.model)
@@ -269,8 +270,8 @@ class ReplicaPool:
             self.refuse(
                 replica,
                 FingerprintMismatchError(
-                    f"{replica.endpoint}: {problem}; another model than this run began with. Restart that teacher "
-                    "with the first one's checkpoint and dtype, or start a new run"
+                    f"{replica.endpoint}: {problem}; this is not the model that the run began with. Restart that "
+                    "teacher with the original checkpoint and dtype, or start a new run"
                 ),
             )
             return
@@ -281,7 +282,7 @@ class ReplicaPool:
         self._on_change()
 
     def lose(self, replica: Replica, error: TeacherError) -> None:
-        """Leaves out a replica until it answers a probe."""
+        """Leaves a replica out until it answers a probe."""
         replica.error = str(error)
         if replica.ready:
             replica.ready = False
@@ -290,14 +291,14 @@ class ReplicaPool:
         replica.lost.set()
 
     def hold(self, replica: Replica, error: TeacherError) -> None:
-        """Leaves a replica that has failed, but is up, alone for a moment."""
+        """Pauses a replica that failed but is up."""
         logger.warning("teacher %s failed: %s", replica.endpoint, error)
         replica.error = str(error)
         replica.failures += 1
         replica.paused_until = max(replica.paused_until, self._loop.time() + replica.backoff_s())
 
     def refuse(self, replica: Replica, error: FingerprintMismatchError | UnauthenticatedError) -> None:
-        """Leaves out a server that is not this run's teacher, or not ours; looks at it again from time to time."""
+        """Leaves out a server that is another model or rejects our token; it is still probed from time to time."""
         if replica.refused is None:
             logger.error("teacher left out: %s", error)
         replica.error = str(error)
@@ -305,27 +306,27 @@ class ReplicaPool:
         replica.ready = False
         replica.lost.set()
         if all(r.refused is not None for r in self.replicas):
-            # Nobody is left, dead or alive, who could come back with the right weights on their own.
+            # No replica is left, dead or alive, that could return with the right weights by itself.
             everyone = "; ".join(str(r.refused) for r in self.replicas)
             self._on_hopeless(type(error)(everyone))
 
-    # ---- telling people ----
+    # ---- reporting ----
 
     def report_waiting(self, deadline: float) -> None:
-        """Tells, every few seconds, that work waits for a replica, until `deadline` at most."""
+        """Reports, every few seconds, that work waits for a replica, until `deadline` at most."""
         now = self._loop.time()
         if self._report.due(self._name, now):
             left_s = max(0.0, deadline - now)
             self._report.waits(
                 self._name,
-                f"{self.who}waiting for a teacher, {left_s:.0f} s at most; no replica is up: "
+                f"{self.who}waiting for a teacher, at most {left_s:.0f} s; no replica is up: "
                 f"{self.errors_by_endpoint()}",
                 now,
             )
 
     def errors_by_endpoint(self) -> str:
         """The last error of each replica."""
-        # Errors of the network begin with their endpoint.
+        # Network errors already begin with their endpoint.
         return "; ".join(
             r.error if r.error.startswith(r.endpoint) else f"{r.endpoint}: {r.error}" for r in self.replicas
         )

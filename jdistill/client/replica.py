@@ -1,7 +1,7 @@
-"""One sidecar as the client sees it: its channel, what is known of it, and what it has to do.
+"""One sidecar as the client sees it: its channel, its state, its pace, and how many calls it gets.
 
-Its channel does without gRPC's health checks: GetServerInfo says more (loading, asleep, draining), in every state, and
-a sleeping server that is not "serving" can still be woken.
+The channel does not use gRPC's health checks: GetServerInfo says more (loading, asleep, draining) and answers in every
+state, and a sleeping server that is not "serving" can still be woken.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from jdistill.wire.errors import TeacherError, UnauthenticatedError, Unavailable
 from jdistill.wire.types import ModelInfo, ServerInfo
 
 MAX_BACKOFF_S = 3.0  # between two probes of a dead replica; a probe is cheap, an idle trainer is not
-MAX_CALL_BYTES = 1 << 20  # of token ids, spans and candidates in one call of several sequences; below anybody's limit
-MAX_PAUSE_S = 300.0  # of a replica that hangs: so long does it take at most to notice that it works again
+MAX_CALL_BYTES = 1 << 20  # token ids, spans and candidates of one call of several sequences; below every server's limit
+MAX_PAUSE_S = 300.0  # for a replica that hangs: the longest time until the client notices that it works again
+PACE_DECAY = 0.8  # per call: about the last five calls count
 REQUEST_OVERHEAD_BYTES = 4096  # names, fingerprint, field tags
 
-_DECAY = 0.8  # of a Pace at each call: about the last five count
 _SLEEP_METHOD = f"/{codec.CONTROL_SERVICE}/Sleep"
 _WAKE_METHOD = f"/{codec.CONTROL_SERVICE}/Wake"
 
 
 class HopelessError(TeacherError):
-    """Waiting cannot help: wrong TLS credentials."""
+    """Wrong TLS credentials: waiting cannot help."""
 
 
 class Pace:
-    """Usual seconds a token of a replica's calls, queues included.
+    """Usual seconds per token of a replica's calls, including the time in its queue.
 
-    A ratio of sums, so that small calls, which are mostly overhead, weigh little.
+    A ratio of sums, so that small calls, which are mostly overhead, have little weight.
     """
 
     def __init__(self) -> None:
         self._seconds = self._tokens = 0.0
 
     def add(self, seconds: float, num_tokens: int) -> None:
-        """A call took so long while so many tokens were outstanding at its replica, its own included."""
-        self._seconds = _DECAY * self._seconds + seconds
-        self._tokens = _DECAY * self._tokens + num_tokens
+        """Records a call that took `seconds` with `num_tokens` outstanding at its replica, its own included."""
+        self._seconds = PACE_DECAY * self._seconds + seconds
+        self._tokens = PACE_DECAY * self._tokens + num_tokens
 
     @property
     def s_per_token(self) -> float | None:
-        """None: no call has ended yet."""
+        """Seconds per token; None: no call has ended yet."""
         return self._seconds / self._tokens if self._tokens else None
 
 
 class Replica:
-    """One endpoint of one teacher; see TeacherClient for the arguments. `limit` of its calls may be under way."""
+    """One endpoint of one teacher; see TeacherClient for the arguments. Adapts how many calls may be in flight."""
 
     def __init__(
         self,
@@ -76,44 +76,44 @@ class Replica:
             self.channel = grpc.aio.secure_channel(endpoint, tls, _options())
         self._model_name = model
         self._token = token
-        self._metadata = (("jdistill-client", client_id),)  # by which the server is fair
-        # Without serializers gRPC hands bytes through: the codec reads them.
+        self._metadata = (("jdistill-client", client_id),)  # the server's fairness is per client
+        # Without serializers gRPC passes bytes through; the codec reads them.
         self._score = self.channel.unary_stream(codec.SCORE_METHOD)
         self._info = self.channel.unary_unary(codec.INFO_METHOD)
         self._sleep = self.channel.unary_unary(_SLEEP_METHOD)
         self._wake = self.channel.unary_unary(_WAKE_METHOD)
-        self.info: ServerInfo | None = None  # as of the last answer
+        self.info: ServerInfo | None = None  # from its last answer
         self.ready = False
-        self.refused: TeacherError | None = None  # it answers, but not as the teacher of this run, or not to us
+        self.refused: TeacherError | None = None  # it answers, but as another model, or it rejects our token
         self.lost = asyncio.Event()
         self.failures = 0  # in a row
         self.error = "not tried yet"
-        self.paused_until = 0.0  # loop time; an overloaded or hung server is left alone until then
+        self.paused_until = 0.0  # loop time; an overloaded or hung server gets no calls until then
         self.calls = 0
         self.outstanding_tokens = 0
         self.pace = Pace()
-        self.message_at = 0.0  # loop time of the last message of any call
+        self.message_at = 0.0  # loop time of the last message in any call
         self.stalls = 0  # in a row
         self._max_in_flight = max_in_flight
         self._limit = float(max_in_flight)
         self._reduced_at = 0.0
 
-    # ---- what it is asked ----
+    # ---- requests ----
 
     def score(self, request: bytes, token: str | None, timeout_s: float) -> Any:
-        """Starts a call; an asynchronous iterator of messages."""
+        """Starts a ScoreSequences call; returns an asynchronous iterator of its messages."""
         return self._score(request, timeout=timeout_s, metadata=self._headers(token))
 
     async def look(self, timeout_s: float) -> ServerInfo:
-        """GetServerInfo, in any state; a TeacherError if it fails."""
+        """Calls GetServerInfo, whatever state the server is in; raises TeacherError if the call fails."""
         data = await self._unary(self._info, timeout_s)
-        if data is None:  # gRPC's, when the reply was lost on its way but its end was not
+        if data is None:  # gRPC returns None if the reply was lost on the way but the end of the call was not
             raise UnavailableError(f"{self.endpoint}: GetServerInfo ended without a reply")
         self.info = codec.decode_server_info(data)
         return self.info
 
     async def ask(self, timeout_s: float) -> ServerInfo:
-        """GetServerInfo of a server that would take a score now; a TeacherError if it fails or would not."""
+        """Calls GetServerInfo; raises TeacherError if that fails or the server would not accept a score now."""
         info = await self.look(timeout_s)
         try:
             agreement.check_up(info, self.endpoint)
@@ -123,17 +123,17 @@ class Replica:
         return info
 
     async def sleep(self, timeout_s: float) -> None:
-        """Frees its memory; UnsupportedError where it cannot."""
+        """Frees the server's accelerator memory; raises UnsupportedError if it cannot."""
         self.check_can_sleep()
         await self._unary(self._sleep, timeout_s)
 
     async def wake(self, timeout_s: float) -> None:
-        """Brings its model back; UnsupportedError where it cannot."""
+        """Brings the server's model back; raises UnsupportedError if it cannot."""
         self.check_can_sleep()
         await self._unary(self._wake, timeout_s)
 
     def check_can_sleep(self) -> None:
-        """Raises UnsupportedError if it has said that it cannot; what has not answered yet may."""
+        """Raises UnsupportedError if the replica reported that it cannot sleep; unknown replicas pass."""
         if self.info is not None and not self.info.can_sleep:
             raise UnsupportedError(
                 f"{self.endpoint}: this teacher (engine {self.info.engine} {self.info.engine_version}) cannot sleep; "
@@ -141,10 +141,14 @@ class Replica:
             )
 
     def model(self, info: ServerInfo) -> ModelInfo:
-        """The model that this teacher's scores are asked of; ModelNotFoundError if it has no such."""
+        """The model that scores for this teacher; raises ModelNotFoundError if the server does not serve it."""
         return agreement.pick_model(info, self._model_name, self.endpoint)
 
-    # ---- how much it gets ----
+    # ---- load ----
+
+    def is_available(self, now: float) -> bool:
+        """Whether the replica is up and not paused."""
+        return self.ready and self.paused_until <= now
 
     @property
     def has_room(self) -> bool:
@@ -153,43 +157,47 @@ class Replica:
 
     @property
     def max_request_bytes(self) -> float:
-        """Of a request, as far as the server is concerned."""
+        """The server's limit on one request."""
         limit = 0 if self.info is None else self.info.max_request_bytes
         return limit or float("inf")
 
     @property
     def max_queued_tokens(self) -> float:
-        """What the server lets wait: a larger call could never be admitted."""
+        """The server's limit on waiting tokens: it could never admit a larger call."""
         limit = 0 if self.info is None else self.info.max_queued_tokens
         return limit or float("inf")
 
     def succeeded(self) -> None:
-        """A call ended well: as many more calls as go well in a row, one by one, up to max_in_flight."""
+        """Records a call that ended well; a full round of them allows one more in flight, up to max_in_flight."""
         self.failures = self.stalls = 0
         self._limit = min(float(self._max_in_flight), self._limit + 1 / self._limit)
 
     def overloaded(self, now: float, started_at: float, retry_after_s: float | None) -> None:
-        """The server had no room for a call that began at `started_at`: fewer at a time, and not before it says."""
+        """Records that the server had no room for a call begun at `started_at`: fewer calls, and a pause.
+
+        Args:
+            retry_after_s: the server's own estimate of the pause; None if it gave none.
+        """
         if self.slow_down(now, started_at):
             self.failures += 1
         # The server knows when it has room: with an exponential backoff instead, ten clients left its engine idle for
-        # two thirds of the time. Jitter upwards, so that who was refused together does not come back together; and only
-        # a little, since the server keeps a place for a while.
+        # two thirds of the time. The jitter only adds, so that calls refused together do not return together, and only
+        # a little, since the server reserves a place for a while.
         wait_s = self.backoff_s() if retry_after_s is None else retry_after_s * random.uniform(1.0, 1.15)
         self.paused_until = max(self.paused_until, now + wait_s)
 
     def left_behind(self, now: float, silent_s: float) -> None:
-        """It has said nothing for `silent_s`, and others are there. It is tried with one call after a pause.
+        """Pauses a replica that was silent for `silent_s` while others are up, then allows it a single call.
 
-        Each pause is twice as long as the last one: a server that hangs still answers its keepalive and GetServerInfo,
-        so only work can tell, and that work waits for nothing.
+        Each pause is twice as long as the one before: a server that hangs still answers keepalive and GetServerInfo, so
+        only a scoring call can tell, and that call waits in vain.
         """
         self._limit = 1.0
         self.paused_until = max(self.paused_until, now + min(MAX_PAUSE_S, silent_s * 2 ** min(self.stalls, 10)))
         self.stalls += 1
 
     def slow_down(self, now: float, started_at: float) -> bool:
-        """Halves how many calls may be under way, once for all that were at the time; whether it did."""
+        """Halves the calls allowed in flight, once for all calls in flight at that moment; returns whether it did."""
         if started_at < self._reduced_at:
             return False
         self._limit = max(1.0, min(self._limit, self.calls + 1.0) / 2)
@@ -197,10 +205,10 @@ class Replica:
         return True
 
     def backoff_s(self) -> float:
-        """Exponential, with jitter: replicas that died together must not be asked together for ever."""
+        """Exponential backoff with jitter: replicas that died together must not be probed in step forever."""
         return min(MAX_BACKOFF_S, 0.1 * 2 ** min(self.failures, 10)) * random.uniform(0.5, 1.0)
 
-    # ---- inside ----
+    # ---- internals ----
 
     async def _unary(self, method: Any, timeout_s: float) -> bytes | None:
         token = await self._token.get() if self._token is not None else None
@@ -223,13 +231,13 @@ class Replica:
         raise error
 
     async def _tls_mistake(self, failed: grpc.aio.AioRpcError, error: TeacherError) -> str | None:
-        """What to do, if TLS is to blame: gRPC says UNAVAILABLE to that, as it does to a server that is not up yet."""
+        """Remedy if TLS is to blame: gRPC reports that as UNAVAILABLE, like a server that is not up yet."""
         if not isinstance(error, UnavailableError):
             return None
         if remedy := credentials.handshake_remedy(failed.details() or ""):
             return remedy
         if self.info is not None or error.reason != UnavailableError.reason:
-            return None  # it has answered us: so TLS is as it should be
+            return None  # it has answered before, so TLS works
         return await asyncio.to_thread(credentials.why_closed, self.endpoint, tls=self._tls)
 
     def _headers(self, token: str | None) -> tuple[tuple[str, str], ...]:
@@ -237,16 +245,16 @@ class Replica:
 
 
 def with_remedy(error: UnauthenticatedError) -> UnauthenticatedError:
-    """The same error, with what to do."""
+    """Adds the remedy to the error."""
     return UnauthenticatedError(
-        f"{error}; is the token right, and has it not expired? For one that is rotated, give TeacherClient a function "
-        "as token: it is called again when a server refuses the last one"
+        f"{error}; is the token right, and not expired? For a rotated token, pass TeacherClient a function as `token`: "
+        "it is called again when a server refuses the last token"
     )
 
 
 def _options() -> tuple[tuple[str, int | str], ...]:
     config = json.loads(service_config())
-    del config["healthCheckConfig"]  # see above
+    del config["healthCheckConfig"]  # see the module's docstring
     options = {**dict(client_options()), "grpc.service_config": json.dumps(config)}
-    # http_proxy and its kin are for the internet; a teacher is a neighbour.
+    # http_proxy and similar variables are meant for the internet; a teacher is in the same network.
     return (*options.items(), ("grpc.enable_http_proxy", 0))

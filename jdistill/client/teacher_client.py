@@ -1,27 +1,21 @@
-"""TeacherClient: the synchronous, thread-safe face of the dispatchers, one a teacher.
-
-All clients of a process share one background thread with an asyncio loop: gRPC's asyncio poller is at home in one.
-"""
+"""TeacherClient: the synchronous, thread-safe interface to one dispatcher per teacher."""
 
 from __future__ import annotations
 
 import asyncio
-import atexit
 import concurrent.futures
 import functools
 import itertools
 import math
-import threading
 import time
 import uuid
-import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import grpc
 import numpy as np
 
-from jdistill.client import alignment
+from jdistill.client import alignment, background
 from jdistill.client.alignment import BatchScores
 from jdistill.client.dispatch import Dispatcher
 from jdistill.client.jobs import Job, make_job
@@ -36,34 +30,34 @@ T = TypeVar("T")
 
 
 class TeacherClient:
-    """Scores sequences under one or several teachers, each served by one or more equal sidecars.
+    """Scores sequences under one or several teachers, each served by one or more equivalent sidecars.
 
-    Every reply is verified (ids, counts, model, temperature, values) before a number of it is returned, and every
+    Every reply is verified (ids, counts, model, temperature, values) before any number of it is returned, and every
     sequence is scored exactly once or fails with an error. Replicas that die are left out until they answer again; a
-    replica that comes back with another model stays out. While none is up, calls wait, until `deadline_s`.
+    replica that returns with another model stays out. While none is up, calls wait until `deadline_s`.
 
     Args:
         endpoints: "host:port" or "unix:/path" of each replica; or a `Teacher`, which also names the model or adapter
-            that is asked; or several of either by name, of which `SequenceToScore.teacher` names one.
+            that scores; or a mapping from names to either, for several teachers (`SequenceToScore.teacher`).
         deadline_s: over all attempts of one call of `score`, `submit`, `info`, `sleep` or `wake`.
-        max_in_flight: calls under way at each replica; fewer for a while after it was overloaded.
-        batch_tokens: tokens of one call; a longer sequence goes alone.
-        hedge_after_s: what is still unscored of a call that takes longer than this, and than four times what the
-            fastest other replica would have needed, is sent to another replica that has room too; for each sequence the
-            first whole, verified answer counts. None: never.
-        stall_s: a call whose server has sent nothing for so long, and for ten times what it usually needs, is given up
-            and its sequences are asked again, with twice the patience. If nothing at all came from that replica, it is
-            left alone for as long (each time twice as long, 300 s at most) while others are up.
+        max_in_flight: concurrent calls per replica; fewer for a while after it was overloaded.
+        batch_tokens: tokens per call; a longer sequence goes alone.
+        hedge_after_s: when a call takes longer than this, and than four times what the fastest other replica would have
+            needed, its unscored sequences are also sent to another replica with room; for each sequence the first
+            complete, verified answer counts. None: never.
+        stall_s: a call whose server is silent for this long, and for ten times what it usually needs, is given up and
+            its sequences are retried with twice the patience. A replica that sent nothing at all is then left alone for
+            as long as it was silent (twice as long each time, at most 300 s) while others are up.
         expected_tokenizer_fingerprint: of the student's tokenizer (`jdistill.checkpoint_files.tokenizer_fingerprint`);
-            each teacher's must be the same. None or "": not compared.
+            each teacher's must be equal. None or "": not compared.
         credentials: for TLS, from `grpc.ssl_channel_credentials`; None: plain text.
-        token: sent as "authorization: Bearer ..." with each call. A function is asked when a token is first needed, and
-            once more when a server refuses it: so it can be rotated. Without TLS everybody on the way can read it.
-        on_wait: called with a message while no replica is up and work waits (every 10 s), and with None once it goes
-            on; from the background thread, so it must be quick. The logger "jdistill.client" tells the same.
+        token: sent as "authorization: Bearer ..." with each call. A function is called when a token is first needed and
+            again when a server refuses the token, so it can be rotated. Without TLS anyone on the network can read it.
+        on_wait: called with a message (every 10 s) while work waits because no replica is up, and with None once it
+            continues; runs in the background thread, so it must be quick. The logger "jdistill.client" says the same.
 
     Raises:
-        ValueError: arguments that cannot be.
+        ValueError: malformed endpoints, or a number that is not positive and finite.
     """
 
     def __init__(
@@ -95,7 +89,7 @@ class TeacherClient:
         self._deadline_s = deadline_s
         self._submitted = itertools.count()
         self._closed = False
-        self._loop = _background_loop()
+        self._loop = background.get_loop()
         settings = Settings(
             deadline_s=deadline_s,
             max_in_flight=max_in_flight,
@@ -116,69 +110,69 @@ class TeacherClient:
             }
 
         self._dispatchers = self._run(create())
-        _open_clients.add(self)
+        background.open_clients.add(self)
 
     def info(self, teacher: str = "") -> ServerInfo:
-        """What a teacher is; the preflight: asks all its replicas and compares them.
+        """Runs the preflight: asks all replicas of a teacher what they serve, and compares them.
 
-        Waits until one replica at least answers; those that do not are left out until they do. `.model` is the model
-        that is asked, its limits the tightest of all replicas.
+        Waits until at least one replica answers; the others are left out until they do. In the result, `.model` is the
+        model that scores, with the tightest limits of all replicas.
 
         Args:
-            teacher: which one of several.
+            teacher: name of the teacher, if there are several.
 
         Raises:
-            InvalidRequestError: there is no such teacher, or it serves no such model (ModelNotFoundError); lists what
-                there is.
-            FingerprintMismatchError: replicas differ in model, tokenizer or vocabulary, or the tokenizer is not the one
-                expected, or the teacher is another one than at the first call.
-            DeadlineError: none has answered.
+            InvalidRequestError: no teacher has this name, or it does not serve the model (ModelNotFoundError); lists
+                the names.
+            FingerprintMismatchError: replicas differ in model, tokenizer or vocabulary, or the tokenizer is not the
+                expected one, or the teacher has changed since the first call.
+            DeadlineError: no replica answered.
         """
         return self._run(self._dispatchers[choose_teacher(teacher, list(self._dispatchers))].pool.info())
 
     def check_can_sleep(self, teacher: str | None = None) -> None:
-        """Raises UnsupportedError, with the endpoint, if a replica of that teacher (None: of any) cannot sleep.
+        """Raises UnsupportedError, with the endpoint, if a replica of that teacher (None: of any teacher) cannot sleep.
 
-        To be called before the first step of a run that will need it: not at step 900.
+        A run that will need `sleep` should call this before its first step, not find out at step 900.
         """
         self._control(ReplicaPool.check_can_sleep, teacher)
 
     def sleep(self, teacher: str | None = None) -> None:
-        """Frees the accelerators of all replicas of that teacher (None: of all); returns when it is done.
+        """Frees the accelerators of all replicas of that teacher (None: of all teachers); returns when that is done.
 
-        A replica that is down frees nothing, and is no error. What is submitted meanwhile wakes the teacher, or waits
-        for `wake`, as its sidecars are configured (on_sleep).
+        A replica that is down is not an error. Sequences submitted meanwhile wake the teacher or wait for `wake`,
+        depending on the sidecars' configuration (on_sleep).
 
         Raises:
-            UnsupportedError: a replica cannot, see `check_can_sleep`.
-            TeacherError: a replica failed to; names its endpoint.
+            UnsupportedError: a replica cannot sleep, see `check_can_sleep`.
+            TeacherError: a replica failed to sleep; names its endpoint.
         """
         self._control(ReplicaPool.sleep, teacher)
 
     def wake(self, teacher: str | None = None) -> None:
-        """The opposite of `sleep`; returns when the replicas are ready, without those that are down if others are up.
+        """Undoes `sleep`; returns when the replicas are ready, ignoring those that are down if others are up.
 
         Raises:
             UnsupportedError, TeacherError: as `sleep`.
-            FingerprintMismatchError: it woke up with another model.
-            DeadlineError: none is up.
+            FingerprintMismatchError: a replica woke up with another model.
+            DeadlineError: no replica is up.
         """
         self._control(ReplicaPool.wake, teacher)
 
     def score(
         self, sequences: Sequence[SequenceToScore], *, top_k: int = 0, temperature: float = 1.0
     ) -> list[TokenScores]:
-        """Scores all sequences, in the order of `sequences`; all or one error.
+        """Scores all sequences and returns their scores in the same order; if one fails, all fail with its error.
 
         Args:
-            sequences: any number, of any lengths.
-            top_k: also return the teacher's k most likely tokens of each scored position.
+            sequences: any number of sequences of any lengths.
+            top_k: also return the teacher's k most likely tokens at each scored position.
             temperature: divides the teacher's logits.
 
         Raises:
             InvalidRequestError: names field and sequence.
-            UnsupportedError: the teacher's engine cannot do that.
-            VerificationError: a reply was wrong, and no other replica is there to ask.
+            UnsupportedError: the teacher's engine cannot do this.
+            VerificationError: a reply was wrong, and there is no other replica to ask.
             FingerprintMismatchError: as `info`.
             DeadlineError: lists the last error of each replica.
         """
@@ -189,7 +183,7 @@ class TeacherClient:
     ) -> concurrent.futures.Future[TokenScores]:
         """Scores one sequence in the background, so that scoring overlaps with the rollout.
 
-        Sequences that are submitted within a few milliseconds share a call. The future raises what `score` raises;
+        Sequences submitted within a few milliseconds of each other share a call. The future raises what `score` raises;
         cancelling it cancels the work. Its callbacks run in the background thread and must not block.
         """
         self._check_open()
@@ -210,24 +204,25 @@ class TeacherClient:
         top_k: int = 0,
         temperature: float = 1.0,
     ) -> BatchScores:
-        """Scores a padded batch where the mask is true, aligned with the target grid: target t speaks of token t + 1.
+        """Scores a padded batch where the mask is true, on the target grid: target t is token t + 1.
 
         Args:
-            tokens_BS: integers [B, S], padded on the right with anything.
-            loss_mask_BT: bool [B, S - 1], holes included. A row with an empty mask is not sent.
-            lengths_B: number of real tokens of each row; a mask beyond it is an error. Default: as the mask needs.
+            tokens_BS: integers [B, S], padded on the right with any value.
+            loss_mask_BT: bool [B, S - 1], may have holes. A row with an empty mask is not sent.
+            lengths_B: number of real tokens of each row; a mask beyond it is an error. Default: up to the last target.
             candidate_ids_BTC: integers [B, S - 1, C] to score beside the tokens; ignored where the mask is false.
-            teachers_B: the teacher of each row, by name; default: the only one.
-            teacher_prefixes_B: for each row the tokens that its teacher sees in place of the first `num_replaced_B[b]`
-                ones (integers [R]), or None to leave the row as it is. The grid stays the student's.
-            num_replaced_B: integers [B]; default: 0, the prefix is put before all of the row.
+            teachers_B: name of each row's teacher; default: the only one.
+            teacher_prefixes_B: for each row, the tokens that its teacher sees in place of the first
+                `num_replaced_B[b]` tokens (integers [R]), or None to keep the row unchanged. The grid stays the
+                student's.
+            num_replaced_B: integers [B]; default: 0, so that the prefix goes before the whole row.
             top_k, temperature: as in `score`.
 
         Returns:
-            Numpy arrays; what is not valid holds NaN (ids: -1), so that no missing score can pass for a number.
+            Numpy arrays; invalid targets hold NaN (ids: -1), so that a missing score cannot pass for a number.
 
         Raises:
-            As `score`; `sequence` of an InvalidRequestError is the row.
+            TeacherError: as `score`; `sequence` of an InvalidRequestError is the row.
         """
         loss_mask_BT = np.asarray(loss_mask_BT)
         candidates = None if candidate_ids_BTC is None else np.asarray(candidate_ids_BTC)
@@ -242,16 +237,16 @@ class TeacherClient:
         )
         count = 0 if candidates is None else candidates.shape[2]
         builder = alignment.BatchBuilder(loss_mask_BT, top_k=top_k, candidate_count=count)
-        # Each row goes to the grid when it comes: 64 x 32k tokens with top-64 are 1 GB, and would be 2 GB otherwise.
+        # Each row goes to the grid when it arrives: 64 x 32k tokens with top-64 are 1 GB, otherwise held twice.
         sinks = [functools.partial(builder.put, b) for b in rows]
         self._score(sequences, rows, top_k, temperature, sinks)
         return builder.finish()
 
     def close(self) -> None:
-        """Fails what is under way with UnavailableError and closes the connections; idempotent."""
+        """Fails unfinished work with UnavailableError and closes the connections; idempotent."""
         if not self._closed:
             self._closed = True
-            _open_clients.discard(self)
+            background.open_clients.discard(self)
             for dispatcher in self._dispatchers.values():
                 self._run(dispatcher.close())
 
@@ -290,18 +285,18 @@ class TeacherClient:
         futures = [job.future for job in jobs]
         try:
             concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-            for future in futures:  # in input order, so that the same failure gives the same error
+            for future in futures:  # in input order, so that one failure always gives the same error
                 if future.done() and not future.cancelled() and (error := future.exception()) is not None:
                     raise error
             return [future.result() for future in futures]
         finally:
-            for future in futures:  # of an error, or of Ctrl-C; does nothing to those that are done
+            for future in futures:  # after an error or Ctrl-C; does nothing to futures that are done
                 future.cancel()
-            for job in jobs:  # a cycle: it would hold all scores until the garbage collector finds it
+            for job in jobs:  # break the cycle, which would hold all scores until the garbage collector runs
                 job.group = ()
 
     def _job(self, sequence: SequenceToScore, index: int, top_k: int, temperature: float) -> tuple[Dispatcher, Job]:
-        # Copies: what is scored is what was submitted, whatever the caller's buffers hold by then.
+        # Copies, so that later changes of the caller's buffers do not change what is scored.
         candidates, prefix = sequence.candidate_ids, sequence.teacher_prefix
         copy = SequenceToScore(
             _int32(sequence.token_ids, "token_ids", index),
@@ -352,7 +347,7 @@ class TeacherClient:
             raise RuntimeError("this TeacherClient is closed")
 
     def _check_thread(self) -> None:
-        if threading.current_thread() is _thread:
+        if background.is_current_thread():
             raise RuntimeError(
                 "a future's callback must not call TeacherClient's blocking methods: it would wait for itself"
             )
@@ -364,36 +359,9 @@ def _int32(array: Any, field: str, index: int) -> np.ndarray:
         return array.copy()
     if array.size and array.dtype.kind not in "iu":
         raise InvalidRequestError(
-            f"{field} of sequence {index} is {array.dtype}, expected integers", field=field, sequence=index
+            f"{field} of sequence {index} has dtype {array.dtype}, expected integers", field=field, sequence=index
         )
     limit = np.iinfo(np.int32)
     if array.size and (array.min() < limit.min or array.max() > limit.max):
         raise InvalidRequestError(f"{field} of sequence {index} does not fit int32", field=field, sequence=index)
     return array.astype(np.int32)  # a copy always
-
-
-_lock = threading.Lock()
-_loop: asyncio.AbstractEventLoop | None = None
-_thread: threading.Thread | None = None
-_open_clients: weakref.WeakSet[TeacherClient] = weakref.WeakSet()
-
-
-def _background_loop() -> asyncio.AbstractEventLoop:
-    global _loop, _thread
-    with _lock:
-        if _loop is None or _thread is None or not _thread.is_alive():  # not alive: after a fork
-            _loop = asyncio.SelectorEventLoop()  # its clock is time.monotonic, which deadlines are in
-            _thread = threading.Thread(target=_loop.run_forever, name="jdistill-client", daemon=True)
-            _thread.start()
-            atexit.register(_close_all, _loop, _thread)
-        return _loop
-
-
-def _close_all(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    """At exit: gRPC must not be torn down under a running loop."""
-    for client in list(_open_clients):
-        client.close()
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(timeout=5)
-    if not thread.is_alive():
-        loop.close()

@@ -1,4 +1,4 @@
-"""Which teachers there are: one or several by name, each with its replicas and the model that is asked of them."""
+"""A client's teachers: one, or several by name, each with its replicas and the model that scores."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from jdistill.wire.errors import InvalidRequestError
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """One teacher: equal sidecars, and which of the models that they serve scores.
+    """One teacher: equivalent sidecars, and which of their served models scores.
 
     Args:
         endpoints: "host:port" or "unix:/path" of each replica.
-        model: served name of the model or of the adapter (LoRA) on it; "" is the base model.
+        model: served name of the model or of a LoRA adapter on it; "" is the base model.
 
     Raises:
-        ValueError: addresses that cannot be.
+        ValueError: an address is malformed or listed twice.
     """
 
     endpoints: Sequence[str]
@@ -33,7 +33,7 @@ Endpoints: TypeAlias = Sequence[str] | Teacher | Mapping[str, "Sequence[str] | T
 
 
 def parse_teachers(endpoints: Endpoints) -> dict[str, Teacher]:
-    """The teachers by name; a single one without a name has the name "".
+    """Returns the teachers by name; a single teacher without a name is called "".
 
     >>> parse_teachers(["127.0.0.1:50051"])
     {'': Teacher(endpoints=('127.0.0.1:50051',), model='')}
@@ -46,10 +46,10 @@ def parse_teachers(endpoints: Endpoints) -> dict[str, Teacher]:
 
 
 def choose_teacher(name: str, names: Sequence[str], index: int | None = None) -> str:
-    """The teacher that `name` means; "" means the only one. `index` is what an error calls the sequence.
+    """Resolves a teacher's name; "" means the only one. `index` is the sequence's number in the error message.
 
     Raises:
-        InvalidRequestError: there is none of that name; lists those that there are.
+        InvalidRequestError: no teacher has that name; lists the names.
     """
     if name in names:
         return name

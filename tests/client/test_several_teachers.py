@@ -180,7 +180,7 @@ def test_a_teacher_that_ignores_the_prefix_is_found_out(start_teacher, connect):
     [
         ({"teacher_prefix": np.array([97])}, "teacher_prefix of sequence 0 has 97 at 0: outside the vocabulary"),
         ({"teacher_prefix": np.array([[1]])}, "teacher_prefix of sequence 0 is int32 of shape"),
-        ({"teacher_prefix": np.array([0.5])}, "teacher_prefix of sequence 0 is float64"),
+        ({"teacher_prefix": np.array([0.5])}, "teacher_prefix of sequence 0 has dtype float64"),
         ({"teacher_prefix": np.array([1]), "num_replaced": 9}, "expected 0 to 8"),
         ({"teacher_prefix": np.array([1]), "num_replaced": 4}, "spans are ascending"),
         ({"num_replaced": 2}, "no teacher_prefix to put there"),
@@ -399,7 +399,7 @@ def test_an_expired_token_fails_fast_with_the_remedy(start_teacher, connect, tok
     start = time.monotonic()
     for call in (client.info, lambda: client.score([SequenceToScore(tokens(5))])):
         with pytest.raises(
-            errors.UnauthenticatedError, match=f"{teacher.endpoint}: .*is the token right, and has it not"
+            errors.UnauthenticatedError, match=f"{teacher.endpoint}: .*is the token right, and not expired"
         ):
             call()
     assert time.monotonic() - start < 3

@@ -223,7 +223,7 @@ def test_a_hung_call_is_given_up_and_asked_again_even_of_the_only_server(start_t
     assert 0.6 <= time.monotonic() - start < 3
     assert [len(call) for call in teacher.requests] == [3, 3, 2]  # what had come whole is kept
     assert (
-        f"{teacher.endpoint}: is connected, but has sent no scores for 0.2 s: 3 sequences are asked again"
+        f"{teacher.endpoint}: is connected, but has sent no scores for 0.2 s: 3 sequences will be scored again"
         in caplog.text
     )
     assert_idle(client)
@@ -251,7 +251,7 @@ def test_a_server_that_is_slow_but_speaks_is_never_given_up(start_teacher, conne
     teacher.delay_s = 0.12
     client = connect(teacher, stall_s=0.3)
     check(asked := sequences(8), client.score(asked), teacher)
-    assert len(teacher.requests) == 1 and "asked again" not in caplog.text
+    assert len(teacher.requests) == 1 and "scored again" not in caplog.text
 
 
 def test_late_and_hung_are_measured_in_what_is_usual():
@@ -367,7 +367,7 @@ def test_one_sequence_above_the_size_of_a_call_goes_alone(start_teacher, connect
     teacher.info = dataclasses.replace(
         teacher.info, models=(dataclasses.replace(teacher.info.model, max_candidate_count=200),)
     )
-    with pytest.raises(errors.InvalidRequestError, match=r"makes a request of .* bytes, the teacher takes 2097152"):
+    with pytest.raises(errors.InvalidRequestError, match=r"makes a request of .* bytes, the teacher accepts 2097152"):
         connect(teacher).score([too_large])
 
 
