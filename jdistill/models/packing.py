@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Shaped
 
+from jdistill import buckets
+
 
 class Packing(NamedTuple):
     """Which token of which row is at which place, and the reverse."""
@@ -52,16 +54,6 @@ def _take_backward(indices, grad):
 _take.defvjp(_take_forward, _take_backward)
 
 
-def num_places(most_tokens: int, num_tokens: int) -> int:
-    """P for a line of at most `most_tokens` real tokens of `num_tokens` = B * S: an eighth of them or a multiple.
-
-    So a run compiles a handful of shapes, and less than an eighth of the rows is computed for nothing.
-    """
-    if not 0 <= most_tokens <= num_tokens:
-        raise ValueError(f"{most_tokens} real tokens in rows of {num_tokens}: a row cannot hold more than it has")
-    return next(size for k in range(1, 9) if (size := -(-num_tokens * k // 8)) >= most_tokens)
-
-
 def pack_rows(lengths: Sequence[int], row_length: int, *, num_groups: int = 1, places: int | None = None) -> Packing:
     """The packing of rows whose first `lengths[b]` tokens are real.
 
@@ -69,7 +61,7 @@ def pack_rows(lengths: Sequence[int], row_length: int, *, num_groups: int = 1, p
         lengths: of each row, at most row_length.
         row_length: S.
         num_groups: G; each has the next len(lengths) / G rows.
-        places: P; default: `num_places` of the group with the most tokens.
+        places: P; default: `buckets.packed_places` of the group with the most tokens.
 
     Raises:
         ValueError: a length below 0 or above S, rows that do not split into groups, more tokens than places.
@@ -82,7 +74,7 @@ def pack_rows(lengths: Sequence[int], row_length: int, *, num_groups: int = 1, p
     lengths_GB = lengths_GB.reshape(num_groups, -1)
     B, S = lengths_GB.shape[1], row_length
     most = int(lengths_GB.sum(axis=1).max())
-    P = num_places(most, B * S) if places is None else places
+    P = buckets.packed_places(most, B * S) if places is None else places
     if most > P:
         raise ValueError(f"{most} tokens do not fit {P} places")
     real_GBS = np.arange(S) < lengths_GB[:, :, None]

@@ -30,7 +30,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int, UInt32
 
-from jdistill import models
+from jdistill import buckets, models
 from jdistill.student.sharding import BATCH_AXES, batch_sharding
 
 FinishReason = Literal["stop", "length"]
@@ -275,7 +275,7 @@ class Sampler:
         cast = self._cast(params)
         queue = collections.deque(requests)
         num_rows = self._num_rows(min(len(requests), self.max_rows or len(requests)))
-        most_slots = max(_bucket(len(r.prompt), 16, self.max_prompt_tokens) + r.most for r in requests)
+        most_slots = max(buckets.prompt_slots(len(r.prompt), self.max_prompt_tokens) + r.most for r in requests)
         num_slots = 0
         rows: _Rows | None = None
         running: dict[int, _Request] = {}  # by row
@@ -299,10 +299,11 @@ class Sampler:
                     for row, request in running.items():
                         request.row = row
             needed = max(len(r.prompt) + min(r.ahead + 1 + self.chunk_tokens, r.most) for r in running.values())
-            prompt_slots = _bucket(max((len(r.prompt) for r in admitted), default=1), 16, self.max_prompt_tokens)
+            longest = max((len(r.prompt) for r in admitted), default=1)
+            prompt_slots = buckets.prompt_slots(longest, self.max_prompt_tokens)
             needed = max(needed, prompt_slots)
             if needed > num_slots:
-                num_slots = _bucket(needed, _LEAST_SLOTS, most_slots)
+                num_slots = buckets.cache_slots(needed, most_slots)
                 if rows is None:
                     rows = self._empty(params, num_rows=num_rows, num_slots=num_slots)
                 else:
@@ -367,9 +368,9 @@ class Sampler:
         return high
 
     def _num_rows(self, num: int, coarse: bool = False) -> int:
-        """`num` in whole rows of each device, rounded up; coarse: to a power of 4, so that there are few programs."""
+        """`num` in whole rows of each device, rounded up to a bucket; coarse: to one of the few of prefill."""
         per_shard = -(-num // self._num_shards)
-        return self._num_shards * (4 ** math.ceil(math.log(per_shard, 4)) if coarse else _bucket(per_shard, 1))
+        return self._num_shards * (buckets.prefill_rows(per_shard) if coarse else buckets.decode_rows(per_shard))
 
     def _to_admit(
         self, admitted: list[_Request], seed_N: np.ndarray, prompt_slots: int, num_rows: int
@@ -643,8 +644,6 @@ def draw_tokens(
     return token_B, chosen_B - max_B1[:, 0] - jnp.log(total_B)
 
 
-# Attention reads every slot of the cache, empty ones too, so the cache starts small and grows by buckets of this.
-_LEAST_SLOTS = 128
 _LEAST_ROWS = 8  # fewer are not faster
 _BLOCK = 128  # about sqrt(V) for the vocabularies of today, so that both stages are short
 
@@ -662,12 +661,3 @@ def _inverse_transform(weight_BJ: jax.Array, uniform_B: jax.Array) -> jax.Array:
     running_BJ = jnp.where(weight_BJ > 0, jnp.cumsum(weight_BJ, axis=-1), 0.0)
     target_B1 = uniform_B[:, None] * running_BJ.max(axis=-1, keepdims=True)
     return jnp.argmax(running_BJ > target_B1, axis=-1).astype(jnp.int32)
-
-
-def _bucket(size: int, least: int, most: int | None = None) -> int:
-    """The smallest of least * (1, 2, 3, 4, 6, 8, 12, 16 ...) that holds `size`, cut at `most`."""
-    power = least
-    while power < size:
-        power *= 2
-    bucket = power * 3 // 4 if power >= 4 * least and power * 3 // 4 >= size else power
-    return bucket if most is None else min(bucket, most)

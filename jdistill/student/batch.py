@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from jdistill import buckets
 from jdistill.wire.types import TokenScores
 
 if TYPE_CHECKING:
@@ -53,19 +54,6 @@ class SegmentScores(NamedTuple):
     segment_ids: Int[np.ndarray, "R"]  # -1: not usable
 
 
-def length_buckets(max_length: int) -> tuple[int, ...]:
-    """The row lengths S that batches are padded to, so that a run compiles a handful of shapes.
-
-    T = S - 1 is a power of two or 1.5 times one (at most a third of a row is padding), at least 16, and at most what
-    `max_length` tokens need, rounded up to 8.
-    """
-    if max_length < 2:
-        raise ValueError(f"max_length must be at least 2, a token and its target, got {max_length}")
-    largest = -(-(max_length - 1) // 8) * 8
-    targets = sorted(t for k in range(3, 31) for t in (2 << k, 3 << k) if t < largest)
-    return (*(t + 1 for t in targets), largest + 1)
-
-
 def make_batch(
     completions: Sequence[Completion],
     advantages: Float[np.ndarray, "N"],
@@ -83,7 +71,7 @@ def make_batch(
         advantages: one for each completion; every one of its tokens gets it.
         scores: the teacher's, of exactly the completion's tokens, with its top-k or the candidates' log-probs where
             they were asked; None without a teacher.
-        max_length: S at most, prompt and completion; rows are padded to the smallest of its `length_buckets`.
+        max_length: S at most, prompt and completion; rows are padded to `buckets.row_length`.
         rewards: of each completion, for a value head: it stands at the last token. None: left out.
         distill_weights: of each completion, for the distillation's term; None: left out.
         min_length: tokens that a row has to have room for, e.g. the longest row of another host.
@@ -177,7 +165,7 @@ def _pad(
     longest = max(len(row) for row in rows)
     if longest > max_length:
         raise ValueError(f"a row has {longest} tokens, more than max_length = {max_length}: raise it, or drop the row")
-    num_tokens = next(size for size in length_buckets(max_length) if size >= max(longest, min_length))
+    num_tokens = buckets.row_length(max(longest, min_length), max_length)
     tokens_BS = np.empty((len(rows), num_tokens), np.int32)
     mask_BT = np.zeros((len(rows), num_tokens - 1), bool)
     for b, (row, prompt_length) in enumerate(zip(rows, prompt_lengths, strict=True)):

@@ -20,9 +20,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh
 
-from jdistill import models
+from jdistill import buckets, models
 from jdistill.config import ConfigError, TrainConfig
-from jdistill.student.batch import TrainBatch, length_buckets
+from jdistill.student.batch import TrainBatch
 from jdistill.student.optimizer import make_optimizer
 from jdistill.student.recipe import Recipe, make_recipe
 from jdistill.student.sharding import AXES, BATCH_AXES, mesh_sizes, param_shardings
@@ -230,7 +230,8 @@ def _decoder(config: TrainConfig, model: models.DecoderConfig, *, adapters: bool
 
 def _batch(config: TrainConfig, recipe: Recipe) -> TrainBatch:
     """A batch of zeros with rows of the greatest length, as `make_batch` would give it."""
-    num_tokens = length_buckets(config.rollout.max_prompt_tokens + config.rollout.max_new_tokens)[-1]
+    max_length = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    num_tokens = buckets.row_length(max_length, max_length)
     floats = np.zeros((recipe.num_rows, num_tokens - 1), np.float32)
     batch = TrainBatch(np.zeros((recipe.num_rows, num_tokens), np.int32), np.ones(floats.shape, bool))
     if not recipe.on_policy:

@@ -22,10 +22,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jdistill import models
+from jdistill import buckets, models
 from jdistill.config import TrainConfig
 from jdistill.losses import advantages, masked, value
-from jdistill.models.packing import Packing, num_places, pack_rows
+from jdistill.models.packing import Packing, pack_rows
 from jdistill.student import hosts, objective
 from jdistill.student.batch import TrainBatch
 from jdistill.student.logprobs import TargetLogprobs, loss_of_targets, target_logprobs
@@ -281,7 +281,7 @@ class TrainStep:
         batch, lengths_B = jax.tree.map(lambda x: x[order], batch), lengths_B[order]
         lengths_NR = [lengths_B[part :: U * A] for part in range(U * A)]
         most = hosts.maximum(max(int(rows.reshape(num_groups, -1).sum(axis=1).max()) for rows in lengths_NR))
-        places = num_places(most, lengths_NR[0].size // num_groups * T)
+        places = buckets.packed_places(most, lengths_NR[0].size // num_groups * T)
         packings = [pack_rows(lengths_R, T, num_groups=num_groups, places=places) for lengths_R in lengths_NR]
         return batch, Packing(*(np.stack(field) for field in zip(*packings, strict=True)))
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jdistill.models.packing import num_places, pack_rows
+from jdistill.models.packing import pack_rows
 
 
 @settings(max_examples=50, deadline=None)
@@ -46,11 +46,6 @@ def test_gradients_are_those_of_plain_indexing():
     np.testing.assert_allclose(back, line, atol=1e-6)  # what nothing is at gets no gradient
 
 
-def test_a_handful_of_sizes():
-    assert {num_places(n, 64) for n in range(65)} == {8, 16, 24, 32, 40, 48, 56, 64}
-    assert [num_places(n, 5) for n in range(6)] == [1, 1, 2, 3, 4, 5]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -64,5 +59,3 @@ def test_wrong_rows_are_named(arguments, message):
     lengths, row_length, num_groups, *places = arguments
     with pytest.raises(ValueError, match=message):
         pack_rows(lengths, row_length, num_groups=num_groups, places=places[0] if places else None)
-    with pytest.raises(ValueError, match="9 real tokens in rows of 8"):
-        num_places(9, 8)

@@ -22,7 +22,7 @@ pytest.importorskip("torch", reason="the reference is transformers with PyTorch"
 
 import jax
 
-from jdistill.sidecar.engines.jax import JaxEngine, bucket_length
+from jdistill.sidecar.engines.jax import JaxEngine
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +67,6 @@ class TestJaxEngine(EngineContract):
         served.score([SequenceToScore(np.arange(n, dtype=np.int32)) for n in (33, 39, 41, 48)])
         assert served.engine._hidden._cache_size() == before
         assert before <= 8  # 16, 24, 32, 48, 64, 96, 128
-
-
-def test_buckets_hold_every_length_and_waste_at_most_a_third():
-    for longest in (17, 128, 1000):
-        sizes = {n: bucket_length(n, longest) for n in range(2, longest + 1)}
-        assert all(n <= size <= longest for n, size in sizes.items())
-        assert all(size < 1.5 * n for n, size in sizes.items() if n > 16)
-        assert len(set(sizes.values())) <= 2 * np.log2(longest)
-    assert [bucket_length(n, 10_000) for n in (16, 17, 25, 33, 49, 65)] == [16, 24, 32, 48, 64, 96]
 
 
 @pytest.mark.parametrize(

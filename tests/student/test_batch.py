@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdistill.rollout.sampler import Completion
-from jdistill.student.batch import length_buckets, make_batch, make_supervised_batch
+from jdistill.student.batch import make_batch, make_supervised_batch
 from jdistill.wire.types import TokenScores
 
 
@@ -71,16 +71,6 @@ def test_every_number_lands_on_the_target_that_speaks_of_its_token(sizes, k):
 def test_without_a_teacher_its_fields_are_absent():
     batch = make_batch([completion(0, [1], [2, 3], k=2)], np.ones(1), None, max_length=8)
     assert batch.teacher_logprobs is None and batch.candidate_ids is None and batch.teacher_candidate_logprobs is None
-
-
-@pytest.mark.parametrize("max_length", [2, 9, 41, 1024, 3000])
-def test_buckets_are_few_and_cover_every_length(max_length):
-    buckets = length_buckets(max_length)
-    assert len(buckets) <= 2 * np.log2(max_length)
-    for length in range(2, max_length + 1):
-        size = min(b for b in buckets if b >= length)
-        assert size - 1 <= max(16, 1.5 * (length - 1)) and (size - 1) % 8 == 0
-    assert buckets[-1] <= max_length + 8
 
 
 def test_a_missing_or_impossible_teacher_score_is_an_error_and_never_a_number():

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType
 
-from jdistill import models
+from jdistill import buckets, models
 from jdistill.sidecar.batching import BatchedEngine, split_scores
 from jdistill.sidecar.engines.options import check_engine_args, check_sizes, model_info
 from jdistill.wire.errors import EngineDeadError
@@ -32,15 +32,6 @@ ENGINE_ARGS: dict[str, int | None] = {
 # sixteen cores, and one lone sequence does not wait for 16,384.
 CPU_PASS_TOKENS = 1024
 CHUNK_LOGITS = 64 << 20  # 256 MiB in float32
-SHORTEST_BUCKET = 16
-
-
-def bucket_length(num_tokens: int, longest: int) -> int:
-    """The padded length of a sequence: 16, 24, 32, 48, 64, 96, ... (at most a third is padding), at most `longest`."""
-    size = SHORTEST_BUCKET
-    while size < num_tokens:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return min(size, longest)
 
 
 class JaxEngine(BatchedEngine):
@@ -92,7 +83,7 @@ class JaxEngine(BatchedEngine):
         """See BatchedEngine.score_batch."""
         by_bucket: dict[int, list[int]] = {}
         for i, sequence in enumerate(sequences):
-            bucket = bucket_length(len(sequence.token_ids), self.info.max_sequence_length)
+            bucket = buckets.scored_length(len(sequence.token_ids), self.info.max_sequence_length)
             by_bucket.setdefault(bucket, []).append(i)
         passes = [
             (S, indices[start : start + self._num_rows(S)])
