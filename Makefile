@@ -34,7 +34,7 @@ TEACHER_ENV_jax := $(STUDENT)/.student
 TEACHER_ENV_transformers := $(TORCH)/.transformers
 TEACHER_ENV_vllm := $(VLLM)/.vllm
 
-.PHONY: help demo figure tune bench-service bench-student warmup test test-latest lint lock proto clean
+.PHONY: help demo figure tune bench-service bench-student warmup test test-latest lint lock docs proto clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -130,6 +130,9 @@ lint: $(STUDENT)/.dev  ## ruff, import-linter, buf
 
 # grpcio-tools 1.62 on purpose: newer generated code refuses protobuf runtimes more than one major version apart, and
 # vLLM accepts protobuf 5.29 to 7.
+docs: $(STUDENT)/.student  ## write the option tables of docs/ from jdistill/config/
+	@$(STUDENT)/bin/python -m jdistill.config.describe --write docs
+
 proto:  ## generate jdistill/wire/v1 from protos/
 	@$(PYTHON) -m venv $(PROTO)
 	@$(PROTO)/bin/python $(PIP) 'grpcio-tools==1.62.3' 'setuptools==80.10.2'

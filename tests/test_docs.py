@@ -1,12 +1,13 @@
-"""docs/service.md tells every option, every error, every method: what is added to the code is missed here."""
+"""The docs list every option, every error and every method; an addition to the code that they lack fails here."""
 
 import pathlib
 import re
 
 import pytest
 
-from jdistill.commands import teacher
-from jdistill.config import TeacherServerConfig
+from jdistill.config import TeacherServerConfig, TrainConfig, describe
+from jdistill.tasks.addition import AdditionOptions
+from jdistill.tasks.gsm8k import Gsm8kOptions
 from jdistill.wire import errors
 from jdistill.wire.v1 import teacher_pb2
 
@@ -14,14 +15,25 @@ ROOT = pathlib.Path(__file__).parent.parent
 SERVICE = (ROOT / "docs" / "service.md").read_text()
 
 
-def flag(name):
-    return teacher.REPEATED[name][0] if name in teacher.REPEATED else "--" + name.replace("_", "-")
+def test_every_option_table_is_what_make_docs_writes():
+    old = describe.old_pages(ROOT / "docs")
+    assert not old, f"run make docs: {', '.join(map(str, old))}"
 
 
-def test_every_option_of_the_teacher_is_in_the_table_with_its_help_and_no_other_is():
-    section = SERVICE.partition("## Options")[2].partition("\n## ")[0]
-    rows = dict(re.findall(r"^\| `(--[a-z-]+)` \| [^|]* \| (.*) \|$", section, re.MULTILINE))
-    assert rows == {flag(name): teacher.HELP[name] for name in TeacherServerConfig.model_fields}
+def test_a_table_that_is_out_of_date_is_found_and_written(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- flags of jdistill.config:EvalSection -->\nold\n<!-- end -->\nafter\n")
+    assert describe.main([str(tmp_path)]) == 1 and "old" in page.read_text()
+    assert describe.main([str(tmp_path), "--write"]) == 0 and describe.main([str(tmp_path)]) == 0
+    row = "| `--every` | int \u2265 0 | `25` | steps between evaluations; 0: never |"
+    assert row in page.read_text() and page.read_text().endswith("<!-- end -->\nafter\n")
+
+
+@pytest.mark.parametrize("schema", [TrainConfig, TeacherServerConfig, AdditionOptions, Gsm8kOptions])
+def test_every_option_has_a_description(schema):
+    for path, section in describe.sections(schema):
+        for option in describe.options(section):
+            assert option.description, f"{path}.{option.name} of {section.__name__} has no description"
 
 
 def test_every_error_is_explained_with_its_reason():
@@ -41,7 +53,9 @@ def test_every_method_and_message_field_of_the_protocol_is_told():
             assert f"`{field.name}`" in section, f"{message}.{field.name}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/service.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+)
 def test_links_to_files_lead_somewhere(page):
     path = ROOT / page
     for target in re.findall(r"\]\((?!http|#)([^)#]+)", path.read_text()):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 
+from jdistill.config import TrainConfig, describe, load
+
 DESCRIPTION = """\
 How much memory a training run will take on each device, from its YAML file and the student's config.json alone:
 nothing is loaded, no teacher is started, and the devices need not be there. What is kept for the backward pass is
@@ -26,6 +28,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
+    parser.epilog = describe.help_text(TrainConfig)
     parser.add_argument("config", help="YAML file (see configs/)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides; values are YAML")
     parser.add_argument(
@@ -42,9 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plans and prints."""
-    from jdistill import config
-
-    parsed = config.load(config.TrainConfig, args.config, args.overrides)  # before jax: a typo is answered at once
+    parsed = load(TrainConfig, args.config, args.overrides)  # before jax: a typo is answered at once
     if args.devices is not None and args.devices < 1:
         raise ValueError(f"--devices {args.devices}: expected at least 1")
     memory = None if args.device_memory is None else _size(args.device_memory)

@@ -8,7 +8,7 @@ import types
 import typing
 from typing import Any
 
-from jdistill.config import ConfigError, TeacherServerConfig, load
+from jdistill.config import ConfigError, TeacherServerConfig, describe, load
 
 DESCRIPTION = """\
 Serve a model's token log-probabilities over gRPC.
@@ -29,45 +29,12 @@ token file has a token a line, after it an expiry if wanted (2030-01-31T12:00:00
 only, unless --insecure is given; with --port-file, their port is written to a file of that name with ".metrics" added.
 """
 
-# One line for each field of TeacherServerConfig.
-HELP = {
-    "engine": "what computes the scores: vllm, sglang, transformers, jax; vllm-http, sglang-http: a server that runs",
-    "model": "checkpoint directory: config.json, *.safetensors, tokenizer files",
-    "urls": "vllm-http, sglang-http: address of the server, e.g. http://127.0.0.1:8000; may be repeated",
-    "served_name": "name that clients see (default: the directory's name)",
-    "adapters": "LoRA adapter: name that clients use, and its PEFT directory; may be repeated",
-    "host": "address to listen on",
-    "insecure": "allow a host beyond loopback without TLS, and serve metrics there",
-    "port": "port to listen on; 0: any free one, see --port-file",
-    "port_file": "file to which the port is written once the server answers",
-    "dtype": "float32, bfloat16, float16 or auto (the checkpoint's)",
-    "quantization": "by the engine's own name, e.g. fp8 (default: as the checkpoint says)",
-    "max_sequence_length": "longest sequence in tokens (default: the checkpoint's limit)",
-    "tensor_parallel_size": "GPUs over which each layer is spread (vllm, sglang)",
-    "pipeline_parallel_size": "groups of GPUs over which the layers are spread (vllm, sglang)",
-    "data_parallel_size": "copies of the model in this sidecar (vllm, sglang)",
-    "memory_fraction": "share of each GPU's memory that the engine may take (default: the engine's)",
-    "max_batch_tokens": "tokens of one forward pass (transformers, jax)",
-    "max_running_tokens": "tokens that are in the engine at once",
-    "max_queued_tokens": "tokens that may wait; above that calls are refused with RESOURCE_EXHAUSTED",
-    "offload": "allow Sleep and Wake, which free the GPU's memory between scoring phases",
-    "on_sleep": "what a score that arrives in sleep does: wake or refuse",
-    "tls_cert": "PEM file: this server's certificate (chain); with --tls-key, clients must use TLS",
-    "tls_key": "PEM file: this server's private key",
-    "tls_client_ca": "PEM file: clients must show a certificate signed by this authority (mTLS)",
-    "token_file": "file of bearer tokens, one a line, each with an expiry date (ISO 8601) if wanted",
-    "metrics_port": "port for Prometheus metrics at http://HOST:PORT/metrics; 0: any free one (default: none)",
-    "log_format": "text or json",
-    "drain_timeout_s": "seconds in which running calls may finish after SIGTERM",
-    "engine_args": "argument of the engine by its own name, e.g. max_num_seqs=64; may be repeated",
-}
+HELP = {option.name: option.description for option in describe.options(TeacherServerConfig)}
 
-
-# Fields that are given once for each entry: flag and metavar.
+# Flags that are given once per entry of a list or mapping, with their metavar.
 REPEATED = {
-    "engine_args": ("--engine-arg", "NAME=VALUE"),
-    "adapters": ("--adapter", "NAME=DIR"),
-    "urls": ("--url", "URL"),
+    name: (describe.flag(TeacherServerConfig, name), metavar)
+    for name, metavar in {"engine_args": "NAME=VALUE", "adapters": "NAME=DIR", "urls": "URL"}.items()
 }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from jdistill.config import TrainConfig, describe, load
+
 DESCRIPTION = """\
 Train a student as a YAML file says: reinforcement learning plus on-policy distillation from a teacher behind gRPC,
 either of them alone, or supervised. Any key of the file can be overridden on the command line; an unknown key
@@ -27,6 +29,7 @@ exit codes: 0 done, 1 the teacher or the numbers failed (state saved), 2 the con
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
+    parser.epilog = describe.help_text(TrainConfig)
     parser.add_argument("config", help="YAML file (see configs/)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides; values are YAML")
     again = parser.add_mutually_exclusive_group()
@@ -47,9 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains; see DESCRIPTION for the exit codes."""
-    from jdistill import config
-
-    parsed = config.load(config.TrainConfig, args.config, args.overrides)  # before jax: a typo is answered at once
+    parsed = load(TrainConfig, args.config, args.overrides)  # before jax: a typo is answered at once
     from jdistill.student import hosts
     from jdistill.student.train import Stopped, TrainingError, train
 

@@ -1,8 +1,8 @@
-"""Weights of tokens whose sampler was another policy than the one that the ratio of a policy loss is relative to.
+"""Corrects for a sampler that is not the proximal policy: weights exp(proximal - sampler), clamped or masked.
 
-Three policies are at work: the sampler drew the tokens, the proximal policy is where this step's updates began, the
-current one is being trained. A policy loss bounds current / proximal; what is here corrects for proximal / sampler,
-which is not 1 where the sampler is some steps old, or computes in another precision.
+Three policies take part. The sampler drew the tokens, the proximal policy holds the parameters at the start of the
+step, and the current policy is being trained. A policy loss bounds current / proximal; this module corrects for
+proximal / sampler, which differs from 1 if the sampler is some steps old or computes in another precision.
 
 Dimension key: B sequences, T targets.
 """
@@ -25,39 +25,30 @@ def behavior_weight(
     loss_mask: Bool[Array, "B T"],
     *,
     action: Literal["clamp", "mask"] = "clamp",
-    level: Literal["token", "sequence", "sequence_product"] = "token",
+    level: Literal["token", "sequence"] = "token",
     lower: float | None = None,
     upper: float | None = None,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """exp(proximal - sampler), by which a policy loss per token is multiplied, and the targets that are left.
-
-    Which gradient the weighted loss has, as long as no bound holds (J is the expected reward of a sequence):
-
-        token               at the sampler's prefixes: better next tokens, with the rest of the answer left to the
-                            sampler. The usual choice: one ratio a token, so little variance.
-        sequence            no policy's exactly. One weight a sequence, the geometric mean of its tokens' ratios, which
-                            is what is usually meant by a sequence-level ratio: its size does not grow with the length.
-        sequence_product    that of J, exactly, where current = proximal: the sequence's own ratio, whose variance
-                            grows exponentially with the length.
+    """Importance weight exp(proximal - sampler) of each token's policy loss, and the targets that remain.
 
     Args:
-        proximal_logprobs: of the sampled tokens under the proximal policy, in nats.
-        sampler_logprobs: of the same tokens when they were sampled, in nats.
-        loss_mask: true where a target is scored; what stands elsewhere is not read.
-        action: "clamp" holds the weight within the bounds (truncated importance sampling): biased towards what the
-            sampler does. "mask" takes targets out of the loss whose weight is outside (rejection), whole sequences with
-            a sequence's level.
-        level: see above.
-        lower: of the weight; None: none.
-        upper: of the weight; None: none.
+        proximal_logprobs: sampled tokens under the proximal policy, in nats.
+        sampler_logprobs: the same tokens when they were sampled, in nats.
+        loss_mask: true where a target is scored; values elsewhere are not read.
+        action: "clamp" holds the weight within the bounds (truncated importance sampling), biased towards the sampler.
+            "mask" removes targets with a weight outside the bounds (rejection).
+        level: "token" is one ratio per token, the usual choice: little variance. Its gradient improves the next token
+            at the sampler's prefixes. "sequence" is the geometric mean of a sequence's ratios, whose size does not grow
+            with the length; its gradient is exact for no policy, and a rejection removes the whole sequence.
+        lower, upper: bounds of the weight; None: unbounded.
 
     Returns:
-        The weight without a gradient, 0 where the target does not count; and the mask, smaller after a rejection. A
-        loss reduced under it is a mean over what is left; under the old mask, rejected targets count as 0, so a batch
-        that lost half its targets pulls half as much (AReaL's choice).
+        Weight without a gradient, 0 at targets that do not count; and the mask that remains. A loss reduced under it
+        is a mean over the remaining targets. Under the old mask rejected targets count as 0, so a batch that lost
+        half its targets pulls half as much (AReaL's choice).
 
     Raises:
-        ValueError: bounds that exclude 1, the weight of a sampler that is right, or a mask without a bound.
+        ValueError: bounds that exclude 1, the weight of an on-policy token, or a mask without a bound.
 
     Reference:
         Hilton et al. (decoupled PPO), arXiv 2110.00641; Espeholt et al. (truncation), arXiv 1802.01561; Fu et al.
@@ -67,18 +58,7 @@ def behavior_weight(
         raise ValueError('action="mask" rejects what is outside lower and upper, and neither is given: set upper')
     if (lower is not None and lower > 1) or (upper is not None and upper < 1):
         raise ValueError(f"1, the weight on-policy, must be within lower and upper, got [{lower}, {upper}]")
-    proximal_BT, sampler_BT = fill(proximal_logprobs, loss_mask), fill(sampler_logprobs, loss_mask)
-    match level:
-        case "token":
-            weight_BT = probability_ratio(proximal_BT, sampler_BT)
-        case "sequence":
-            log_ratio_B1 = mean_log_ratio(proximal_BT, sampler_BT, loss_mask)
-            weight_BT = jnp.broadcast_to(probability_ratio(log_ratio_B1, jnp.zeros_like(log_ratio_B1)), loss_mask.shape)
-        case "sequence_product":
-            log_ratio_B1 = jnp.sum(proximal_BT - sampler_BT, axis=1, keepdims=True)
-            weight_BT = jnp.broadcast_to(probability_ratio(log_ratio_B1, jnp.zeros_like(log_ratio_B1)), loss_mask.shape)
-        case _:
-            raise ValueError(f'level must be "token", "sequence" or "sequence_product", got "{level}"')
+    weight_BT = _weight(fill(proximal_logprobs, loss_mask), fill(sampler_logprobs, loss_mask), loss_mask, level)
     match action:
         case "clamp":
             weight_BT = jnp.clip(weight_BT, lower, upper)
@@ -90,3 +70,16 @@ def behavior_weight(
         case _:
             raise ValueError(f'action must be "clamp" or "mask", got "{action}"')
     return jax.lax.stop_gradient(fill(weight_BT, loss_mask)), loss_mask
+
+
+def _weight(
+    proximal_BT: Float[Array, "B T"], sampler_BT: Float[Array, "B T"], loss_mask: Bool[Array, "B T"], level: str
+) -> Float[Array, "B T"]:
+    match level:
+        case "token":
+            return probability_ratio(proximal_BT, sampler_BT)
+        case "sequence":
+            log_ratio_B1 = mean_log_ratio(proximal_BT, sampler_BT, loss_mask)
+            return jnp.broadcast_to(probability_ratio(log_ratio_B1, jnp.zeros_like(log_ratio_B1)), loss_mask.shape)
+        case _:
+            raise ValueError(f'level must be "token" or "sequence", got "{level}"')

@@ -25,8 +25,10 @@ VOCABULARY = {token: i for i, token in enumerate([*CHARACTERS, PAD, END])}
 class AdditionOptions(Section):
     """`task.options` of addition."""
 
-    num_digits: int = pydantic.Field(3, ge=2, le=9)  # of each term, zero-padded
-    teachers: tuple[str, ...] = pydantic.Field((), strict=False)  # of teacher.several: problem i is number i's, modulo
+    num_digits: int = pydantic.Field(3, ge=2, le=9, description="digits of each term, zero-padded")
+    teachers: tuple[str, ...] = pydantic.Field(
+        (), strict=False, description="names in teacher.several; problem i goes to name i modulo their number"
+    )
 
 
 class Addition(Task):

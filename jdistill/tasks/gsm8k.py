@@ -16,6 +16,7 @@ import re
 from typing import Any, Literal
 
 import numpy as np
+import pydantic
 
 from jdistill.config import Section
 from jdistill.tasks.base import Problem, Task, epoch_permutation
@@ -29,11 +30,17 @@ INSTRUCTIONS = {
 class Gsm8kOptions(Section):
     """`task.options` of gsm8k."""
 
-    train_path: str  # JSONL
-    test_path: str  # JSONL; the held-out problems, in the file's order
-    answer_format: Literal["####", "boxed"] = "####"  # asked for in the prompt and expected in the completion
-    enable_thinking: bool | None = None  # passed to the chat template (Qwen3's); None: the template's default
-    keep_calculator: bool = False  # keep `<<48/2=24>>` of the published answers in the supervised solutions
+    train_path: str = pydantic.Field(description="JSONL file of the training problems")
+    test_path: str = pydantic.Field(description="JSONL file of the held-out problems, which keep the file's order")
+    answer_format: Literal["####", "boxed"] = pydantic.Field(
+        "####", description="answer format that the prompt asks for and the reward expects"
+    )
+    enable_thinking: bool | None = pydantic.Field(
+        None, description="passed to the chat template (Qwen3); null: the template's default"
+    )
+    keep_calculator: bool = pydantic.Field(
+        False, description="keep the calculator marks of the published answers (`<<48/2=24>>`) in supervised solutions"
+    )
 
 
 class Gsm8k(Task):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jdistill.losses import off_policy
 
-# Two sequences; ratios (2, 1/2, 2 and a hole) and (1, 4): geometric means 2^(1/3) and 2, products 2 and 4.
+# Two sequences; ratios (2, 1/2, 2 and a hole) and (1, 4): geometric means 2^(1/3) and 2.
 PROXIMAL = jnp.log(jnp.array([[0.2, 0.1, 0.4, jnp.nan], [0.3, jnp.nan, 0.8, jnp.nan]]))
 SAMPLER = jnp.log(jnp.array([[0.1, 0.2, 0.2, 0.0], [0.3, 1.0, 0.2, jnp.nan]]))
 MASK = jnp.array([[True, True, True, False], [True, False, True, False]])
@@ -27,16 +27,10 @@ MASK = jnp.array([[True, True, True, False], [True, False, True, False]])
         ({"action": "mask", "upper": 3.0}, [[2, 0.5, 2, 0], [1, 0, 0, 0]], [[1, 1, 1, 0], [1, 0, 0, 0]]),
         ({"action": "mask", "lower": 0.8}, [[2, 0, 2, 0], [1, 0, 4, 0]], [[1, 0, 1, 0], [1, 0, 1, 0]]),
         ({"level": "sequence"}, [[2 ** (1 / 3)] * 3 + [0], [2, 0, 2, 0]], None),
-        ({"level": "sequence_product"}, [[2, 2, 2, 0], [4, 0, 4, 0]], None),
         ({"level": "sequence", "upper": 1.5}, [[2 ** (1 / 3)] * 3 + [0], [1.5, 0, 1.5, 0]], None),
         (
             {"level": "sequence", "action": "mask", "upper": 1.5},
             [[2 ** (1 / 3)] * 3 + [0], [0, 0, 0, 0]],
-            [[1, 1, 1, 0], [0, 0, 0, 0]],
-        ),
-        (
-            {"level": "sequence_product", "action": "mask", "upper": 3.0},
-            [[2, 2, 2, 0], [0, 0, 0, 0]],
             [[1, 1, 1, 0], [0, 0, 0, 0]],
         ),
     ],
@@ -53,7 +47,7 @@ def test_weights_by_hand(options, weight, kept):
         ({"action": "mask"}, "rejects what is outside lower and upper, and neither is given"),
         ({"lower": 1.1}, r"1, the weight on-policy, must be within lower and upper, got \[1.1, None\]"),
         ({"upper": 0.9}, "must be within lower and upper"),
-        ({"level": "prompt"}, 'level must be "token", "sequence" or "sequence_product", got "prompt"'),
+        ({"level": "prompt"}, 'level must be "token" or "sequence", got "prompt"'),
         ({"action": "drop"}, 'action must be "clamp" or "mask", got "drop"'),
     ],
 )
@@ -65,7 +59,7 @@ def test_what_makes_no_sense_is_refused(options, message):
 
 COMBINATIONS = [
     {"level": level, "action": action, "lower": 0.5, "upper": 1.5}
-    for level in ("token", "sequence", "sequence_product")
+    for level in ("token", "sequence")
     for action in ("clamp", "mask")
 ]
 SEEDS = st.integers(0, 2**32 - 1)

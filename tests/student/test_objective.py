@@ -293,7 +293,7 @@ def test_an_estimator_that_does_not_do_what_it_is_named_for_is_refused(keys, mes
     [
         ({"behavior": {}}, "set proximal: recomputed"),
         ({"value_clip": 0.2}, "advantage: gae"),
-        ({"policy": "gspo", "dual_clip": 3.0}, "dual_clip is of policy: ppo_clip"),
+        ({"policy": "gspo", "dual_clip": 3.0}, "dual_clip belongs to policy: ppo_clip"),
         ({"advantage": "gae", "rl_loss_weight": 0.0, "distill_loss_weight": 1.0}, "no reward for its value head"),
         ({"distill_loss_weight": {"kind": "kdrl", "begin": 1.0, "end": 0.0}}, "decrement"),
         ({"distill_loss_weight": {"kind": "linear", "begin": 1.0, "end": 0.0, "decrement": 0.1}}, "decrement"),
