@@ -197,5 +197,5 @@ class ObjectiveSection(Section):
         if self.dual_clip is not None and self.policy != "ppo_clip":
             raise ValueError(f"dual_clip belongs to policy: ppo_clip, got policy: {self.policy}")
         if self.advantage == "gae" and not self.has_rl:
-            raise ValueError("advantage: gae needs a reward for its value head, and rl_loss_weight is 0")
+            raise ValueError("advantage: gae with rl_loss_weight: 0 leaves no reward for its value head")
         return self
