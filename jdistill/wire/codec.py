@@ -1,6 +1,6 @@
-"""numpy <-> the wire's messages, with no Python per token.
+"""Convert numpy arrays to the wire's messages and back, without Python code per token.
 
-What a request and a response hold, and whether their counts agree; how that lies in bytes is `columns`' business.
+This module knows the fields of requests and responses and checks that their counts agree; `columns` knows the bytes.
 
 Dimension key: B sequences, S tokens, E entries of a reply, N scored positions of a reply, K top-k, C candidates.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from google.protobuf import message
 
 from jdistill.wire.columns import CRC_FIELD, MessageColumns
 from jdistill.wire.errors import CorruptedError, InvalidRequestError, VerificationError
+from jdistill.wire.spans import Columns, decode_prefixes, decode_spans, read_counts
 from jdistill.wire.types import ModelInfo, SequenceToScore, ServerInfo, ServerState, TokenScores
 from jdistill.wire.v1 import teacher_pb2
 
@@ -24,20 +25,19 @@ SERVICE = "jdistill.wire.v1.TeacherService"
 CONTROL_SERVICE = "jdistill.wire.v1.TeacherControlService"
 SCORE_METHOD = f"/{SERVICE}/ScoreSequences"
 INFO_METHOD = f"/{SERVICE}/GetServerInfo"
-WHOLE_REQUEST = "request"  # the `field` of an InvalidRequestError about bytes that are no request
+WHOLE_REQUEST = "request"  # `field` of an InvalidRequestError about bytes that are not a request
 DEFAULT_CHUNK_BYTES = 1 << 20  # larger messages only delay the first result (measured: 1 MB is as fast as 16 MB)
 
 _LITTLE_U4 = np.dtype("<u4")
 _LITTLE_I4 = np.dtype("<i4")
 _LITTLE_F4 = np.dtype("<f4")
-_Columns = Mapping[str, np.ndarray]  # packed fields by name
 _REQUEST = MessageColumns(teacher_pb2.ScoreSequencesRequest)
 _RESPONSE = MessageColumns(teacher_pb2.ScoreSequencesResponse)
 SHORT_BYTES = 16 << 10  # see _join
 
 
 class RequestOptions(NamedTuple):
-    """Everything of a request that is not per sequence; meanings and defaults as in the proto."""
+    """The fields of a request that are not per sequence; meanings and defaults as in the proto."""
 
     model: str = ""
     expected_fingerprint: str = ""
@@ -80,7 +80,7 @@ class ScoreChunk:
     temperature: float
 
     def runs(self) -> Iterator[ScoredRun]:
-        """The entries one by one."""
+        """Yields the entries one by one."""
         stops = np.cumsum(self.target_counts)
         for e in range(len(stops)):
             part = slice(int(stops[e] - self.target_counts[e]), int(stops[e]))
@@ -116,10 +116,10 @@ def encode_request(
     request_id: str = "",
     max_chunk_bytes: int = 0,
 ) -> bytes:
-    """The bytes of a ScoreSequencesRequest.
+    """Encodes a ScoreSequencesRequest.
 
     Raises:
-        InvalidRequestError: some sequences have candidates and others none, or another number of them.
+        InvalidRequestError: the sequences have different numbers of candidates per position.
     """
     counts_C = {0 if s.candidate_ids is None else s.candidate_ids.shape[1] for s in sequences}
     if len(counts_C) > 1:
@@ -158,23 +158,23 @@ def encode_request(
 
 
 def decode_request(data: bytes) -> tuple[list[SequenceToScore], RequestOptions]:
-    """The sequences of a ScoreSequencesRequest, and its options; the arrays are the caller's own, writable.
+    """Decodes a ScoreSequencesRequest into its sequences and options; the arrays are writable copies.
 
-    Structure is checked here (counts agree, spans are inside their sequence), the rest by `validate`, against a model.
+    Checks the structure (counts agree, spans are inside their sequence); `validate` checks the rest against a model.
 
     Raises:
-        CorruptedError: it has a payload_crc, but not the one it says.
+        CorruptedError: the payload_crc is present and wrong.
         InvalidRequestError: not a ScoreSequencesRequest, or its counts contradict each other.
     """
     scalars, columns = _decode(_REQUEST, data, _not_a_request)
-    lengths_B = _counts(columns, "sequence_lengths")
+    lengths_B = read_counts(columns, "sequence_lengths")
     token_ids = columns["token_ids"].view("<i4").astype(np.int32)
     if lengths_B.sum() != len(token_ids):
         raise InvalidRequestError(
             f"sequence_lengths add up to {lengths_B.sum()} tokens, token_ids has {len(token_ids)}", field="token_ids"
         )
-    prefixes_B, replaced_B = _decode_prefixes(columns, lengths_B)
-    spans_B = _decode_spans(columns, lengths_B, replaced_B)
+    prefixes_B, replaced_B = decode_prefixes(columns, lengths_B)
+    spans_B = decode_spans(columns, lengths_B, replaced_B)
     num_scored_B = np.array([sum(stop - start for start, stop in spans) for spans in spans_B], np.int64)
     count_C = scalars["candidate_count"]
     candidate_ids = columns["candidate_ids"].view("<i4").astype(np.int32)
@@ -218,7 +218,7 @@ def decode_request(data: bytes) -> tuple[list[SequenceToScore], RequestOptions]:
 
 
 def response_bytes(scores: TokenScores) -> int:
-    """How many bytes these scores take in a response, but for a few of overhead."""
+    """Size of these scores in a response, up to a few bytes of overhead."""
     return 16 + len(scores.logprobs) * _target_bytes(scores)
 
 
@@ -245,7 +245,7 @@ def split_scores(scores: TokenScores, max_chunk_bytes: int) -> Iterator[tuple[in
 def encode_response(
     runs: Sequence[ScoredRun | tuple[int, int, TokenScores]], *, info: ModelInfo, temperature: float
 ) -> bytes:
-    """The bytes of one ScoreSequencesResponse that holds `runs`: (sequence index, first target, scores) each."""
+    """Encodes one ScoreSequencesResponse with `runs`: (sequence index, first target, scores) each."""
     scalars = {
         "model": info.model,
         "fingerprint": info.fingerprint,
@@ -272,11 +272,11 @@ def encode_response(
 
 
 def decode_response(data: bytes, *, top_k: int, candidate_count: int) -> ScoreChunk:
-    """One ScoreSequencesResponse to a request with this `top_k` and number of candidates.
+    """Decodes one ScoreSequencesResponse to a request with this `top_k` and number of candidates.
 
     Raises:
-        CorruptedError: it has not the payload_crc that it says.
-        VerificationError: not a ScoreSequencesResponse, or more or fewer values than its counts say.
+        CorruptedError: the payload_crc is wrong.
+        VerificationError: not a ScoreSequencesResponse, or the number of values contradicts its counts.
     """
     scalars, columns = _decode(_RESPONSE, data, _not_a_response)
     if scalars[CRC_FIELD] is None:
@@ -326,14 +326,14 @@ def decode_response(data: bytes, *, top_k: int, candidate_count: int) -> ScoreCh
 
 
 def encode_server_info(info: ServerInfo) -> bytes:
-    """The bytes of a GetServerInfoResponse."""
+    """Encodes a GetServerInfoResponse."""
     fields = {f.name: getattr(info, f.name) for f in dataclasses.fields(info)}
     fields["models"] = [teacher_pb2.ModelInfo(**dataclasses.asdict(model)) for model in info.models]
     return teacher_pb2.GetServerInfoResponse(**fields).SerializeToString()
 
 
 def decode_server_info(data: bytes) -> ServerInfo:
-    """A GetServerInfoResponse. Raises VerificationError if the bytes are not one."""
+    """Decodes a GetServerInfoResponse; raises VerificationError if the bytes are not one."""
     try:
         reply = teacher_pb2.GetServerInfoResponse.FromString(data)
     except message.DecodeError as e:
@@ -346,89 +346,13 @@ def decode_server_info(data: bytes) -> ServerInfo:
     )
     try:
         fields["state"] = ServerState(reply.state)
-    except ValueError:  # a later version's
+    except ValueError:  # from a later version
         raise VerificationError(
             f"the server says that its state is {reply.state}, which this client does not know"
         ) from None
     if not fields["models"] and fields["state"] is not ServerState.LOADING:
         raise VerificationError(f"the server is {fields['state'].name} but names no model")
     return ServerInfo(**fields)
-
-
-def _decode_prefixes(columns: _Columns, lengths_B: np.ndarray) -> tuple[list[np.ndarray | None], np.ndarray]:
-    """Teacher prefix of each sequence (None: nothing is replaced) and how many tokens it replaces, int64 [B]."""
-    counts_B, replaced_B = _counts(columns, "prefix_lengths"), _counts(columns, "prefix_replaced")
-    ids = columns["prefix_token_ids"].view("<i4").astype(np.int32)
-    if not len(counts_B) and not len(replaced_B) and not len(ids):
-        return [None] * len(lengths_B), np.zeros(len(lengths_B), np.int64)
-    for name, column in (("prefix_lengths", counts_B), ("prefix_replaced", replaced_B)):
-        if len(column) != len(lengths_B):
-            raise InvalidRequestError(f"{name} has {len(column)} values for {len(lengths_B)} sequences", field=name)
-    if counts_B.sum() != len(ids):
-        raise InvalidRequestError(
-            f"prefix_lengths add up to {counts_B.sum()} tokens, prefix_token_ids has {len(ids)}",
-            field="prefix_token_ids",
-        )
-    if (long := np.flatnonzero(replaced_B >= lengths_B)).size:
-        b = int(long[0])
-        raise InvalidRequestError(
-            f"prefix_replaced of sequence {b} is {replaced_B[b]} of its {lengths_B[b]} tokens: nothing is left",
-            field="prefix_replaced",
-            sequence=b,
-        )
-    parts = np.split(ids, np.cumsum(counts_B)[:-1])
-    used_B = (counts_B > 0) | (replaced_B > 0)
-    return [part if used else None for part, used in zip(parts, used_B.tolist(), strict=True)], replaced_B
-
-
-def _decode_spans(
-    columns: _Columns, lengths_B: np.ndarray, replaced_B: np.ndarray
-) -> list[tuple[tuple[int, int], ...]]:
-    """Spans of each sequence, checked: ascending, disjoint, inside the sequence."""
-    counts_B = _counts(columns, "span_counts")
-    starts, ends = _counts(columns, "span_starts"), _counts(columns, "span_ends")
-    if not len(counts_B):
-        if len(starts) or len(ends):
-            raise InvalidRequestError("span_starts or span_ends without span_counts", field="span_counts")
-        if (short := np.flatnonzero(lengths_B < 2)).size:
-            b = int(short[0])
-            raise InvalidRequestError(
-                f"sequence {b} has {lengths_B[b]} tokens; at least 2 are needed, since the first has no score",
-                field="sequence_lengths",
-                sequence=b,
-            )
-        starts_B = np.maximum(1, replaced_B)
-        return [((start, length),) for start, length in zip(starts_B.tolist(), lengths_B.tolist(), strict=True)]
-    if len(counts_B) != len(lengths_B):
-        raise InvalidRequestError(
-            f"span_counts has {len(counts_B)} values for {len(lengths_B)} sequences", field="span_counts"
-        )
-    for name, column in (("span_starts", starts), ("span_ends", ends)):
-        if len(column) != counts_B.sum():
-            raise InvalidRequestError(
-                f"{name} has {len(column)} values, span_counts add up to {counts_B.sum()}", field=name
-            )
-    if (empty := np.flatnonzero(counts_B == 0)).size:
-        b = int(empty[0])
-        raise InvalidRequestError(
-            f"sequence {b} has no span: nothing to score; leave it out of the request", field="span_counts", sequence=b
-        )
-    owner = np.repeat(np.arange(len(counts_B)), counts_B)
-    # A span begins after the one before it in its own sequence has ended, and the first one at 1 or later.
-    first = np.concatenate([[True], owner[1:] != owner[:-1]])
-    floor = np.where(first, 1, np.concatenate([[1], ends[:-1]]))
-    bad = np.flatnonzero((starts < floor) | (ends <= starts) | (ends > lengths_B[owner]))
-    if bad.size:
-        i, b = int(bad[0]), int(owner[bad[0]])
-        raise InvalidRequestError(
-            f"span [{starts[i]}, {ends[i]}) of sequence {b} ({lengths_B[b]} tokens): spans are ascending, disjoint, "
-            f"not empty and inside [1, {lengths_B[b]})",
-            field="spans",
-            sequence=b,
-        )
-    pairs = list(zip(starts.tolist(), ends.tolist(), strict=True))
-    stops = np.cumsum(counts_B).tolist()
-    return [tuple(pairs[stop - count : stop]) for stop, count in zip(stops, counts_B.tolist(), strict=True)]
 
 
 def _not_a_request(reason: str) -> InvalidRequestError:
@@ -439,8 +363,8 @@ def _not_a_response(reason: str) -> VerificationError:
     return VerificationError(f"not a jdistill.wire.v1.ScoreSequencesResponse: {reason}")
 
 
-def _decode(kind: MessageColumns, data: bytes, error: Any) -> tuple[dict[str, Any], _Columns]:
-    """Scalars and columns of a message; the payload_crc, if it has one, is right."""
+def _decode(kind: MessageColumns, data: bytes, error: Any) -> tuple[dict[str, Any], Columns]:
+    """Decodes a message into scalars and columns, and checks its payload_crc if it has one."""
     try:
         scalars, columns, crc = kind.decode(data)
     except message.DecodeError as e:
@@ -454,16 +378,12 @@ def _decode(kind: MessageColumns, data: bytes, error: Any) -> tuple[dict[str, An
     return scalars, columns
 
 
-def _counts(columns: _Columns, name: str) -> np.ndarray:
-    return columns[name].astype(np.int64)  # sums of uint32 would wrap around
-
-
 def _words(numbers: Sequence[int]) -> np.ndarray:
     return np.array(numbers, _LITTLE_U4)
 
 
 def _join(arrays: Sequence[np.ndarray], dtype: np.dtype) -> list[np.ndarray]:
-    """One column. Short arrays are put together first: each piece costs a microsecond, a large one only its copy."""
+    """Makes one column. Short arrays are concatenated first: a piece costs a microsecond, a large one only its copy."""
     arrays = [np.asarray(array, dtype) for array in arrays]
     if len(arrays) > 1 and sum([array.nbytes for array in arrays]) < len(arrays) * SHORT_BYTES:
         return [np.concatenate([array.ravel() for array in arrays])]

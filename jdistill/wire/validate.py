@@ -1,6 +1,6 @@
-"""Is a request one that this model can score? The same answer in the client, before the network, and in the service.
+"""Check that a model can score a request: in the client before it is sent, and again in the service.
 
-The engines behind the service rely on it: one token id outside the vocabulary ends a vLLM or SGLang engine for good.
+The engines rely on it: a single token id outside the vocabulary kills a vLLM or SGLang engine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from jdistill.wire.errors import InvalidRequestError, UnsupportedError
 from jdistill.wire.types import ModelInfo, SequenceToScore
 
-MIN_TEMPERATURE = 1e-3  # logits of thousands, divided by less, leave float32: infinite scores, which no one may send
+MIN_TEMPERATURE = 1e-3  # logits in the thousands, divided by less, overflow float32 to infinite scores
 
 
 def validate_request(
@@ -81,6 +81,12 @@ def validate_sequence(sequence: SequenceToScore, index: int, *, info: ModelInfo)
         )
     _check_vocabulary(token_ids, "token_ids", index, info)
     _check_prefix(sequence, prefix, index, info)
+    _check_spans(sequence, length, index)
+    if sequence.candidate_ids is not None:
+        _check_candidates(sequence, index, info)
+
+
+def _check_spans(sequence: SequenceToScore, length: int, index: int) -> None:
     before = max(1, sequence.num_replaced)
     for start, stop in sequence.spans:
         if not before <= start < stop <= length:
@@ -91,8 +97,9 @@ def validate_sequence(sequence: SequenceToScore, index: int, *, info: ModelInfo)
                 sequence=index,
             )
         before = stop
-    if sequence.candidate_ids is None:
-        return
+
+
+def _check_candidates(sequence: SequenceToScore, index: int, info: ModelInfo) -> None:
     candidate_ids = np.asarray(sequence.candidate_ids)
     _check_integers(candidate_ids, 2, "candidate_ids", index)
     num_scored, count = candidate_ids.shape

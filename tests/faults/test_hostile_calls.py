@@ -1,6 +1,7 @@
-"""Calls that no gRPC library would make: the sidecar is there for the others afterwards, with the engine it had."""
+"""Calls that no gRPC library would make: the sidecar keeps serving other clients, with the same engine."""
 
 import concurrent.futures
+import threading
 
 import grpc
 import pytest
@@ -11,22 +12,33 @@ from tests.sidecar import processes
 
 
 def call_without_utf8(address):
-    """A method whose name is not UTF-8: grpc.aio's server ends at it."""
+    """Calls a method whose name is not UTF-8, which stops grpc.aio's server."""
     with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError):
-        channel.unary_unary(b"/jdi\xf3till.wire.v1.TeacherService/GetServerInfo")(b"", timeout=5, wait_for_ready=True)
+        channel.unary_unary(b"/jdi\xf3till.wire.v1.TeacherService/GetServerInfo")(b"", timeout=60, wait_for_ready=True)
 
 
 def test_a_method_name_that_is_not_utf8_costs_a_retry_and_not_the_sidecar(start_sidecar, connect):
     sidecar = start_sidecar("--engine-arg", "delay_s=0.01")
-    client = connect(sidecar, batch_tokens=200)
-    asked = batch(200)
+    client = connect(sidecar, batch_tokens=200, deadline_s=120.0)
+    asked = batch(60)
+    over = threading.Event()
+
+    def keep_scoring():  # until the hostile calls are over, however slow the machine is: they always meet work
+        while True:
+            last = over.is_set()
+            assert_scores(client.score(asked), asked)
+            if last:
+                return
+
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        future = pool.submit(client.score, asked)
-        for num_before in (1, 8):
-            wait_until(lambda num_before=num_before: good_calls(sidecar) >= num_before)
-            call_without_utf8(sidecar.address)
-        assert not future.done(), "the batch was over before the calls"
-        assert_scores(future.result(timeout=20), asked)
+        future = pool.submit(keep_scoring)
+        try:
+            for num_before in (1, 8):
+                wait_until(lambda num_before=num_before: good_calls(sidecar) >= num_before, 60)
+                call_without_utf8(sidecar.address)
+        finally:
+            over.set()
+        future.result(timeout=120)
     assert processes.health(sidecar.address) == processes.SERVING
     assert sidecar.log.count("listening again") == 2 and sidecar.log.count("loaded in") == 1
     # What was under way for the connections that ended has left queue and engine.
@@ -40,7 +52,7 @@ def test_many_such_calls_leave_no_trace(start_sidecar):
     asked = batch(5)
     for _ in range(20):
         call_without_utf8(sidecar.address)
-        with TeacherClient([sidecar.address], deadline_s=20.0) as client:
+        with TeacherClient([sidecar.address], deadline_s=60.0) as client:
             assert_scores(client.score(asked), asked)
     assert sidecar.log.count("listening again") == 20
     assert sidecar.stop() == 0
