@@ -36,7 +36,7 @@ from jdistill.rollout.sampler import Sampler
 from jdistill.student import metrics
 from jdistill.student.batch import TrainBatch, make_batch
 from jdistill.student.checkpoint import restore_params
-from jdistill.student.evaluate import evaluate
+from jdistill.student.evaluate import held_out_accuracy
 from jdistill.student.objective import Scored, loss
 from jdistill.student.recipe import make_recipe
 from jdistill.student.teacher_process import TeacherProcess
@@ -231,18 +231,8 @@ class Measured:
 
     def accuracy(self, decoder: nnx.Module) -> dict[str, float]:
         """Held-out, sampled and greedy."""
-        return {
-            name: evaluate(
-                self._sampler(decoder),
-                nnx.state(decoder, nnx.Param),
-                self._task,
-                self._problems,
-                temperature=1.0,
-                greedy=greedy,
-                seed=0,
-            ).accuracy
-            for name, greedy in (("eval/accuracy", False), ("eval/accuracy_greedy", True))
-        }
+        params = nnx.state(decoder, nnx.Param)
+        return held_out_accuracy(self._sampler(decoder), params, self._task, self._problems, temperature=1.0, seed=0)
 
     def reverse_kl(self, student: nnx.Module) -> float:
         """KL(student || teacher) over the whole vocabulary, mean over the tokens of 512 sampled completions."""

@@ -128,7 +128,7 @@ def _teacher_accuracy(base: TrainConfig, path: str) -> dict[str, float]:
 
     from jdistill import models, tasks
     from jdistill.rollout.sampler import Sampler
-    from jdistill.student.evaluate import evaluate
+    from jdistill.student.evaluate import held_out_accuracy
 
     task = tasks.create_task(base.task.name, base.task.options, path)
     graphdef, params = nnx.split(models.load(path, compute_dtype=base.model.compute_dtype), nnx.Param)
@@ -139,11 +139,7 @@ def _teacher_accuracy(base: TrainConfig, path: str) -> dict[str, float]:
         stop_token_ids=task.stop_token_ids,
     )
     problems = task.eval_problems(base.eval.num_prompts)
-    values = {}
-    for name, greedy in (("eval/accuracy", False), ("eval/accuracy_greedy", True)):
-        result = evaluate(sampler, params, task, problems, temperature=base.rollout.temperature, greedy=greedy, seed=0)
-        values[name] = result.accuracy
-    return values
+    return held_out_accuracy(sampler, params, task, problems, temperature=base.rollout.temperature, seed=0)
 
 
 def _slug(arm: str) -> str:

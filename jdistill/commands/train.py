@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     """Trains; see DESCRIPTION for the exit codes."""
     parsed = load(TrainConfig, args.config, args.overrides)  # before jax: a typo is answered at once
     from jdistill.student import hosts
-    from jdistill.student.train import Stopped, TrainingError, train
+    from jdistill.student.signals import Stopped
+    from jdistill.student.train import TrainingError, train
 
     given = (args.coordinator, args.num_processes, args.process_id)
     if args.distributed or any(one is not None for one in given):

@@ -1,12 +1,15 @@
-"""The processes of a run, one a host or more: which one this is, and what they have to agree on.
+"""The processes of a run, one or more per host: which one this is, and what they must agree on.
 
-Every function here is called by all processes in the same order. With one process each gives back what it got.
+Unless it says otherwise, every function here is called by all processes in the same order. With a single process each
+returns its argument.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -17,61 +20,61 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
-from jdistill.config import ConfigError
+from jdistill.config import ConfigError, TrainConfig
 from jdistill.wire.errors import TeacherError
 
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Joins this process to the others; before anything else is asked of JAX.
+    """Joins this process to the others; must be the first call to JAX.
 
-    A process that is alone on its host takes all devices that it sees; of several on a host, each takes one.
+    A process that is alone on its host takes all devices that it sees; of several on one host, each takes one.
 
     Args:
-        coordinator: host:port of process 0, any free port; the same for all. All three None: JAX finds them out from
-            Slurm, Open MPI, or Kubernetes.
-        num_processes: of the run.
-        process_id: of this one, from 0.
+        coordinator: host:port of process 0, any free port, the same for all processes. If all three arguments are
+            None, JAX reads them from Slurm, Open MPI or Kubernetes.
+        num_processes: number of processes of the run.
+        process_id: number of this process, from 0.
 
     Raises:
-        ConfigError: there is nothing to find them out from, or the others did not come.
+        ConfigError: nothing to read the arguments from, or the other processes did not join.
     """
-    # Under Slurm and Open MPI, JAX by itself takes one device a process, however many the host has. None is that
-    # default (or the user's JAX_LOCAL_DEVICE_IDS), an empty list all that the process sees.
+    # Under Slurm and Open MPI, JAX takes one device per process, however many the host has. None stands for that
+    # default (or the user's JAX_LOCAL_DEVICE_IDS), an empty list for all devices that the process sees.
     takes_all = is_alone_on_host(os.environ) and not os.environ.get("JAX_LOCAL_DEVICE_IDS")
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, [] if takes_all else None)
     except (ValueError, RuntimeError) as e:
         raise ConfigError(
-            f"--distributed: {e}. JAX knows Slurm, Open MPI and Kubernetes by itself; elsewhere give --coordinator "
-            "HOST:PORT --num-processes P --process-id I, the same HOST:PORT and P to all"
+            f"--distributed: {e}. JAX detects Slurm, Open MPI and Kubernetes; elsewhere give --coordinator HOST:PORT "
+            "--num-processes P --process-id I, with the same HOST:PORT and P for all processes"
         ) from None
 
 
 def is_alone_on_host(environ: Mapping[str, str]) -> bool:
-    """Whether Slurm or Open MPI, by what they tell a process, started one process a host."""
+    """Whether Slurm or Open MPI started one process per host, according to their environment variables."""
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in environ:
         return environ["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
     return "SLURM_STEP_NUM_NODES" in environ and environ.get("SLURM_NTASKS") == environ["SLURM_STEP_NUM_NODES"]
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Number of processes. Any process may call this alone."""
     return jax.process_count()
 
 
 def is_first() -> bool:
-    """Whether this one writes, and speaks to whoever watches."""
+    """Whether this process writes the files and shows the progress. Any process may call this alone."""
     return jax.process_index() == 0
 
 
 def own_part(num: int) -> slice:
-    """Which of so many things are this process's own; a multiple of the number of processes."""
+    """Slice of `num` items owned by this process; `num` is a multiple of the number of processes."""
     each = num // count()
     return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
 
 
 def gather(rows: np.ndarray) -> np.ndarray:
-    """The rows of all processes, one after another."""
+    """The rows of all processes, concatenated in the order of the processes."""
     return rows if count() == 1 else np.asarray(multihost_utils.process_allgather(rows, tiled=True))
 
 
@@ -86,10 +89,10 @@ def maximum(number: int) -> int:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What `make` returns on the first process (JSON), which alone calls it.
+    """Calls `make` on the first process alone and returns its result (JSON) on all.
 
     Raises:
-        Exception: what `make` raised; on the others a ConfigError of the same text.
+        Exception: what `make` raised; on the other processes a ConfigError with the same text.
     """
     if count() == 1:
         return make()
@@ -111,9 +114,9 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 
 def leave(error: BaseException) -> NoReturn:
-    """Ends this process at once, after an error that it alone has met.
+    """Ends this process at once, after an error that only it has met.
 
-    An orderly end would wait for the others, which wait for this one; JAX's coordination service ends them.
+    An orderly exit would wait for the other processes, which wait for this one; JAX's coordination service ends them.
     """
     if isinstance(error, TeacherError | ValueError | FileNotFoundError):
         print("\n".join([f"jdistill train: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
@@ -121,28 +124,61 @@ def leave(error: BaseException) -> NoReturn:
         traceback.print_exception(error)
     print(
         f"jdistill train: process {jax.process_index()} of {count()} ends here; the others follow within two minutes. "
-        "Start all again, with --resume if a checkpoint was saved.",
+        "Start all of them again, with --resume if a checkpoint was saved.",
         file=sys.stderr,
         flush=True,
     )
     os._exit(2 if isinstance(error, ValueError | FileNotFoundError) else 1)
 
 
-def meshes(mesh: Mesh) -> tuple[Mesh, Mesh]:
-    """Of a mesh over all devices: this process's devices alone, and all with one axis more, "host", in front.
+def check_split(config: TrainConfig) -> None:
+    """Checks that a run can be split over the processes. Raises ConfigError."""
+    num = count()
+    if num == 1:
+        return
+    on_policy = config.objective.kind == "on_policy"
+    key = "rollout.num_prompts" if on_policy else "optimizer.batch_size"
+    size = config.rollout.num_prompts if on_policy else config.optimizer.batch_size
+    if size % num:
+        raise ConfigError(f"{key} = {size} does not split over {num} processes: each samples its own prompts")
+    if config.rollout.ahead:
+        raise ConfigError(f"rollout.ahead: 1 needs a single process, and there are {num}: leave it out")
+    teacher = config.teacher
+    if teacher is not None and teacher.offload:
+        raise ConfigError(
+            f"teacher.offload needs a single process, and there are {num}: give the teacher separate devices"
+        )
+    if teacher is not None and teacher.spawn is not None:
+        names = {name.tobytes() for name in gather(_host_name()[None])}
+        if len(names) > 1:
+            raise ConfigError(
+                f"teacher.spawn: the sidecar listens on loopback, and the processes are on {len(names)} hosts: start "
+                "it with `jdistill teacher`, and give teacher.endpoints"
+            )
 
-    On either the parameters that lie over fsdp and tensor are whole on each host.
+
+def _host_name() -> np.ndarray:
+    return np.frombuffer(hashlib.sha256(socket.gethostname().encode()).digest()[:8], np.uint8)
+
+
+def meshes(mesh: Mesh) -> tuple[Mesh, Mesh]:
+    """Splits a mesh over all devices into hosts.
+
+    Parameters that are sharded over fsdp and tensor are whole on each host, on either of the returned meshes.
+
+    Returns:
+        The mesh of this process's devices alone, and the mesh of all devices with one more axis, "host", in front.
 
     Raises:
-        ConfigError: the tensor axis goes from one host to another.
+        ConfigError: the tensor axis spans hosts.
     """
     tensor = mesh.shape["tensor"]
     groups = mesh.devices.reshape(-1, tensor)
     owner = np.vectorize(lambda device: device.process_index)(groups)
     if (owner != owner[:, :1]).any():
         raise ConfigError(
-            f"mesh.tensor = {tensor} goes over hosts of {jax.local_device_count()} devices: make it a divisor of that "
-            "number, and let mesh.fsdp go over hosts"
+            f"mesh.tensor = {tensor} spans hosts of {jax.local_device_count()} devices: make it a divisor of that "
+            "number, and let mesh.fsdp span hosts"
         )
     by_host = np.stack([groups[owner[:, 0] == process] for process in range(count())])[:, None]
     axis_types = (AxisType.Auto,) * 3

@@ -85,7 +85,7 @@ def test_two_processes_stop_together_resume_and_train_what_one_does(
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)  # one of them, and both stop after the same step
     stopped = finish(processes, 128 + signal.SIGTERM)
-    assert all("--resume goes on from there" in output for output in stopped)
+    assert all("--resume continues from there" in output for output in stopped)
     assert len(metrics.read(lines)) < 4
     first, second = finish(start_two(run_dir, "--resume", slurm=True))
     assert "3/3" in first and "3/3" not in second  # the first one speaks
@@ -101,7 +101,7 @@ def test_what_one_process_finds_wrong_ends_all(tmp_path: pathlib.Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
     for output in finish(start_two(tmp_path / "run"), 2):
-        assert "holds a run already: --resume goes on with it" in output
+        assert "holds a run already: --resume continues it" in output
     for output in finish(start_two(tmp_path / "other", "rollout.num_prompts=3", "optimizer.accumulate=1"), 2):
         assert "rollout.num_prompts = 3 does not split over 2 processes" in output
 

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from jdistill.rollout.sampled import SampledBatch
 from jdistill.rollout.sampler import Completion
-from jdistill.student.sampled import SampledBatch
 from jdistill.tasks.base import Problem
 
 
