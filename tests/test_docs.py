@@ -1,7 +1,9 @@
 """The docs list every option, every error and every method; an addition to the code that they lack fails here."""
 
+import ast
 import pathlib
 import re
+import tomllib
 
 import pytest
 
@@ -60,3 +62,46 @@ def test_links_to_files_lead_somewhere(page):
     path = ROOT / page
     for target in re.findall(r"\]\((?!http|#)([^)#]+)", path.read_text()):
         assert (path.parent / target).exists(), f"{page} links to {target}"
+
+
+def test_the_readmes_absolute_links_lead_to_files_of_this_repository():
+    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    raw = repository.replace("github.com", "raw.githubusercontent.com")
+    targets = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text())
+    assert len(targets) > 5
+    for target in targets:
+        path = target.removeprefix(f"{repository}/blob/main/").removeprefix(f"{raw}/main/")
+        assert path != target and (ROOT / path.partition("#")[0]).is_file(), target
+
+
+def tree():
+    """(path, line) of each entry of the README's tree."""
+    block = re.search(r"## What is where\n\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    for row in block.splitlines():
+        name, _, text = row.strip().partition(" ")
+        yield pathlib.Path("jdistill" if row.startswith("  ") else ".", name), text.strip()
+
+
+def test_every_path_of_the_readmes_tree_exists():
+    paths = [path for path, _ in tree()]
+    assert len(paths) > 15
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+def test_every_package_opens_with_its_line_of_the_readmes_tree():
+    lines = {path: text for path, text in tree() if (ROOT / path / "__init__.py").is_file() and text}
+    packages = {init.parent.relative_to(ROOT) for init in ROOT.glob("jdistill/*/__init__.py")}
+    assert packages <= set(lines), "a package without a line in the README's tree"
+    for path, text in lines.items():
+        docstring = ast.get_docstring(ast.parse((ROOT / path / "__init__.py").read_text()))
+        assert docstring.splitlines()[0].rstrip(".") == text, path
+
+
+def test_contributing_names_tables_and_files_that_exist():
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Adding a part")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| [\w ]+ \| `([^`]+)`.* \| `([A-Z]+)`, `([^`]+)` \|$", section, re.MULTILINE)
+    assert len(rows) >= 8
+    for place, table, file in rows:
+        assert (ROOT / place).exists(), place
+        assert re.search(rf"^{table}\b.*=", (ROOT / file).read_text(), re.MULTILINE), f"{table} in {file}"

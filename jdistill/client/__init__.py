@@ -1,4 +1,4 @@
-"""TeacherClient: verified, aligned token log-probabilities from teacher sidecars. Needs numpy, protobuf, grpcio."""
+"""TeacherClient: batching, replicas, retries, hedging, verification, alignment; no jax, no torch."""
 
 from jdistill.client.alignment import BatchScores
 from jdistill.client.teacher_client import TeacherClient

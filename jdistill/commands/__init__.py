@@ -1,1 +1,1 @@
-"""One file a command: `DESCRIPTION`, `add_arguments(parser)`, `run(args) -> exit code`; the table is `cli.COMMANDS`."""
+"""One command per file: `DESCRIPTION`, `add_arguments(parser)`, `run(args) -> exit code`."""

@@ -1,4 +1,4 @@
-"""Objectives as pure functions on the target grid [B, T]: per token in, per token out; `masked` alone reduces."""
+"""Advantages, policies, distillation, corrections: pure functions on [B, T], jax.numpy only."""
 
 from jdistill.losses import (
     advantages,

@@ -1,4 +1,4 @@
-"""Flax decoders of Hugging Face families: config, load, save, random start.
+"""Flax decoders of the Hugging Face families; safetensors in and out.
 
 A family is a folder: `config.py` (config.json -> DecoderConfig and back) and `params.py` (names of its tensors). The
 decoder itself is shared, since the families differ by flags.

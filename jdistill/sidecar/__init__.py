@@ -1,1 +1,1 @@
-"""The sidecar: a service over one engine. Imports no jax outside engines/jax.py."""
+"""The teacher's process: a gRPC service over one engine; no jax outside engines/jax.py."""

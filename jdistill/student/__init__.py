@@ -1,1 +1,1 @@
-"""The JAX side: rollout, batch, train step, checkpoints, metrics and the loop."""
+"""Recipe, batch, train step, sharding, checkpoints, metrics and the training loop."""

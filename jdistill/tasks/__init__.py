@@ -1,4 +1,4 @@
-"""Prompts and rewards, one file a task; neither jax nor torch."""
+"""Prompts and rewards, one file per task; no jax, no torch."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What crosses the wire: types, numpy <-> protobuf, errors <-> status codes. Needs numpy, protobuf and grpcio only."""
+"""Types, numpy <-> protobuf, errors <-> status codes, validation; needs numpy, protobuf and grpcio."""

@@ -1,4 +1,4 @@
-"""The table of engines: name -> where it is. An engine is tested by being listed here."""
+"""The table of engines, and one file or folder per engine."""
 
 from __future__ import annotations
 
