@@ -218,7 +218,7 @@ def test_a_batch_with_prefixes_and_teachers_stays_on_the_students_grid(several, 
 @pytest.fixture(scope="module")
 def several():
     """Two teachers and a client for all examples of one test."""
-    from tests.client.conftest import FakeTeacher
+    from tests.client.factories import FakeTeacher
 
     teachers = [FakeTeacher().start(), FakeTeacher().start()]
     for number, teacher in enumerate(teachers):

@@ -12,6 +12,7 @@ from jdistill.client import SequenceToScore
 from jdistill.client.calls import Call
 from jdistill.client.replica import Pace
 from jdistill.wire import codec, errors
+from tests.client.factories import hang, replicas, wait_for
 
 
 def sequences(num, num_tokens=40, seed=0):
@@ -24,13 +25,6 @@ def check(asked, got, teacher):
         teacher.assert_scores(scores, sequence)
 
 
-def hang(teacher, context, chunks):
-    """Accepts, keeps the connection, says nothing; ends when the client does."""
-    while context.is_active():
-        time.sleep(0.01)
-    yield from ()
-
-
 def hang_after(num_chunks):
     def fault(teacher, context, chunks):
         for _ in range(num_chunks):
@@ -38,18 +32,6 @@ def hang_after(num_chunks):
         yield from hang(teacher, context, chunks)
 
     return fault
-
-
-def replicas(client):
-    (dispatcher,) = client._dispatchers.values()
-    return dispatcher.pool.replicas
-
-
-def wait_for(condition, timeout_s=5.0):
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.01)
 
 
 def assert_idle(client):

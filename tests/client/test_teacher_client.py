@@ -9,33 +9,12 @@ import sys
 import threading
 import time
 
-import grpc
 import numpy as np
 import pytest
 
 from jdistill.client import SequenceToScore, TeacherClient
-from jdistill.wire import codec, errors, status
-
-
-def sequences(num, *, seed=0, max_tokens=40, candidates=0):
-    rng = np.random.default_rng(seed)
-    made = []
-    for _ in range(num):
-        length = int(rng.integers(3, max_tokens))
-        start = int(rng.integers(1, length - 1))
-        spans = ((start, start + 1), (start + 1, length)) if rng.random() < 0.5 else ((start, length),)
-        sequence = SequenceToScore(rng.integers(0, 97, length), spans)
-        if candidates:
-            ids = rng.integers(0, 97, (sequence.num_scored, candidates))
-            sequence = dataclasses.replace(sequence, candidate_ids=ids)
-        made.append(sequence)
-    return made
-
-
-def check(teacher, asked, got, top_k=0):
-    for sequence, scores in zip(asked, got, strict=True):
-        teacher.assert_scores(scores, sequence, top_k)
-
+from jdistill.wire import codec, errors
+from tests.client.factories import check, hang, sequences, wait_for
 
 # ---- the good case ----
 
@@ -77,14 +56,24 @@ def test_requests_stay_below_what_the_server_accepts(start_teacher, connect):
         client.score([asked[0], SequenceToScore(np.arange(400) % 97)])
 
 
+def _submit_together(client, asked, **options):
+    """Submits while the client's thread is held, so that all arrive within one step of its loop, however slow it is."""
+    held = threading.Event()
+    client._loop.call_soon_threadsafe(held.wait)
+    try:
+        return [client.submit(sequence, **options) for sequence in asked]
+    finally:
+        held.set()
+
+
 def test_submitted_sequences_share_calls_in_order(start_teacher, connect):
     teacher = start_teacher()
     client = connect(teacher)
     client.info()
     asked = sequences(30)
-    futures = [client.submit(s, temperature=0.5) for s in asked]
+    futures = _submit_together(client, asked, temperature=0.5)
     check(teacher, asked, [f.result(timeout=10) for f in futures])
-    assert len(teacher.requests) <= 10  # one, unless this machine was very slow just then
+    assert len(teacher.requests) == 1
     assert [s.token_ids.tolist() for call in teacher.requests for s in call] == [s.token_ids.tolist() for s in asked]
     assert {options.temperature for options in teacher.options} == {0.5}
     assert {options.expected_fingerprint for options in teacher.options} == {teacher.info.model.fingerprint}
@@ -165,454 +154,6 @@ def test_the_token_goes_with_every_call(start_teacher, connect):
     assert teacher.metadata[0]["authorization"] == "Bearer secret"
 
 
-# ---- replicas ----
-
-
-def test_work_is_balanced_by_outstanding_tokens(start_teacher, connect):
-    teachers = [start_teacher(), start_teacher(), start_teacher()]
-    asked = [SequenceToScore(np.arange(50) % 97) for _ in range(60)]
-    check(teachers[0], asked, connect(*teachers).score(asked))
-    shares = [sum(len(call) for call in t.requests) for t in teachers]
-    assert sum(shares) == 60 and max(shares) - min(shares) <= 6
-
-
-def test_a_slow_replica_gets_less_of_the_work(start_teacher, connect):
-    slow, fast = start_teacher(), start_teacher()
-    slow.delay_s = 0.5
-    asked = [SequenceToScore(np.arange(50) % 97) for _ in range(100)]
-    check(fast, asked, connect(slow, fast, batch_tokens=100, max_in_flight=2, hedge_after_s=None).score(asked))
-    num_slow, num_fast = (sum(len(call) for call in t.requests) for t in (slow, fast))
-    assert num_slow + num_fast == 100 and num_slow < 25
-
-
-def test_no_replica_has_more_calls_in_flight_than_allowed(start_teacher, connect):
-    teacher = start_teacher()
-    teacher.delay_s = 0.01
-    peak, lock = [], threading.Lock()
-    running = [0]
-
-    def count(teacher, context, chunks):
-        with lock:
-            running[0] += 1
-            peak.append(running[0])
-        yield from chunks
-        with lock:
-            running[0] -= 1
-
-    teacher.always = count
-    connect(teacher, batch_tokens=50, max_in_flight=3).score([SequenceToScore(np.arange(50)) for _ in range(20)])
-    assert max(peak) == 3
-
-
-def test_the_preflight_lists_which_replicas_differ(start_teacher, connect):
-    a, b, c = start_teacher(), start_teacher(fingerprint="other"), start_teacher()
-    client = connect(a, b, c)
-    with pytest.raises(errors.FingerprintMismatchError, match="differ in fingerprint") as caught:
-        client.info()
-    assert f"{a.endpoint}, {c.endpoint}: 'ffffffff'; {b.endpoint}: 'other'" in str(caught.value)
-    with pytest.raises(errors.FingerprintMismatchError, match="differ in fingerprint"):
-        client.score(sequences(2))
-    assert not (a.requests or b.requests or c.requests)
-    b.info = a.info
-    check(a, asked := sequences(9), client.score(asked))  # put right, without a new client
-
-
-@pytest.mark.parametrize("field", [{"tokenizer_fingerprint": "other"}, {"vocab_size": 98}])
-def test_the_preflight_compares_tokenizer_and_vocabulary(start_teacher, connect, field):
-    client = connect(start_teacher(), start_teacher(**field))
-    with pytest.raises(errors.FingerprintMismatchError, match=f"differ in {next(iter(field))}"):
-        client.info()
-
-
-def test_the_limits_are_the_tightest_of_all_replicas(start_teacher, connect):
-    client = connect(start_teacher(max_top_k=3), start_teacher(max_sequence_length=30, any_temperature=False))
-    model = client.info().model
-    assert (model.max_top_k, model.max_sequence_length, model.any_temperature) == (3, 30, False)
-    with pytest.raises(errors.InvalidRequestError, match="takes at most 30"):
-        client.score([SequenceToScore(np.arange(31))])
-    with pytest.raises(errors.UnsupportedError, match="temperature 1 only"):
-        client.submit(SequenceToScore(np.arange(3)), temperature=0.5).result(timeout=10)
-
-
-@pytest.mark.parametrize(("teachers", "says"), [("t2", "'t2'"), ("", "no tokenizer files")])
-def test_another_tokenizer_than_expected_is_an_error_with_a_remedy(start_teacher, connect, teachers, says):
-    client = connect(start_teacher(tokenizer_fingerprint=teachers), expected_tokenizer_fingerprint="t1")
-    with pytest.raises(errors.FingerprintMismatchError, match=f"{says}.*the student's 't1'.*Use a teacher of the same"):
-        client.info()
-
-
-def test_the_expected_tokenizer_passes(start_teacher, connect):
-    teacher = start_teacher(tokenizer_fingerprint="t1")
-    assert connect(teacher, expected_tokenizer_fingerprint="t1").info() == teacher.info
-
-
-def test_bad_requests_name_sequence_and_field_and_reach_no_teacher(start_teacher, connect):
-    teacher = start_teacher()
-    client = connect(teacher)
-    good = SequenceToScore(np.arange(5))
-    with pytest.raises(errors.InvalidRequestError, match="sequence 1 has 97 at 2") as caught:
-        client.score([good, SequenceToScore(np.array([1, 2, 97]))])
-    assert (caught.value.field, caught.value.sequence) == ("token_ids", 1)
-    with pytest.raises(errors.InvalidRequestError, match="sequence 3 has 97 at 1") as caught:  # the row, not the call's
-        client.score_batch(np.array([[1, 2], [1, 2], [1, 2], [1, 97]]), np.array([[1], [0], [1], [1]], bool))
-    assert caught.value.sequence == 3
-    with pytest.raises(errors.InvalidRequestError, match="float64"):
-        client.submit(SequenceToScore(np.array([0.5, 1])))
-    with pytest.raises(errors.InvalidRequestError, match="does not fit int32"):
-        client.score([SequenceToScore(np.array([1, 2**32 + 1]))])
-    assert not teacher.requests
-
-
-# ---- faults: the connection and the process ----
-
-
-def unavailable(teacher, context, chunks):
-    """Dies after the first chunk."""
-    yield next(chunks)
-    context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
-
-
-def test_a_broken_stream_repeats_only_what_had_not_come(start_teacher, connect):
-    teacher = start_teacher()
-    teacher.faults.append(unavailable)
-    asked = [SequenceToScore(np.arange(n)) for n in (5, 6, 7, 8)]
-    check(teacher, asked, connect(teacher).score(asked))
-    # The fake answers from the last sequence to the first: of 4, only the one with 8 tokens had come.
-    assert [[len(s.token_ids) for s in call] for call in teacher.requests] == [[5, 6, 7, 8], [5, 6, 7]]
-
-
-def test_half_a_sequence_is_not_kept(start_teacher, connect):
-    teacher = start_teacher()
-    teacher.chunk_bytes = 16 + 4 * 3
-    teacher.faults.append(unavailable)
-    asked = [SequenceToScore(np.arange(8))]
-    check(teacher, asked, connect(teacher).score(asked))
-    assert len(teacher.requests) == 2
-
-
-@pytest.mark.parametrize("code", ["UNAVAILABLE", "CANCELLED", "ABORTED", "RESOURCE_EXHAUSTED"])
-def test_a_status_worth_a_retry_is_retried(start_teacher, connect, code):
-    teacher = start_teacher()
-
-    def fail(teacher, context, chunks):
-        context.abort(getattr(grpc.StatusCode, code), "not now")
-        yield
-
-    teacher.faults += [fail, fail]
-    asked = sequences(5)
-    check(teacher, asked, connect(teacher).score(asked))
-    assert len(teacher.requests) == 3
-
-
-def test_an_overloaded_server_is_left_alone_for_as_long_as_it_asks(start_teacher, connect):
-    teacher = start_teacher()
-
-    full = errors.OverloadedError("full")
-    full.retry_after_s = 0.7
-
-    def overloaded(teacher, context, chunks):
-        code, text, trailing = status.to_status(full)
-        context.set_trailing_metadata(trailing)
-        context.abort(code, text)
-        yield
-
-    teacher.faults.append(overloaded)
-    client = connect(teacher)
-    client.info()
-    start = time.monotonic()
-    check(teacher, asked := sequences(3), client.score(asked))
-    assert 0.7 <= time.monotonic() - start < 5
-
-
-def test_a_server_that_is_stopped_in_mid_batch_and_started_again_loses_nothing(start_teacher, connect):
-    teacher = start_teacher()
-    teacher.delay_s = 0.02
-    messages = []
-    client = connect(teacher, batch_tokens=100, on_wait=messages.append)
-    asked = sequences(40)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        future = pool.submit(client.score, asked)
-        assert teacher.served.wait(10)
-        time.sleep(0.1)
-        teacher.stop()
-        time.sleep(0.5)
-        assert not future.done()
-        teacher.start()
-        check(teacher, asked, future.result(timeout=20))
-    assert "waiting for a teacher" in messages[0] and teacher.endpoint in messages[0]
-    assert messages[-1] is None
-
-
-def test_the_other_replicas_take_over_from_one_that_is_stopped(start_teacher, connect):
-    teachers = [start_teacher() for _ in range(3)]
-    for teacher in teachers:
-        teacher.delay_s = 0.02
-    client = connect(*teachers, batch_tokens=100)
-    asked = sequences(60)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        future = pool.submit(client.score, asked)
-        assert teachers[1].served.wait(10)
-        teachers[1].stop()
-        check(teachers[0], asked, future.result(timeout=20))
-    # It comes back on the same port, and is given work again.
-    num_before = len(teachers[1].requests)
-    teachers[1].start()
-    end = time.monotonic() + 15
-    while len(teachers[1].requests) == num_before and time.monotonic() < end:
-        check(teachers[0], asked[:10], client.score(asked[:10]))
-    assert len(teachers[1].requests) > num_before
-
-
-def test_a_replica_that_is_down_at_first_joins_later(start_teacher, connect):
-    up, late = start_teacher(), start_teacher()
-    late.stop()
-    client = connect(up, late)
-    assert client.info().model.fingerprint == "ffffffff"
-    check(up, asked := sequences(10), client.score(asked))
-    late.start()
-    end = time.monotonic() + 15
-    while not late.requests and time.monotonic() < end:
-        check(up, asked, client.score(asked))
-    assert late.requests
-
-
-def test_a_client_may_be_started_before_its_teacher(start_teacher, connect):
-    teacher = start_teacher()
-    teacher.stop()
-    client = connect(teacher)
-    asked = sequences(8)
-    futures = [client.submit(s) for s in asked]
-    time.sleep(0.5)
-    teacher.start()
-    check(teacher, asked, [f.result(timeout=15) for f in futures])
-    assert [s.token_ids.tolist() for call in teacher.requests for s in call] == [s.token_ids.tolist() for s in asked]
-
-
-def test_no_teacher_until_the_deadline_is_an_error_that_lists_every_endpoint(caplog):
-    with TeacherClient(["127.0.0.1:1", "127.0.0.1:2"], deadline_s=0.6) as client, caplog.at_level(logging.WARNING):
-        for call in (client.info, lambda: client.score(sequences(1))):
-            start = time.monotonic()
-            with pytest.raises(errors.DeadlineError, match=r"within 0\.6 s.*127.0.0.1:1: UNAV.*127.0.0.1:2: UNAV"):
-                call()
-            assert 0.5 < time.monotonic() - start < 5
-    assert "waiting for a teacher" in caplog.text
-
-
-def test_a_teacher_that_dies_for_good_is_a_deadline_error_with_the_attempts(start_teacher, connect):
-    teacher = start_teacher()
-    client = connect(teacher, deadline_s=1.0)
-    client.info()
-    teacher.stop()
-    with pytest.raises(errors.DeadlineError, match=f"sequence 0 .* within 1 s, after .* attempt.*{teacher.endpoint}"):
-        client.score(sequences(1))
-
-
-def test_a_teacher_that_hangs_ends_at_the_deadline(start_teacher, connect):
-    teacher = start_teacher()
-    teacher.delay_s = 3.0
-    client = connect(teacher, deadline_s=0.5)
-    client.info()
-    start = time.monotonic()
-    with pytest.raises(errors.DeadlineError, match=r"1 attempt: .*DEADLINE_EXCEEDED"):
-        client.score(sequences(1))
-    assert time.monotonic() - start < 2
-
-
-def test_an_unforeseen_error_is_tried_three_times_and_told(start_teacher, connect):
-    teacher = start_teacher()
-
-    def bug(teacher, context, chunks):
-        context.abort(grpc.StatusCode.UNKNOWN, "Exception iterating responses: oops")
-        yield
-
-    teacher.always = bug
-    with pytest.raises(errors.TeacherError, match="UNKNOWN: Exception iterating responses: oops"):
-        connect(teacher).score(sequences(2))
-    assert len(teacher.requests) == 3
-
-
-@pytest.mark.parametrize("error", [errors.UnsupportedError("not this"), errors.InvalidRequestError("bad span")])
-def test_an_error_that_no_retry_can_help_is_raised_at_once(start_teacher, connect, error):
-    teacher = start_teacher()
-
-    def fail(teacher, context, chunks):
-        code, text, trailing = status.to_status(error)
-        context.set_trailing_metadata(trailing)
-        context.abort(code, text)
-        yield
-
-    teacher.faults.append(fail)
-    with pytest.raises(type(error), match=f"{teacher.endpoint}: {error}"):
-        connect(teacher).score(sequences(2))
-
-
-def test_wrong_credentials_do_not_wait_for_the_deadline(start_teacher, connect):
-    teacher = start_teacher()
-
-    def fail(teacher, context, chunks):
-        context.abort(grpc.StatusCode.UNAUTHENTICATED, "who are you")
-        yield
-
-    teacher.always = fail
-    start = time.monotonic()
-    with pytest.raises(errors.TeacherError, match="UNAUTHENTICATED: who are you"):
-        connect(teacher).score(sequences(2))
-    assert time.monotonic() - start < 5
-
-
-def test_something_else_than_a_teacher_does_not_wait_for_the_deadline():
-    server = grpc.server(concurrent.futures.ThreadPoolExecutor(1))
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        with TeacherClient([f"127.0.0.1:{port}"], deadline_s=60) as client:
-            start = time.monotonic()
-            with pytest.raises(errors.UnsupportedError, match="is this a jdistill teacher"):
-                client.info()
-            assert time.monotonic() - start < 10
-    finally:
-        server.stop(None).wait()
-
-
-# ---- faults: the reply ----
-
-
-def rewrite(change, which=0):
-    """A fault that changes the scores of the `which`-th chunk: change(scores) -> scores, or a list of runs."""
-
-    def fault(teacher, context, chunks):
-        for i, data in enumerate(chunks):
-            if i != which:
-                yield data
-                continue
-            top_k, count = teacher.options[-1].top_k, 0
-            (run,) = codec.decode_response(data, top_k=top_k, candidate_count=count).runs()
-            changed = change(run.scores)
-            runs = changed if isinstance(changed, list) else [run._replace(scores=changed)]
-            yield teacher.encode([codec.ScoredRun(run.sequence_index, *r) if len(r) == 2 else r for r in runs])
-
-    return fault
-
-
-def put(name, value, place=-1):
-    def change(scores):
-        values = getattr(scores, name).copy()
-        values[place] = value
-        return dataclasses.replace(scores, **{name: values})
-
-    return change
-
-
-def truncate(scores):
-    return dataclasses.replace(
-        scores, logprobs=scores.logprobs[:-1], top_ids=scores.top_ids[:-1], top_logprobs=scores.top_logprobs[:-1]
-    )
-
-
-def other_crc(scores):
-    return dataclasses.replace(scores, token_crc=scores.token_crc ^ 1)
-
-
-def drop(teacher, context, chunks):
-    next(chunks)
-    yield from chunks
-
-
-def twice(teacher, context, chunks):
-    for data in chunks:
-        yield data
-        yield data
-
-
-def of_no_one(teacher, context, chunks):
-    (run,) = codec.decode_response(next(chunks), top_k=2, candidate_count=0).runs()
-    yield teacher.encode([run._replace(sequence_index=2)])
-
-
-def hot(teacher, context, chunks):
-    (run,) = codec.decode_response(next(chunks), top_k=2, candidate_count=0).runs()
-    yield teacher.encode([run], temperature=2.0)
-
-
-def garbage(teacher, context, chunks):
-    next(chunks)
-    yield b"\xff\xff\xff\xff"
-
-
-def without_top_k(teacher, context, chunks):
-    (run,) = codec.decode_response(next(chunks), top_k=2, candidate_count=0).runs()
-    yield teacher.encode([run._replace(scores=dataclasses.replace(run.scores, top_ids=None, top_logprobs=None))])
-
-
-BAD_REPLIES = {
-    "other ids": (rewrite(other_crc), "sequence 1: the teacher scored other token ids than were sent"),
-    "one score too few": (rewrite(truncate), "sequence 1: the stream ended after 3 of 4 scores: truncated"),
-    "a sequence missing": (drop, "sequence 1: the stream ended after 0 of 4 scores"),
-    "a sequence twice": (twice, r"sequence 1: scores \[0, 4\) came after 4 of 4"),
-    "NaN": (rewrite(put("logprobs", np.nan)), "sequence 1: logprobs has nan at scored position 3"),
-    "positive": (rewrite(put("logprobs", 1e-6, 1)), "sequence 1: logprobs has .* at scored position 1"),
-    "NaN in top-k": (
-        rewrite(put("top_logprobs", np.nan, (2, 1))),
-        "sequence 1: top_logprobs has nan at scored position 2",
-    ),
-    "top id outside": (rewrite(put("top_ids", 97, (0, 0))), r"sequence 1: top_ids has 97 .* outside \[0, 97\)"),
-    "top id negative": (rewrite(put("top_ids", -1, (0, 1))), r"sequence 1: top_ids has -1"),
-    "top-k not sorted": (rewrite(put("top_logprobs", -1e6, (1, 0))), "sequence 1: top_logprobs at scored position 1"),
-    "no top-k": (without_top_k, "0 top_ids, expected 8"),
-    "an index outside": (of_no_one, "scores of sequence 2 of a request that has 2"),
-    "another temperature": (hot, "scored at temperature 2, asked for 1"),
-    "no message": (garbage, "not a jdistill"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_REPLIES)
-def test_a_bad_reply_is_an_error_that_says_what_differed(start_teacher, connect, name):
-    fault, message = BAD_REPLIES[name]
-    teacher = start_teacher()
-    teacher.always = fault
-    asked = [SequenceToScore(np.arange(5)), SequenceToScore(np.arange(5) + 20)]
-    with pytest.raises(errors.VerificationError, match=f"{teacher.endpoint}: .*{message}"):
-        connect(teacher).score(asked, top_k=2)
-
-
-@pytest.mark.parametrize("name", BAD_REPLIES)
-def test_a_bad_reply_of_one_replica_is_replaced_by_another_replicas(start_teacher, connect, name):
-    fault, _ = BAD_REPLIES[name]
-    bad, good = start_teacher(), start_teacher()
-    bad.always = fault
-    asked = [SequenceToScore(np.arange(5) + i) for i in range(4)]
-    check(good, asked, connect(bad, good).score(asked, top_k=2), top_k=2)
-    assert bad.requests  # it was asked, and not believed
-
-
-def test_pieces_of_a_sequence_out_of_order_are_refused(start_teacher, connect):
-    teacher = start_teacher()
-    teacher.chunk_bytes = 16 + 4 * 2
-
-    def swapped(teacher, context, chunks):
-        first, second = next(chunks), next(chunks)
-        yield second
-        yield first
-
-    teacher.always = swapped
-    with pytest.raises(errors.VerificationError, match=r"sequence 0: scores \[2, 4\) came after 0 of 4"):
-        connect(teacher).score([SequenceToScore(np.arange(5))])
-
-
-def test_a_service_that_finds_its_own_engine_wrong_is_treated_as_a_bad_reply(start_teacher, connect):
-    bad, good = start_teacher(), start_teacher()
-
-    def found(teacher, context, chunks):
-        code, text, trailing = status.to_status(errors.VerificationError("engine gave NaN"))
-        context.set_trailing_metadata(trailing)
-        context.abort(code, text)
-        yield
-
-    bad.always = found
-    asked = sequences(6)
-    check(good, asked, connect(bad, good).score(asked))
-
-
 # ---- another model in the middle of the run ----
 
 
@@ -652,7 +193,7 @@ def test_a_model_that_changed_everywhere_is_an_error_at_once(start_teacher, conn
         client.score(sequences(3))
     with pytest.raises(errors.FingerprintMismatchError, match="fingerprint is now 'new', was 'ffffffff'"):
         client.info()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 15  # the deadline is 20 s
 
 
 def test_a_model_that_changes_in_mid_stream_is_found_out(start_teacher, connect):
@@ -674,23 +215,19 @@ def test_a_model_that_changes_in_mid_stream_is_found_out(start_teacher, connect)
 
 def test_cancelling_every_future_of_a_call_cancels_it_at_the_server(start_teacher, connect):
     teacher = start_teacher()
-    teacher.delay_s = 0.5
+    teacher.faults.append(hang)
     client = connect(teacher)
     client.info()
-    futures = [client.submit(s) for s in sequences(3)]
-    assert teacher.served.wait(10)
+    futures = _submit_together(client, sequences(3))
+    assert teacher.served.wait(30)
     assert all(f.cancel() for f in futures)
-    end = time.monotonic() + 5
-    while not teacher.num_cancelled and time.monotonic() < end:
-        time.sleep(0.02)
-    assert teacher.num_cancelled == 1
-    teacher.delay_s = 0
+    wait_for(lambda: teacher.num_cancelled == 1)
     check(teacher, asked := sequences(2), client.score(asked))
 
 
 def test_closing_fails_what_is_under_way_and_refuses_more(start_teacher, connect):
     teacher = start_teacher()
-    teacher.delay_s = 0.3
+    teacher.always = hang
     client = connect(teacher, batch_tokens=20, max_in_flight=1)
     client.info()
     futures = [client.submit(s) for s in sequences(6)]
@@ -722,12 +259,15 @@ def test_an_on_wait_that_fails_does_not_stop_the_scoring(start_teacher, connect)
     teacher = start_teacher()
     teacher.stop()
 
+    called = threading.Event()
+
     def broken(message):
+        called.set()
         raise KeyError(message)
 
     client = connect(teacher, on_wait=broken)
     future = client.submit(sequences(1)[0])
-    time.sleep(0.3)
+    assert called.wait(15)
     teacher.start()
     teacher.assert_scores(future.result(timeout=15), sequences(1)[0])
 

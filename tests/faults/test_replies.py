@@ -10,7 +10,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from jdistill.client import SequenceToScore
 from jdistill.wire import codec, errors, status
-from tests.client.conftest import FakeTeacher
+from tests.client.factories import FakeTeacher
 from tests.faults.harness import FULL
 from tests.faults.test_requests import change_bytes
 
