@@ -158,6 +158,27 @@ def test_what_the_image_copies_is_there_and_let_in_by_its_dockerignore():
     assert all((root / source).exists() for source in copied)
 
 
+def test_packages_of_the_image_keep_their_version_and_all_others_get_the_locked_one(tmp_path):
+    (install,) = [rest for name, rest in dockerfile() if name == "RUN" and "pip install" in rest]
+    commands = [part.strip() for part in install.split("&&")]
+    # The program itself contains &&: what stands between the listing and pip's call is awk's.
+    listing, locking, pip = commands[0], " && ".join(commands[1:3]), commands[3]
+    assert listing == "python3 -m pip list --format=freeze > /tmp/image.txt"
+    lock = DEPLOY.parent / "requirements" / "vllm-cpu.txt"
+    image, locked = tmp_path / "image.txt", tmp_path / "locked.txt"
+    image.write_text("Jinja2==1.0\ntyping_extensions==1.0\ngrpcio==1.0+cu130\nvllm==0.32.0\n")
+    for path, here in (("/tmp/image.txt", image), ("/tmp/locked.txt", locked), ("requirements/vllm-cpu.txt", lock)):
+        locking = locking.replace(path, str(here))
+    subprocess.run(["sh", "-c", locking], check=True, timeout=20)
+    lines = [line for line in lock.read_text().splitlines() if not line.startswith("#")]
+    brought = ("jinja2==", "typing-extensions==", "grpcio==")
+    assert all(any(line.startswith(name) for line in lines) for name in brought)
+    assert locked.read_text().splitlines() == [line for line in lines if not line.startswith(brought)]
+    assert all("==" in line for line in lines)
+    assert pip.startswith("python3 -m pip install") and pip.endswith(" '.[server]'")
+    assert re.findall(r"--constraint (\S+)", pip) == ["/tmp/image.txt", "/tmp/locked.txt"]
+
+
 # ---- Kubernetes ----
 
 
