@@ -98,7 +98,7 @@ async def create_measured_vllm(config: TeacherServerConfig) -> Engine:
 
     So what is compared are two ways to one engine, in one process, on one event loop. A line of JSON in, one out.
     """
-    from jdistill.sidecar.engines.vllm import VllmEngine
+    from jdistill.sidecar.engines.vllm.engine import VllmEngine
 
     engine = await VllmEngine.create(config)
     assert config.port_file is not None
@@ -121,7 +121,7 @@ class MeasuredVllm:
 
 async def _score_in_process(engine: Any, way: str, count: int, one_by_one: bool, **kwargs: Any) -> dict[str, Any]:
     """Scores as a program would that has the engine in its own process; returns seconds and what was found."""
-    from jdistill.sidecar.engines.vllm import PlainWay
+    from jdistill.sidecar.engines.vllm.ways import PlainWay
 
     sequences = work.sequences(count, vocab_size=engine.info.vocab_size, **kwargs)
 

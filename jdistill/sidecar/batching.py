@@ -1,9 +1,9 @@
-"""From concurrent calls to batches: the base of the engines that score one batch at a time (transformers, jax).
+"""Batches the sequences of concurrent calls: base of the engines that score one batch at a time (transformers, jax).
 
-Sequences of all calls wait in one queue. A padded batch is led by the longest sequence that is left of the oldest call,
-so no call waits for ever and a single call is cut into the same batches every time; it is filled with sequences of
+Sequences of all calls wait in one list. A padded batch starts with the longest remaining sequence of the oldest call,
+so that no call waits forever and a single call is cut into the same batches every time; it is filled with sequences of
 similar length, the oldest call's first, up to a budget of padded tokens. A packed batch has no padding: it is filled in
-order of arrival, up to a budget of tokens. One worker thread loads, scores and frees, so that an engine may keep
+order of arrival, up to a budget of tokens. One worker thread loads, scores and frees, so an engine may keep
 thread-local state (a mesh, an inference mode) and never sees two batches at once.
 
 Dimension key: N scored positions of a whole batch, sequence after sequence; K teacher top-k; C candidates.
@@ -26,7 +26,7 @@ from jdistill.wire.codec import token_crc
 from jdistill.wire.errors import EngineDeadError, TeacherError, UnavailableError
 from jdistill.wire.types import SequenceToScore, TokenScores
 
-# Lengths are compared as multiples of this: to pad 3 tokens to 60 costs less than another pass through the model.
+# Lengths are compared as multiples of this: padding 3 tokens to 60 costs less than another forward pass.
 LENGTH_FLOOR = 128
 
 R = TypeVar("R")
@@ -43,7 +43,7 @@ class _Call:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """One sequence that waits: `key` is equal for sequences that may share a batch, `call` is the call's identity."""
+    """One waiting sequence; sequences with equal `key` may share a batch, `call` identifies the call."""
 
     call: object
     index: int
@@ -52,12 +52,12 @@ class Work:
 
     @property
     def num_tokens(self) -> int:
-        """S."""
+        """Length of the sequence."""
         return len(self.sequence.token_ids)
 
 
 def form_batch(waiting: Sequence[Work], max_batch_tokens: int, *, packed: bool = False) -> list[Work]:
-    """Chooses the next batch out of `waiting` (in order of arrival; not changed).
+    """Chooses the next batch from `waiting`, which is in order of arrival and is not changed.
 
     Its padded size, sequences x longest, or if `packed` its number of tokens, is at most `max_batch_tokens`, unless a
     single sequence is longer than that.
@@ -81,7 +81,7 @@ def form_batch(waiting: Sequence[Work], max_batch_tokens: int, *, packed: bool =
 
 
 class BatchedEngine(Engine):
-    """An engine that scores one batch at a time, in a thread of its own.
+    """An engine that scores one batch at a time in its own thread.
 
     A subclass implements `load` (blocking; sets `version`, `info`, and `packs` if it takes packed batches) and
     `score_batch`, and `unload` if it holds something; all three run in the one worker thread. `await
@@ -131,7 +131,7 @@ class BatchedEngine(Engine):
         """
 
     def unload(self) -> None:
-        """Frees what `load` took; most engines hold nothing that the garbage collector does not free."""
+        """Frees what `load` allocated; default: left to the garbage collector."""
 
     async def score(
         self, sequences: Sequence[SequenceToScore], *, top_k: int = 0, temperature: float = 1.0, adapter: str = ""
@@ -158,11 +158,11 @@ class BatchedEngine(Engine):
                 num_left -= len(result)
                 for item in result:
                     yield item
-        finally:  # closed early, cancelled or failed: what has not begun will not begin
+        finally:  # closed early, cancelled or failed: waiting sequences are dropped
             self._waiting = [work for work in self._waiting if work.call is not call]
 
     async def sleep(self) -> None:
-        """See Engine.sleep: the weights are let go, and loaded again by `wake`."""
+        """See Engine.sleep: frees the weights; `wake` loads them again."""
         if not self.can_sleep:
             await super().sleep()
         if not self._asleep:
@@ -170,7 +170,7 @@ class BatchedEngine(Engine):
             await self._in_worker(self.unload)
 
     async def wake(self) -> None:
-        """See Engine.wake; `info` is then that of the checkpoint as it is now."""
+        """See Engine.wake; afterwards `info` describes the checkpoint as it is now."""
         if not self.can_sleep:
             await super().wake()
         if self._asleep:
@@ -238,7 +238,7 @@ def split_scores(
     top_logprobs_NK: np.ndarray | None = None,
     candidate_logprobs_NC: np.ndarray | None = None,
 ) -> list[TokenScores]:
-    """Cuts a batch's flat results into one TokenScores a sequence.
+    """Splits a batch's flat results into one TokenScores per sequence.
 
     Args:
         sequences: B sequences.

@@ -1,12 +1,12 @@
-"""Who may use the engine next: a queue bounded by tokens, shared fairly between clients.
+"""Queues admitted calls fairly between clients, and refuses a call when the queue is full.
 
-A call comes as pieces (runs of its sequences). What waits is bounded over all clients, and so is what runs; the client
-that has been served least goes next (start-time fair queueing: a client's tag grows by the tokens it is given, and one
-that was away joins at the present time, without credit for its absence), and within a client the oldest call. The piece
-whose turn it is waits for room rather than letting a smaller one pass, so a large one is never starved.
+A call consists of pieces (runs of its sequences). Waiting tokens are bounded over all clients, and so are running ones.
+The client that has been served least goes next (start-time fair queueing: a client's tag grows by the tokens it is
+given; a client that was away joins at the present virtual time, without credit for its absence), and within a client
+the oldest call. The next piece waits for room rather than letting a smaller one pass, so a large one never starves.
 
-A fair order is worth nothing to those who are never let in: while a client is being turned away from a full queue, no
-other may add to more than an equal share of it.
+A fair order does not help a client that never enters: while one client is being refused by a full queue, no other may
+hold more than an equal share of it.
 """
 
 from __future__ import annotations
@@ -21,57 +21,57 @@ from jdistill.wire.errors import DeadlineError, OverloadedError, TeacherError, U
 
 MIN_RETRY_S, MAX_RETRY_S = 0.05, 10.0
 UNKNOWN_RETRY_S = 0.5  # before anything has been measured
-RATE_HALF_LIFE_S = 5.0  # of the estimate of tokens per second, in time that the engine works
-# How long a client that was turned away counts as waiting outside, beyond the time it was told to stay away.
+RATE_HALF_LIFE_S = 5.0  # of the estimate of tokens per second; counts only time in which the engine works
+# How long a refused client counts as waiting outside, beyond its retry delay.
 KNOCK_S = 2.0
-MAX_KNOCKING = 256  # a bound on memory: names of clients are theirs to choose
+MAX_KNOCKING = 256  # bounds memory: clients choose their names
 
 
 class Entry:
-    """One call in the queue. Its pieces are started in order: wait for `turn`, tell `scored`, end each by `done`."""
+    """One call in the queue. Its pieces start in order: await `turn`, report `scored`, end each with `done`."""
 
     def __init__(self, queue: FairQueue, client: str, sizes: Sequence[int]):
         self._queue = queue
         self._turns: list[asyncio.Future[None]] = [asyncio.get_running_loop().create_future() for _ in sizes]
         self.client = client
         self.waiting = collections.deque(sizes)  # tokens of the pieces that have not started
-        self.running: dict[int, int] = {}  # piece -> its tokens that are still in the engine
+        self.running: dict[int, int] = {}  # piece -> its tokens still in the engine
         self.held = False
         self.deadline = math.inf
         self.timer: asyncio.TimerHandle | None = None
 
     @property
     def started(self) -> bool:
-        """Whether the engine has got some of it."""
+        """Whether its first piece has reached the engine."""
         return len(self.waiting) < len(self._turns)
 
     async def turn(self, piece: int) -> None:
-        """Waits until piece number `piece` may enter the engine; from then on it counts as running.
+        """Waits until piece `piece` may enter the engine; it counts as running from then on.
 
         Raises:
-            DeadlineError: it waited until the call's deadline.
-            UnavailableError: whoever keeps the queue has given it up (sleep, shutdown).
+            DeadlineError: the call's deadline passed first.
+            UnavailableError: the lifecycle has refused waiting calls (sleep, shutdown).
         """
         await self._turns[piece]
 
     def scored(self, piece: int, num_tokens: int) -> None:
-        """The engine is done with a sequence of this many tokens of a running piece."""
+        """Reports that a sequence of `num_tokens` tokens of a running piece has been scored."""
         self.running[piece] -= num_tokens
         self._queue._finished(num_tokens)
 
     def done(self, piece: int) -> None:
-        """A piece has left the engine, for whatever reason; idempotent."""
+        """Reports that a piece has left the engine, for whatever reason; idempotent."""
         if (num_tokens := self.running.pop(piece, None)) is not None:
             self._queue._ended(self, num_tokens)
 
     def hold(self, held: bool) -> None:
-        """Whether its next piece stays in the queue, and its client's later calls with it."""
+        """Sets whether its next piece, and its client's later calls, stay in the queue."""
         self.held = held
         if not held:
             self._queue._start()
 
     def leave(self) -> None:
-        """The call is over, however it ended: what waits will not start, what ran has been ended; idempotent."""
+        """Removes a call that is over: waiting pieces will not start, running ones are ended; idempotent."""
         self._queue._remove(self)
         for piece in list(self.running):
             self.done(piece)
@@ -83,15 +83,15 @@ class Entry:
             self._turns[piece].set_result(None)
 
     def _give_up(self, error: TeacherError | None) -> int:
-        """Ends the wait of what has not started, with `error` or by cancellation; returns its tokens."""
+        """Ends the wait of unstarted pieces with `error` or by cancellation; returns their tokens."""
         for turn in self._turns[len(self._turns) - len(self.waiting) :]:
             if turn.done():
                 continue
             if error is None:
                 turn.cancel()
             else:
-                turn.set_exception(copy.copy(error))  # shared, it would keep the frames of each that raises it
-                turn.exception()  # a later piece's is never asked for: asyncio would call it lost
+                turn.set_exception(copy.copy(error))  # a shared error would keep the frames of every raiser
+                turn.exception()  # marked as retrieved: later pieces never ask for it
         num_tokens = sum(self.waiting)
         self.waiting.clear()
         if self.timer is not None:
@@ -101,11 +101,11 @@ class Entry:
 
 
 class FairQueue:
-    """The queue before one engine. Not thread-safe: everything happens in one event loop, whose time is used.
+    """The queue in front of one engine. Not thread-safe: it belongs to one event loop and uses its time.
 
     Args:
         max_running_tokens: tokens in the engine at once; a larger piece runs alone.
-        max_queued_tokens: tokens that wait, over all clients; a call that finds nothing waiting is always taken.
+        max_queued_tokens: waiting tokens over all clients; a call that finds the queue empty is always accepted.
         clock: seconds; default: the running loop's time, in which deadlines are given.
     """
 
@@ -115,29 +115,29 @@ class FairQueue:
         self._max_running_tokens = max_running_tokens
         self._max_queued_tokens = max_queued_tokens
         self._clock = clock or (lambda: asyncio.get_running_loop().time())
-        self._clients: dict[str, collections.deque[Entry]] = {}  # only those with something waiting
-        self._queued_of: dict[str, int] = {}  # tokens that wait, of each of these
-        self._tags: dict[str, float] = {}  # tokens given, in virtual time; forgotten once it lies in the past
+        self._clients: dict[str, collections.deque[Entry]] = {}  # only clients with waiting calls
+        self._queued_of: dict[str, int] = {}  # waiting tokens of each of these clients
+        self._tags: dict[str, float] = {}  # tokens given, in virtual time; dropped once in the past
         self._now = 0.0  # virtual: the tag of the piece that started last
-        self._knocking: dict[str, float] = {}  # turned away lately -> until when that counts; soonest refused first
+        self._knocking: dict[str, float] = {}  # recently refused client -> end of its time outside
         self._paused = False
-        self._open: set[Entry] = set()  # started, and not yet through the engine
+        self._open: set[Entry] = set()  # started, not yet finished
         self._nothing_open = asyncio.Event()
         self._nothing_open.set()
         self.queued_tokens = 0
         self.running_tokens = 0
-        # Throughput: tokens finished in the seconds that the engine was busy, both fading.
+        # Throughput: tokens finished, and seconds in which the engine was busy; both decay.
         self._busy_tokens = self._busy_s = 0.0
         self._measured_at = 0.0
 
     def cut(self, sizes: Sequence[int]) -> list[range]:
-        """Cuts a call of sequences of these sizes into pieces: one, unless it is more than may run at once.
+        """Cuts a call of sequences of these sizes into pieces: one, unless it exceeds max_running_tokens.
 
-        Depends on the sizes alone: the same call gives the engine the same work, so that its rounding is the same.
+        Depends on the sizes alone: the same call gives the engine the same work, and so the same rounding.
         """
         if sum(sizes) <= self._max_running_tokens:
             return [range(len(sizes))]
-        room = max(1, self._max_running_tokens // 2)  # two pieces fit, so that the engine need not run dry between them
+        room = max(1, self._max_running_tokens // 2)  # two pieces fit, so the engine does not run dry between them
         pieces, start, total = [], 0, 0
         for i, size in enumerate(sizes):
             if i > start and total + size > room:
@@ -148,12 +148,12 @@ class FairQueue:
         return pieces
 
     def enter(self, client: str, sizes: Sequence[int], *, deadline: float | None = None) -> Entry:
-        """Queues a call of pieces of these sizes (tokens); at `deadline` what has not started leaves the queue.
+        """Queues a call with pieces of these sizes (tokens); unstarted pieces leave the queue at `deadline`.
 
         Raises:
-            OverloadedError: the queue is full; its `retry_after_s` says when there should be room.
+            OverloadedError: the queue is full; its `retry_after_s` estimates when there will be room.
         """
-        assert sizes, "a call without pieces would stand at the head of its client's queue for ever"
+        assert sizes, "a call without pieces would block its client's queue forever"
         size = sum(sizes)
         if self.queued_tokens:
             self._check_room(client, size)
@@ -172,7 +172,7 @@ class FairQueue:
         return entry
 
     def pause(self) -> None:
-        """No call is started until `resume`; one whose first piece has started goes on."""
+        """Starts no further call until `resume`; a call whose first piece has started continues."""
         self._paused = True
 
     def resume(self) -> None:
@@ -181,32 +181,32 @@ class FairQueue:
         self._start()
 
     async def wait_until_nothing_runs(self) -> None:
-        """Returns when the engine is empty and no call is half through it; `pause` first."""
+        """Waits until the engine is empty and no call is half done; call `pause` first."""
         await self._nothing_open.wait()
 
     def fail_waiting(self, error: UnavailableError) -> None:
-        """Turns away every call that has not started."""
+        """Ends every call that has not started with `error`."""
         for entry in [entry for entries in self._clients.values() for entry in entries if not entry.started]:
             self._drop(entry, error)
         self._start()
 
     def _check_room(self, client: str, size: int) -> None:
-        """Raises OverloadedError, and remembers the client, if a call of this size has to stay outside."""
+        """Raises OverloadedError, and remembers the client, if a call of this size does not fit."""
         now = self._clock()
         self._knocking = {name: until for name, until in self._knocking.items() if until > now}
         own = self._queued_of.get(client, 0)
         num_rivals = len((self._clients.keys() | self._knocking.keys()) - {client})
         excess = self.queued_tokens + size - self._max_queued_tokens
         if own and self._knocking.keys() - {client}:
-            # In a turn of all clients only one part in num_rivals + 1 is its own.
+            # Of every num_rivals + 1 tokens that leave the queue, only one is this client's.
             share = self._max_queued_tokens // (num_rivals + 1)
             excess = max(excess, (own + size - share) * (num_rivals + 1))
         if excess <= 0:
             return
         error = OverloadedError(
             f"{self.queued_tokens} tokens wait for the engine, {own} of them of client {client!r}; this call has {size}"
-            f" and the limit is {self._max_queued_tokens} for all {num_rivals + 1} clients (--max-queued-tokens); come "
-            "back later, or add replicas"
+            f" and the limit is {self._max_queued_tokens} for all {num_rivals + 1} clients (--max-queued-tokens); "
+            "retry later, or add replicas"
         )
         error.retry_after_s = self._retry_after_s(min(excess, self.queued_tokens))
         self._knocking.pop(client, None)
@@ -220,7 +220,7 @@ class FairQueue:
         self._queued_of[client] += num_tokens
 
     def _remove(self, entry: Entry, error: TeacherError | None = None) -> None:
-        """Takes what `entry` has waiting out of the queue; it may have stood before smaller ones."""
+        """Removes the waiting pieces of `entry`; they may have blocked smaller ones."""
         self._drop(entry, error)
         self._start()
 
@@ -236,12 +236,12 @@ class FairQueue:
             del self._clients[client], self._queued_of[client]
 
     def _finished(self, num_tokens: int) -> None:
-        """Tokens have been scored."""
+        """Accounts for scored tokens."""
         self.running_tokens -= num_tokens
         self._busy_tokens += num_tokens
         now = self._clock()
         passed_s = now - self._measured_at
-        if passed_s > 0.01 or not self.running_tokens:  # of the sequences of one batch only the first
+        if passed_s > 0.01 or not self.running_tokens:  # only for the first sequence of a batch
             fade = 0.5 ** (passed_s / RATE_HALF_LIFE_S)
             self._busy_tokens *= fade
             self._busy_s = self._busy_s * fade + passed_s
@@ -250,7 +250,7 @@ class FairQueue:
             self._start()
 
     def _ended(self, entry: Entry, num_tokens: int) -> None:
-        """A piece has ended, with this many tokens that nobody has scored."""
+        """Accounts for a piece that ended with `num_tokens` unscored tokens."""
         self.running_tokens -= num_tokens
         self._close_if_through(entry)
         self._start()
@@ -269,7 +269,7 @@ class FairQueue:
             ready = [name for name, entries in self._clients.items() if self._may_start(entries[0])]
             if not ready:
                 break
-            client = min(ready, key=self._tags.__getitem__)  # ties: who came first
+            client = min(ready, key=self._tags.__getitem__)  # ties: first come
             entries = self._clients[client]
             entry, size = entries[0], entries[0].waiting[0]
             if self._clock() >= entry.deadline:  # its timer is late
@@ -278,7 +278,7 @@ class FairQueue:
             if self.running_tokens and self.running_tokens + size > self._max_running_tokens:
                 break
             if not self.running_tokens:
-                self._measured_at = self._clock()  # a time with nothing to do says nothing of the engine's speed
+                self._measured_at = self._clock()  # idle time does not count towards the engine's speed
             self._now = self._tags[client]
             self._tags[client] += size
             self._count_queued(client, -size)
@@ -291,13 +291,13 @@ class FairQueue:
                 entries.popleft()
                 self._forget_if_empty(client)
         if not self._clients and not self._open:
-            self._tags.clear()  # nobody waits or runs: everyone begins anew
+            self._tags.clear()  # idle: all clients start equal again
         elif len(self._tags) > 2 * len(self._clients) + 16:
-            # Who has had no more than its share need not be remembered.
+            # A client that has had no more than its share need not be remembered.
             self._tags = {name: tag for name, tag in self._tags.items() if tag > self._now or name in self._clients}
 
     def _retry_after_s(self, num_tokens: int) -> float:
-        """How long the engine takes for this many tokens."""
+        """Estimates how long the engine takes for `num_tokens` tokens."""
         if not self._busy_s or not self._busy_tokens:
             return UNKNOWN_RETRY_S
         return min(MAX_RETRY_S, max(MIN_RETRY_S, num_tokens * self._busy_s / self._busy_tokens))

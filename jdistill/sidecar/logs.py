@@ -1,7 +1,7 @@
-"""The sidecar's log on standard error: text for people, or one JSON object a line for machines.
+"""The sidecar's log on standard error: text, or one JSON object a line.
 
 JSON holds `time` (ISO 8601, UTC), `level`, `logger`, `message`, `exc_info` where there is a traceback, and the fields
-that a line has beside its text, such as `request_id`. What an engine prints on its own account stays as it prints it.
+that a record carries beside its text, such as `request_id`. Output of the engine's own loggers is not reformatted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 
 
 def configure(log_format: str, level: str) -> None:
-    """Sets up the root logger; to be called once, before gRPC is imported.
+    """Sets up the root logger; call it once, before gRPC is imported.
 
     Args:
         log_format: "text" or "json".
@@ -22,7 +22,7 @@ def configure(log_format: str, level: str) -> None:
     if log_format == "json":
         from pythonjsonlogger.json import JsonFormatter
 
-        # gRPC's C++ core writes lines of its own ("handshake failed"), and reads this once, when it is loaded.
+        # gRPC's C++ core writes its own lines ("handshake failed") and reads this variable once, when it is loaded.
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         names = {"levelname": "level", "name": "logger"}
         handler.setFormatter(

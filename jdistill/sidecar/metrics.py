@@ -1,7 +1,7 @@
-"""What the sidecar counts, under which name and in which unit: all of its Prometheus metrics are listed here.
+"""All Prometheus metrics of the sidecar, with names and units.
 
-A registry of its own rather than prometheus-client's global one: vLLM puts its own hundred metrics into that, and two
-services in one process (tests) would collide. Nothing is labelled by client or request: the series are few.
+They use their own registry rather than prometheus-client's global one: vLLM puts a hundred metrics into that, and two
+services in one process (tests) would collide. Nothing is labelled by client or request, so the series stay few.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Metrics:
         )
 
     def serve(self, host: str, port: int) -> int:
-        """Serves them over HTTP at http://host:port/metrics, in a thread; port 0 is any free one. Returns the port.
+        """Serves the metrics at http://host:port/metrics in a thread and returns the port; port 0: any free one.
 
         Raises:
             OSError: the address cannot be bound.
@@ -71,7 +71,7 @@ class Metrics:
         return self._http[0].server_port
 
     def close(self) -> None:
-        """Serves them no more; idempotent."""
+        """Stops serving; idempotent."""
         if self._http is not None:
             server, thread = self._http
             self._http = None
@@ -82,38 +82,38 @@ class Metrics:
     def watch(
         self, *, queued_tokens: Callable[[], int], running_tokens: Callable[[], int], open_calls: Callable[[], int]
     ) -> None:
-        """Where the gauges come from: each is read when somebody asks for the metrics."""
+        """Sets the sources of the gauges; each is read when the metrics are requested."""
         self._queued_tokens.set_function(queued_tokens)
         self._running_tokens.set_function(running_tokens)
         self._open_calls.set_function(open_calls)
 
     def call_ended(self, method: str, code: str, duration_s: float) -> None:
-        """A call of `method` ("ScoreSequences") has ended with gRPC status `code` ("OK")."""
+        """Counts a call of `method` ("ScoreSequences") that ended with gRPC status `code` ("OK")."""
         self._calls.labels(method, code).inc()
         self._call_duration.labels(method).observe(duration_s)
 
     def call_cancelled(self) -> None:
-        """Nobody waited for a scoring call any more."""
+        """Counts a scoring call that its client cancelled or abandoned."""
         self._cancelled_calls.inc()
 
     def call_left_queue(self, waited_s: float) -> None:
-        """The engine has got the first of a call."""
+        """Records how long a call waited until its first piece reached the engine."""
         self._queue_duration.observe(waited_s)
 
     def sequences_scored(self, num_sequences: int, num_tokens: int, num_scored: int) -> None:
-        """The engine has scored so many sequences, tokens and positions since the last time."""
+        """Adds what the engine has scored since the last call of this method."""
         self._sequences.inc(num_sequences)
         self._tokens.inc(num_tokens)
         self._positions.inc(num_scored)
 
     def bytes_sent(self, num_bytes: int) -> None:
-        """A message of scores went out."""
+        """Adds the bytes of a sent message of scores."""
         self._sent_bytes.inc(num_bytes)
 
     def engine_failed(self, reason: str) -> None:
-        """`reason` is that of the error tree, or "INTERNAL" for what nobody expected."""
+        """Counts a failure; `reason` is that of the error tree, or "INTERNAL" for an unexpected exception."""
         self._engine_errors.labels(reason).inc()
 
     def state_changed(self, state: ServerState) -> None:
-        """The sidecar's state is another one now."""
+        """Records the sidecar's new state."""
         self._state.state(state.name.lower())

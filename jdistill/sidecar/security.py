@@ -1,7 +1,7 @@
-"""Who may call this sidecar: where it listens, its certificate, its bearer tokens. Nothing here logs a token.
+"""Refuses callers without a valid certificate or bearer token, and unsafe listening addresses. Never logs a token.
 
-Certificates and tokens are read again when their files change, so that a run of weeks outlives both: gRPC asks for the
-certificate at each handshake, and for the token at each call.
+Certificates and tokens are read again when their files change, so that a run of weeks outlives both: the
+certificate is looked up at each handshake, the tokens at each call.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from jdistill.wire.status import to_status
 
 logger = logging.getLogger(__name__)
 
-OPEN_TO_ALL = (f"/{health.SERVICE_NAME}/",)  # the probes of Kubernetes and load balancers carry no token
+OPEN_TO_ALL = (f"/{health.SERVICE_NAME}/",)  # probes of Kubernetes and load balancers carry no token
 EXPIRES_SOON_S = 14 * 86400.0
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`; a name other than localhost may lead anywhere."""
+    """Returns whether only this machine reaches `host`; a name other than localhost may resolve to anything."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -39,10 +39,10 @@ def is_loopback(host: str) -> bool:
 
 
 def check_exposure(config: TeacherServerConfig) -> None:
-    """Refuses what would let strangers in, or let them listen, unless `insecure` says that it is meant.
+    """Refuses a configuration that exposes the teacher or its traffic, unless `insecure` allows it.
 
     Raises:
-        ConfigError: names what is missing, and the ways out.
+        ConfigError: names what is missing, and the alternatives.
     """
     if config.tls_client_ca is not None and config.tls_cert is None:
         raise ConfigError("tls_client_ca is for TLS: give --tls-cert and --tls-key too")
@@ -54,29 +54,29 @@ def check_exposure(config: TeacherServerConfig) -> None:
     if config.tls_cert is not None:
         if config.token_file is None and config.tls_client_ca is None and not config.insecure:
             logger.warning(
-                "anyone who reaches %s can use this teacher: TLS alone keeps nobody out; give --token-file or "
-                "--tls-client-ca, or --insecure if that is meant",
+                "any client that reaches %s can use this teacher: TLS alone does not authenticate clients; give "
+                "--token-file or --tls-client-ca, or --insecure if that is intended",
                 config.host,
             )
         return
     if not config.insecure:
-        who = "everybody on the way could read the tokens" if config.token_file else "everybody could use this teacher"
+        risk = "the tokens could be read on the way" if config.token_file else "any client could use this teacher"
         raise ConfigError(
-            f"host {config.host}: beyond loopback {who}, for nothing is encrypted. Give --tls-cert and --tls-key "
+            f"host {config.host}: beyond loopback {risk}, because nothing is encrypted. Give --tls-cert and --tls-key "
             "(and --token-file), or keep --host 127.0.0.1 and use a tunnel (ssh -L), or give --insecure in a network "
             "that you trust"
         )
 
 
 class _Files:
-    """Tells when one of some files has changed. A stat is 2 microseconds, beside 200 of a call."""
+    """Detects changes of files. A stat takes 2 microseconds, a call 200."""
 
     def __init__(self, paths: Sequence[str]):
         self._paths = paths
         self._seen = self._look()
 
     def changed(self) -> bool:
-        """Whether anything has changed since it was last asked."""
+        """Returns whether a file has changed since the last call."""
         seen, self._seen = self._seen, self._look()
         return seen != self._seen
 
@@ -93,10 +93,10 @@ class _Files:
 
 
 class ServerTls:
-    """The certificate of this server, and whose clients it takes; `credentials` follow the files.
+    """This server's certificate and accepted client authorities; `credentials` follow changes of the files.
 
     Raises:
-        ConfigError: a file cannot be read or used; says which and what to do.
+        ConfigError: a file cannot be read or used; names it and the remedy.
     """
 
     def __init__(self, cert: str, key: str, client_ca: str | None):
@@ -118,17 +118,17 @@ class ServerTls:
             "certificate of %s, valid until %s%s",
             facts.subject,
             facts.expires,
-            ": replace the files in time, it is taken up without a restart" if soon else "",
+            ": replace the files in time; no restart is needed" if soon else "",
         )
         return grpc.ssl_server_certificate_configuration([(key, chain)], roots)
 
     def _renew(self) -> grpc.ServerCertificateConfiguration | None:
-        """Called by gRPC, in its own thread, at each handshake; None: as before."""
+        """Called by gRPC in its own thread at each handshake; None keeps the current certificate."""
         if not self._files.changed():
             return None
         try:
             return self._load()
-        except Exception as e:  # between the two writes of a new pair, at the least: the old one serves on
+        except Exception as e:  # e.g. between the two writes of a new pair: keep the old one
             logger.error("the certificate that was replaced on disk cannot be used, the one before is kept: %s", e)
             return None
 
@@ -136,8 +136,8 @@ class ServerTls:
 class BearerTokens:
     """The tokens of a file, read again when it changes.
 
-    A change that cannot be read (or leaves no token) is logged, and the tokens before it stay: an editor's half-written
-    file must not end a run. To shut everybody out, stop the sidecar.
+    An unreadable change (or one that leaves no token) is logged and the previous tokens stay valid: a half-written file
+    must not end a run. To revoke all access, stop the sidecar.
 
     Raises:
         ConfigError: the file cannot be used.
@@ -153,23 +153,23 @@ class BearerTokens:
             raise ConfigError(str(e)) from None
 
     def check(self, authorization: str | None) -> None:
-        """Takes the value of the metadata "authorization".
+        """Checks the value of the metadata "authorization".
 
         Raises:
-            UnauthenticatedError: there is none, it is no token of ours, or an expired one.
+            UnauthenticatedError: the token is missing, unknown or expired.
         """
         if self._files.changed():
             try:
                 self._read()
             except (ValueError, OSError) as e:
-                logger.error("the tokens before are kept: %s", e)
+                logger.error("the previous tokens are kept: %s", e)
         scheme, _, given = (authorization or "").strip().partition(" ")
         if scheme.lower() != "bearer" or not given.strip():
             raise UnauthenticatedError(
                 "no token: this teacher wants the metadata 'authorization: Bearer TOKEN' (--token-file of probe and "
                 "score, token= of TeacherClient)"
             )
-        # Digests, so of one length whatever the token's; and all of them, not until one fits: the time tells nothing.
+        # Digests have one length whatever the token's, and all are compared: the time reveals nothing.
         digest = hashlib.sha256(given.strip().encode()).digest()
         found = [t for t in self._tokens if hmac.compare_digest(digest, hashlib.sha256(t.text.encode()).digest())]
         if not found:
@@ -182,7 +182,9 @@ class BearerTokens:
     def _read(self) -> None:
         tokens = credentials.read_tokens(self._path)
         if os.stat(self._path).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            logger.warning("token_file %s can be read by others than its owner: chmod 600 %s", self._path, self._path)
+            logger.warning(
+                "token_file %s can be read by other users than its owner: chmod 600 %s", self._path, self._path
+            )
         now = datetime.datetime.now(datetime.UTC)
         num_expired = sum(token.expires is not None and token.expires <= now for token in tokens)
         self._tokens = tokens
@@ -190,10 +192,10 @@ class BearerTokens:
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Ends calls without a valid token with UNAUTHENTICATED before any handler sees them; health is open to all.
+    """Ends calls without a valid token with UNAUTHENTICATED before a handler sees them; health needs no token.
 
     Args:
-        on_refusal: is told the full name of the method that was called ("/package.Service/Method").
+        on_refusal: called with the full name of the method ("/package.Service/Method").
     """
 
     def __init__(self, tokens: BearerTokens, on_refusal: Callable[[str], None] = lambda method: None):
@@ -223,5 +225,5 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
             logger.warning("refused %s of %s: %s", method, context.peer(), refusal, extra={"reason": refusal.reason})
             await context.abort(*to_status(refusal))
 
-        # Streams on both sides fit every kind of method: nothing is read and nothing but the status is sent.
+        # A stream handler fits every kind of method: nothing is read, and only the status is sent.
         return grpc.stream_stream_rpc_method_handler(refuse)

@@ -1,4 +1,4 @@
-"""Engines in front of HTTP servers against a fake server that answers as vLLM's does, or as it is told to lie."""
+"""Engines in front of an HTTP server: a fake one that answers as vLLM's does, or lies as told."""
 
 import asyncio
 import base64
@@ -138,8 +138,8 @@ async def running(*servers):
 
 
 @contextlib.asynccontextmanager
-async def engine_for(path, servers, **config):
-    config = {"engine": "vllm-http", "model": str(path), "urls": [server.url for server in servers], **config}
+async def engine_for(path, server, **config):
+    config = {"engine": "vllm-http", "model": str(path), "urls": [server.url], **config}
     engine = await VllmHttpEngine.create(TeacherServerConfig(**config))
     try:
         yield engine
@@ -187,7 +187,7 @@ def check(table_VV, sequence, scores):
 def test_the_best_way_that_the_server_has_open_is_taken_and_gives_the_model_s_numbers(path, server, way):
     async def run():
         fake = FakeVllm(path, **server)
-        async with running(fake), engine_for(path, [fake]) as engine:
+        async with running(fake), engine_for(path, fake) as engine:
             assert engine.way == way
             assert engine.info.max_candidate_count == (19 if way == "fields" else 0)
             assert engine.info.max_sequence_length == 128
@@ -218,7 +218,7 @@ def test_a_way_that_gives_other_numbers_than_plain_completions_is_not_taken(path
     async def run():
         fake = FakeVllm(path)
         fake.change = shifted
-        async with running(fake), engine_for(path, [fake]) as engine:
+        async with running(fake), engine_for(path, fake) as engine:
             assert engine.way == "generate"
 
     asyncio.run(run())
@@ -270,7 +270,7 @@ LIES = [
 def test_a_reply_that_cannot_be_true_is_an_error_and_never_a_number(path, words, lie):
     async def run():
         fake = FakeVllm(path, scale_out=False)
-        async with running(fake), engine_for(path, [fake]) as engine:
+        async with running(fake), engine_for(path, fake) as engine:
             sequences = sequences_of(1)
             await score_all(engine, sequences, top_k=2)
             fake.change = lie
@@ -294,7 +294,7 @@ def test_a_bad_array_of_candidates_is_an_error(path, lie, words):
 
     async def run():
         fake = FakeVllm(path)
-        async with running(fake), engine_for(path, [fake]) as engine:
+        async with running(fake), engine_for(path, fake) as engine:
             fake.change = bad
             with pytest.raises(TeacherError, match=words):
                 await score_all(engine, sequences_of(1))
@@ -302,39 +302,66 @@ def test_a_bad_array_of_candidates_is_an_error(path, lie, words):
     asyncio.run(run())
 
 
-def test_a_dead_url_is_left_out_at_start_and_used_once_it_answers(path, monkeypatch):
-    monkeypatch.setattr(http_front, "LEFT_OUT_S", 0.0)
+def test_several_urls_are_refused_with_the_remedy(path):
+    urls = ["http://127.0.0.1:8000", "http://127.0.0.1:8001"]
+    config = TeacherServerConfig(engine="vllm-http", model=str(path), urls=urls)
+    with pytest.raises(ConfigError, match=r"given 2 times.*one sidecar per server.*teacher\.endpoints: \["):
+        asyncio.run(VllmHttpEngine.create(config))
 
+
+def test_a_server_that_stops_under_way_is_unavailable_until_it_answers_again(path):
     async def run():
-        here, later = FakeVllm(path), FakeVllm(path)
-        async with running(here), engine_for(path, [later, here]) as engine:
-            sequences = sequences_of(6)
+        server = FakeVllm(path)
+        async with running(server), engine_for(path, server) as engine:
+            server.gate.clear()
+            scoring = asyncio.ensure_future(score_all(engine, sequences_of(12), top_k=1))
+            while server.running < 12:
+                await asyncio.sleep(0.01)
+            await server.stop()
+            with pytest.raises(UnavailableError, match=server.url):
+                await asyncio.wait_for(scoring, 10)
+            with pytest.raises(UnavailableError, match=server.url):
+                await score_all(engine, sequences_of(1))
+            server.gate.set()
+            await server.start()
+            before = server.num_scored
+            sequences = sequences_of(2)
             for sequence, scores in zip(sequences, await score_all(engine, sequences), strict=True):
-                check(here.table_VV, sequence, scores)
-            async with running(later):
-                await score_all(engine, sequences)
-                assert later.num_scored > 1  # the probe, and more
+                check(server.table_VV, sequence, scores)
+            assert server.num_scored == before + 3, "the probe comes first"
 
     asyncio.run(run())
 
 
-def test_a_server_that_stops_under_way_loses_nothing(path):
+def test_connections_are_bounded(path):
     async def run():
-        first, second = FakeVllm(path), FakeVllm(path)
-        async with running(second):
-            await first.start()
-            async with engine_for(path, [first, second]) as engine:
-                first.gate.clear()
-                scoring = asyncio.ensure_future(score_all(engine, sequences_of(12), top_k=1))
-                while first.running < 6:
-                    await asyncio.sleep(0.01)
-                await first.stop()
-                for sequence, scores in zip(sequences_of(12), await asyncio.wait_for(scoring, 10), strict=True):
-                    check(second.table_VV, sequence, scores)
-                await second.stop()
-                with pytest.raises(UnavailableError, match=rf"{first.url}.*; .*{second.url}|{second.url}.*{first.url}"):
-                    await score_all(engine, sequences_of(1))
-                await second.start()
+        server = FakeVllm(path)
+        async with running(server), engine_for(path, server, engine_args={"max_connections": 3}) as engine:
+            server.gate.clear()
+            scoring = asyncio.ensure_future(score_all(engine, sequences_of(9)))
+            while server.running != 3:
+                await asyncio.sleep(0.01)
+            server.gate.set()
+            await asyncio.wait_for(scoring, 10)
+            assert server.most_running == 3
+
+    asyncio.run(run())
+
+
+def test_an_unhealthy_server_s_500_is_unavailable_and_a_healthy_one_s_is_an_error(path):
+    async def run():
+        server = FakeVllm(path)
+        async with running(server), engine_for(path, server) as engine:
+            server.status, server.healthy = 500, False
+            with pytest.raises(UnavailableError, match="answers 500 and is not healthy"):
+                await score_all(engine, sequences_of(4))
+            server.healthy = True
+            engine._trusted_until = float("inf")
+            with pytest.raises(TeacherError, match="answers 500") as caught:
+                await score_all(engine, sequences_of(4))
+            assert not isinstance(caught.value, UnavailableError)
+            server.status = 400
+            with pytest.raises(InvalidRequestError, match="refused a sequence"):
                 await score_all(engine, sequences_of(1))
 
     asyncio.run(run())
@@ -346,8 +373,8 @@ def test_a_server_that_comes_back_with_other_weights_is_refused(path, monkeypatc
         monkeypatch.setattr(http_front, "TRUSTED_S", 0.0)
 
     async def run():
-        server, other = FakeVllm(path), FakeVllm(path)
-        async with running(server, other), engine_for(path, [server]) as engine:
+        server = FakeVllm(path)
+        async with running(server), engine_for(path, server) as engine:
             await score_all(engine, sequences_of(2))
             if failure == "under way":
                 server.status = 503
@@ -358,7 +385,7 @@ def test_a_server_that_comes_back_with_other_weights_is_refused(path, monkeypatc
             with pytest.raises(FingerprintMismatchError, match="other weights"):
                 await score_all(engine, sequences_of(2))
             server.table_VV, server.max_len = bigrams(0), 65
-            with pytest.raises(FingerprintMismatchError, match=r"differ in max_length.* 64, .* 128"):
+            with pytest.raises(FingerprintMismatchError, match=r"changed its max_length.* 64, .* 128"):
                 await score_all(engine, sequences_of(2))
             server.max_len = 129
             await score_all(engine, sequences_of(2))
@@ -366,32 +393,10 @@ def test_a_server_that_comes_back_with_other_weights_is_refused(path, monkeypatc
     asyncio.run(run())
 
 
-def test_tokens_are_spread_by_what_each_server_still_has_to_do_and_connections_are_bounded(path):
-    async def run():
-        servers = [FakeVllm(path), FakeVllm(path)]
-        async with running(*servers), engine_for(path, servers, engine_args={"max_connections": 3}) as engine:
-            for server in servers:
-                server.gate.clear()
-            long = SequenceToScore(np.arange(120, dtype=np.int32))
-            short = [SequenceToScore(np.arange(30, dtype=np.int32)) for _ in range(8)]
-            scoring = asyncio.ensure_future(score_all(engine, [long, *short]))
-            while [server.running for server in servers] != [3, 3]:
-                await asyncio.sleep(0.01)
-            # 120 | 30 30 30 30, then in turns: 180 each at the end.
-            assert sorted(server.outstanding_tokens for server in engine._servers) == [180, 180]
-            for server in servers:
-                server.gate.set()
-            await asyncio.wait_for(scoring, 10)
-            assert [server.most_running for server in servers] == [3, 3]
-            assert [server.outstanding_tokens for server in engine._servers] == [0, 0]
-
-    asyncio.run(run())
-
-
 def test_closing_the_iterator_ends_the_requests_at_the_server(path):
     async def run():
         fake = FakeVllm(path)
-        async with running(fake), engine_for(path, [fake]) as engine:
+        async with running(fake), engine_for(path, fake) as engine:
             fake.gate.clear()
             stream = engine.score(sequences_of(5))
             first = asyncio.ensure_future(anext(stream))
@@ -408,45 +413,23 @@ def test_closing_the_iterator_ends_the_requests_at_the_server(path):
     asyncio.run(run())
 
 
-def test_an_unhealthy_server_s_500_goes_elsewhere_and_a_healthy_one_s_is_an_error(path):
-    async def run():
-        servers = [FakeVllm(path), FakeVllm(path)]
-        async with running(*servers), engine_for(path, servers) as engine:
-            servers[0].status, servers[0].healthy = 500, False
-            await score_all(engine, sequences_of(4))
-            servers[0].healthy = True
-            engine._servers[0].left_out_until = 0.0
-            servers[1].status = 500
-            with pytest.raises(TeacherError, match="answers 500"):
-                engine._servers[0].trusted_until = float("inf")
-                await score_all(engine, sequences_of(4))
-            for server in servers:
-                server.status = 400
-            with pytest.raises(InvalidRequestError, match="refused a sequence"):
-                await score_all(engine, sequences_of(1))
-
-    asyncio.run(run())
-
-
 @pytest.mark.parametrize(
-    ("servers", "config", "words"),
+    ("server", "config", "words"),
     [
-        ([{}, {"seed": 1}], {}, "other weights"),
-        ([{}, {"max_len": 100}], {}, "differ in max_length"),
-        ([{"key": "secret"}], {}, "api_key_file"),
-        ([{}], {"engine_args": {"server_model": "math"}}, "no model 'math'"),
-        ([{}], {"engine_args": {"max_top_k": 2, "scoring": "magic"}}, "scoring"),
-        ([{}], {"engine_args": {"api_key_file": "/nowhere/key"}}, "api_key_file: /nowhere/key"),
-        ([{}], {"adapters": {"teacher": "/x"}}, "no 'teacher'"),
-        ([{"scale_out": False}], {"max_sequence_length": 129}, "expected 2 to 128"),
+        ({"key": "secret"}, {}, "api_key_file"),
+        ({}, {"engine_args": {"server_model": "math"}}, "no model 'math'"),
+        ({}, {"engine_args": {"max_top_k": 2, "scoring": "magic"}}, "scoring"),
+        ({}, {"engine_args": {"api_key_file": "/nowhere/key"}}, "api_key_file: /nowhere/key"),
+        ({}, {"adapters": {"teacher": "/x"}}, "no 'teacher'"),
+        ({"scale_out": False}, {"max_sequence_length": 129}, "expected 2 to 128"),
     ],
 )
-def test_servers_that_contradict_the_configuration_or_each_other_are_refused_at_start(path, servers, config, words):
+def test_a_server_that_contradicts_the_configuration_is_refused_at_start(path, server, config, words):
     async def run():
-        fakes = [FakeVllm(path, **server) for server in servers]
-        async with running(*fakes):
+        fake = FakeVllm(path, **server)
+        async with running(fake):
             with pytest.raises(ConfigError, match=words):
-                async with engine_for(path, fakes, **config):
+                async with engine_for(path, fake, **config):
                     pass
 
     asyncio.run(run())
@@ -459,7 +442,7 @@ def test_a_server_whose_checkpoint_has_another_vocabulary_is_refused_before_it_s
         fake = FakeVllm(other)
         async with running(fake):
             with pytest.raises(ConfigError, match=r"another vocabulary or tokenizer than .*other"):
-                async with engine_for(path, [fake]):
+                async with engine_for(path, fake):
                     pass
         assert fake.num_scored == 0
 
@@ -473,7 +456,7 @@ def test_a_server_that_returns_logits_is_refused(path, kind):
         fake.table_VV = fake.table_VV + (20 if kind == "raw" else -fake.table_VV.max(axis=-1, keepdims=True))
         async with running(fake):
             with pytest.raises(ConfigError, match="logprobs-mode raw_logprobs"):
-                async with engine_for(path, [fake]):
+                async with engine_for(path, fake):
                     pass
 
     asyncio.run(run())
@@ -493,7 +476,7 @@ def test_the_key_is_sent_and_an_adapter_is_asked_by_its_name(path, tmp_path):
 
         fake.score = noted
         config = {"engine_args": {"api_key_file": str(tmp_path / "key")}, "adapters": {"math": "/lora"}}
-        async with running(fake), engine_for(path, [fake], **config) as engine:
+        async with running(fake), engine_for(path, fake, **config) as engine:
             assert engine.adapters["math"].base_model == engine.info.model == "teacher"
             assert engine.adapters["math"].fingerprint != engine.info.fingerprint
             del asked[:]

@@ -64,7 +64,7 @@ def token_file(tmp_path, *lines):
 # ---- TLS ----
 
 
-def test_tls_serves_who_trusts_its_authority_and_tells_everybody_else_what_to_do(start_sidecar, authority, tmp_path):
+def test_tls_serves_clients_that_trust_its_authority_and_tells_others_the_remedy(start_sidecar, authority, tmp_path):
     sidecar = start_sidecar(*authority.server_flags())
     with client_of(sidecar, tls=credentials.channel_credentials(ca=authority.ca)) as client:
         score(client)
@@ -151,8 +151,8 @@ BEYOND = {"engine": "fake", "model": "m", "host": "0.0.0.0"}
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({}, "everybody could use this teacher.*--tls-cert and --tls-key.*--insecure"),
-        ({"token_file": "t"}, "everybody on the way could read the tokens.*--tls-cert and --tls-key.*--insecure"),
+        ({}, "any client could use this teacher.*--tls-cert and --tls-key.*--insecure"),
+        ({"token_file": "t"}, "the tokens could be read on the way.*--tls-cert and --tls-key.*--insecure"),
     ],
 )
 def test_beyond_loopback_it_wants_tls_or_insecure(fields, message):
@@ -165,9 +165,9 @@ def test_beyond_loopback_it_wants_tls_or_insecure(fields, message):
     "fields, warns",
     [({}, True), ({"token_file": "t"}, False), ({"tls_client_ca": "a"}, False), ({"insecure": True}, False)],
 )
-def test_tls_that_lets_everybody_in_is_a_warning(fields, warns, caplog):
+def test_tls_without_client_authentication_is_a_warning(fields, warns, caplog):
     security.check_exposure(TeacherServerConfig(**BEYOND, tls_cert="c", tls_key="k", **fields))
-    assert ("keeps nobody out" in caplog.text) == warns
+    assert ("does not authenticate clients" in caplog.text) == warns
 
 
 # ---- tokens ----
@@ -299,7 +299,7 @@ def test_a_file_that_cannot_be_used_any_more_leaves_the_tokens_as_they_were(star
         damage()
         with client_of(sidecar, token=SECRET) as client:
             score(client)
-    assert sidecar.log.count("the tokens before are kept") == 3
+    assert sidecar.log.count("the previous tokens are kept") == 3
 
 
 def test_a_token_that_expires_in_mid_run_fails_the_next_call_at_once(start_sidecar, tmp_path):

@@ -76,7 +76,7 @@ def in_front(owned, adapters):
     config = TeacherServerConfig(
         engine="sglang-http",
         model=str(owned.path),
-        urls=[owned.engine._servers[0].url],
+        urls=[owned.engine.connection.url],
         max_sequence_length=128,
         adapters=adapters[1],
     )
@@ -145,7 +145,7 @@ def test_pieces_hold_every_position_once_and_no_more_entries_than_they_may(max_e
 
 
 def test_a_closed_iterator_aborts_the_requests_in_the_server(owned):
-    url = owned.engine._servers[0].url
+    url = owned.engine.connection.url
 
     def busy():
         with urllib.request.urlopen(url + "/v1/loads?include=core", timeout=5) as reply:
@@ -206,7 +206,7 @@ def test_what_cannot_be_is_refused_with_the_remedy_before_anything_starts(owned,
     ],
 )
 def test_a_server_that_contradicts_the_configuration_is_refused(owned, change, words):
-    urls = [owned.engine._servers[0].url]
+    urls = [owned.engine.connection.url]
     fields = {"engine": "sglang-http", "model": str(owned.path), "urls": urls, **change}
     with pytest.raises(ConfigError, match=words):
         owned.runner.run(create_engine(TeacherServerConfig(**fields)))

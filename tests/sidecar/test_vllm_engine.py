@@ -17,7 +17,7 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: run these with the Python of its environment", allow_module_level=True)
 from jdistill.config import TeacherServerConfig
-from jdistill.sidecar.engines import vllm_worker
+from jdistill.sidecar.engines.vllm import worker as vllm_worker
 from jdistill.wire.errors import EngineDeadError, TeacherError, UnsupportedError
 from jdistill.wire.types import SequenceToScore
 from tests.sidecar.checkpoints import write_checkpoint
@@ -35,8 +35,10 @@ def vllm_module():
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from jdistill.sidecar.engines import vllm as module
-    return module
+        import jdistill.sidecar.engines.vllm.engine
+        import jdistill.sidecar.engines.vllm.startup
+        import jdistill.sidecar.engines.vllm.ways
+    return jdistill.sidecar.engines.vllm
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ class TestExtensionWay(EngineContract):
 class TestPlainWayWithAllOfASmallVocabulary(EngineContract):
     @pytest.fixture
     def served(self, extension, vllm_module):
-        return by_way(extension, vllm_module.PlainWay(512, 512))
+        return by_way(extension, vllm_module.ways.PlainWay(512, 512))
 
 
 class TestPlainWayWithALargeVocabulary(EngineContract):
@@ -76,7 +78,7 @@ class TestPlainWayWithALargeVocabulary(EngineContract):
 
     @pytest.fixture
     def served(self, extension, vllm_module):
-        return by_way(extension, vllm_module.PlainWay(512, 20))
+        return by_way(extension, vllm_module.ways.PlainWay(512, 20))
 
     def test_candidates_are_scored_in_the_order_asked_with_duplicates_and_the_token_itself(self, served):
         assert served.engine.info.max_candidate_count == 0
@@ -108,17 +110,17 @@ def test_early_closing_leaves_no_request_in_vllm(extension):
 
 
 def test_a_way_that_gives_other_numbers_is_not_taken(extension, vllm_module):
-    class Shifted(vllm_module.ExtensionWay):
+    class Shifted(vllm_module.ways.ExtensionWay):
         def read(self, output, sequence, *, top_k, temperature):
             scores = super().read(output, sequence, top_k=top_k, temperature=temperature)
             return dataclasses.replace(scores, logprobs=np.roll(scores.logprobs, 1))
 
-    class Cold(vllm_module.ExtensionWay):
+    class Cold(vllm_module.ways.ExtensionWay):
         def params(self, sequence, *, top_k, temperature):
             return super().params(sequence, top_k=top_k, temperature=1.0)
 
-    probe = vllm_module._probe_sequence(extension.engine.info)
-    plain = by_way(extension, vllm_module.PlainWay(512, 20)).engine
+    probe = vllm_module.engine._probe_sequence(extension.engine.info)
+    plain = by_way(extension, vllm_module.ways.PlainWay(512, 20)).engine
     expected = extension.runner.run(plain._score_one(probe, top_k=2, temperature=1.0))
     extension.runner.run(extension.engine._compare(probe, expected, "float32"))
     for way, message in ((Shifted(512), "differ from prompt_logprobs by up to"), (Cold(512), "temperature is off by")):
@@ -128,7 +130,7 @@ def test_a_way_that_gives_other_numbers_is_not_taken(extension, vllm_module):
 
 
 def test_the_fields_way_is_refused_by_name_where_vllm_lacks_its_runner(extension, vllm_module):
-    engine = by_way(extension, vllm_module.PlainWay(512, 512)).engine
+    engine = by_way(extension, vllm_module.ways.PlainWay(512, 512)).engine
     with pytest.raises(UnsupportedError, match=r"scoring=fields does not work .*V2 model runner.*use scoring=auto"):
         extension.runner.run(engine._choose("fields", engine.info, {"max_logprobs": 512}))
     assert engine.way == "plain"
@@ -139,7 +141,7 @@ def test_the_fields_way_asks_what_vllms_scorer_takes_and_reads_what_it_gives(ext
     import torch
     from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
-    way = vllm_module.FieldsWay(512, 16)
+    way = vllm_module.ways.FieldsWay(512, 16)
     assert (way.max_top_k, way.max_candidate_count, way.any_temperature) == (16, 15, False)
     ids, logits = extension.token_ids[2], extension.logits[2]
     spans = ((4, 7), (20, 21), (30, 37))
@@ -181,14 +183,14 @@ def test_prompt_logprobs_are_chosen_by_id_and_never_by_order(vllm_module):
 
     # As older versions return them: most likely first, the prompt's token somewhere.
     row = {7: Logprob(-0.5), 3: Logprob(-1.5), 9: Logprob(-4.0)}
-    ids, logprobs = vllm_module._entries([None, {9: Logprob(-2.0)}, row], np.array([1, 2]))
-    assert vllm_module._select(ids, logprobs, np.array([9, 9])).tolist() == [-2.0, -4.0]
-    top_ids, top_logprobs = vllm_module._top(ids[1:], logprobs[1:], 2)
+    ids, logprobs = vllm_module.ways._entries([None, {9: Logprob(-2.0)}, row], np.array([1, 2]))
+    assert vllm_module.ways._select(ids, logprobs, np.array([9, 9])).tolist() == [-2.0, -4.0]
+    top_ids, top_logprobs = vllm_module.ways._top(ids[1:], logprobs[1:], 2)
     assert (top_ids.tolist(), top_logprobs.tolist()) == ([[7, 3]], [[-0.5, -1.5]])
     with pytest.raises(TeacherError, match="no log-probability of token 8 at scored position number 1"):
-        vllm_module._select(ids, logprobs, np.array([9, 8]))
+        vllm_module.ways._select(ids, logprobs, np.array([9, 8]))
     with pytest.raises(TeacherError, match="fewer than the 2 most likely"):
-        vllm_module._top(ids[:1], logprobs[:1], 2)
+        vllm_module.ways._top(ids[:1], logprobs[:1], 2)
 
 
 @pytest.mark.parametrize(
@@ -206,25 +208,25 @@ def test_prompt_logprobs_are_chosen_by_id_and_never_by_order(vllm_module):
 def test_engine_args_are_checked_by_name_before_anything_starts(tmp_path, vllm_module, engine_args, message):
     config = TeacherServerConfig(engine="vllm", model=str(tmp_path), engine_args=engine_args)
     with pytest.raises(ValueError, match=message):
-        asyncio.run(vllm_module.VllmEngine.create(config))
+        asyncio.run(vllm_module.engine.VllmEngine.create(config))
 
 
 def test_a_cpu_gets_all_its_cores_and_a_cache_of_the_right_size_unless_set(tmp_path, vllm_module, monkeypatch):
     path = write_checkpoint(tmp_path / "tiny")
     config = TeacherServerConfig(engine="vllm", model=str(path), tensor_parallel_size=2)
-    info = vllm_module.model_info(config)
+    info = vllm_module.engine.model_info(config)
     for name in ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE"):
         monkeypatch.setenv(name, "x")
         monkeypatch.delenv(name)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
-    vllm_module._set_environment(config, info, {})
+    vllm_module.startup.set_environment(config, info, {})
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0,1|2,3"
     assert os.environ["VLLM_CPU_KVCACHE_SPACE"] == "1"
     # 2 layers x 2 (keys, values) x 2 heads x 32 x 4 bytes = 1 KiB a token: 4 sequences of 1 Mi tokens are 4 GiB.
     long = dataclasses.replace(info, max_sequence_length=1 << 20)
-    assert vllm_module._kv_cache_gib(config, long) == 4
+    assert vllm_module.startup._kv_cache_gib(config, long) == 4
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "3")
-    vllm_module._set_environment(config, info, {})
+    vllm_module.startup.set_environment(config, info, {})
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "3"
 
 
@@ -281,8 +283,8 @@ def test_sleep_and_wake_are_vllms_own_and_the_numbers_are_compared_after_it(exte
     config = TeacherServerConfig(
         engine="vllm", model=str(extension.path), offload=True, engine_args={"sleep_level": level}
     )
-    engine = vllm_module.VllmEngine(
-        Sleeper(extension.engine._llm), extension.engine.info, vllm_module.ExtensionWay(512), config
+    engine = vllm_module.engine.VllmEngine(
+        Sleeper(extension.engine._llm), extension.engine.info, vllm_module.ways.ExtensionWay(512), config
     )
     engine._at_start = extension.engine._at_start
 

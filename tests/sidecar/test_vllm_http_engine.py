@@ -76,7 +76,7 @@ def test_the_fields_way_asks_as_the_engine_in_process_does_and_reads_vllm_s_own_
         from vllm.utils.serial_utils import numpy2base64
         from vllm.utils.torch_utils import make_ndarray_with_pad
 
-        from jdistill.sidecar.engines.vllm import FieldsWay
+        from jdistill.sidecar.engines.vllm.ways import FieldsWay
 
     engine, ids = generate.engine, generate.token_ids[2]
     monkeypatch.setattr(engine, "way", "fields")
@@ -131,6 +131,7 @@ def test_a_closed_iterator_aborts_the_requests_in_the_server(way, url, request):
         ({"urls": ["http://127.0.0.1:9"]}, "is the server up"),
         ({"urls": None}, "give its address"),
         ({"urls": ["127.0.0.1:8000"]}, "expected http://"),
+        ({"urls": ["http://127.0.0.1:8000", "http://127.0.0.1:8001"]}, r"one sidecar per server.*teacher\.endpoints"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size: the server"),
         ({"offload": True}, "cannot put it to sleep"),
         ({"adapters": {"math": "/nowhere"}}, "has no 'math'"),

@@ -9,9 +9,9 @@ import importlib
 from jdistill.config import ConfigError, TeacherServerConfig
 from jdistill.sidecar.engines.base import Engine
 
-# Imported only when asked for: each needs an environment of its own (vllm no jax, jax no torch).
+# Imported on demand: each engine has its own environment (vllm without jax, jax without torch).
 ENGINES = {
-    "vllm": "jdistill.sidecar.engines.vllm:VllmEngine",
+    "vllm": "jdistill.sidecar.engines.vllm.engine:VllmEngine",
     "sglang": "jdistill.sidecar.engines.sglang:SglangEngine",
     "vllm-http": "jdistill.sidecar.engines.vllm_http:VllmHttpEngine",
     "sglang-http": "jdistill.sidecar.engines.sglang_http:SglangHttpEngine",
@@ -20,7 +20,7 @@ ENGINES = {
     "fake": "jdistill.sidecar.engines.fake:FakeEngine",
 }
 
-# The pip extra that brings what an engine needs.
+# The pip extra with an engine's dependencies.
 EXTRAS = {
     "vllm": "vllm",
     "sglang": "sglang",
@@ -41,7 +41,7 @@ def check_engine_name(name: str) -> None:
 
 
 def engine_class(name: str) -> type[Engine]:
-    """The class behind `name`.
+    """Returns the class for `name`.
 
     Raises:
         ConfigError: no such engine, or its libraries are not installed here.
@@ -60,7 +60,7 @@ def engine_class(name: str) -> type[Engine]:
 
 
 async def create_engine(config: TeacherServerConfig) -> Engine:
-    """Makes the engine of `config.engine` and loads its model.
+    """Creates the engine `config.engine` and loads its model.
 
     Raises:
         ConfigError, ValueError: no such engine, a checkpoint that cannot be used, unknown engine_args.
@@ -71,6 +71,6 @@ async def create_engine(config: TeacherServerConfig) -> Engine:
             f"engine {config.engine} and urls are two ways of naming an engine: it runs a model itself. For servers "
             f"that run already use engine {near}; to run one here leave urls out"
         )
-    # In a thread: importing torch or vLLM takes seconds, in which health checks are to be answered.
+    # In a thread: importing torch or vLLM takes seconds, during which health checks must be answered.
     engine = await asyncio.to_thread(engine_class, config.engine)
     return await engine.create(config)

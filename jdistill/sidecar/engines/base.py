@@ -1,4 +1,4 @@
-"""What an engine is: something that scores token sequences under one model."""
+"""The engine interface: scores token sequences under one model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Engine(abc.ABC):
     name: str  # the key in ENGINES
     version: str  # of the wrapped library
     info: ModelInfo
-    adapters: Mapping[str, ModelInfo] = {}  # LoRA adapters that it serves beside the base model, by name
-    can_sleep: bool = False  # whether sleep() and wake() can be called
+    adapters: Mapping[str, ModelInfo] = {}  # LoRA adapters served beside the base model, by name
+    can_sleep: bool = False  # whether sleep() and wake() are supported
 
     @classmethod
     @abc.abstractmethod
@@ -38,8 +38,8 @@ class Engine(abc.ABC):
     ) -> AsyncIterator[tuple[int, TokenScores]]:
         """Yields (index into `sequences`, scores) as sequences finish, each exactly once.
 
-        Closing the iterator early cancels the work that is left. Calls may run concurrently. `adapter` is a key of
-        `adapters`, or "" for the base model. A sequence never has a teacher_prefix: the service has put it in place.
+        Closing the iterator early cancels the remaining work. Calls may run concurrently. `adapter` is a key of
+        `adapters`, or "" for the base model. A sequence never has a teacher_prefix: the service has applied it.
 
         Raises:
             UnsupportedError: the engine cannot do this.
@@ -47,7 +47,7 @@ class Engine(abc.ABC):
         """
 
     async def check(self) -> None:  # noqa: B027  (most engines cannot die apart from their process)
-        """Whether the engine lives, cheaply; called every second or so.
+        """Checks cheaply that the engine is alive; called about once per second.
 
         Raises:
             EngineDeadError: it is gone for good.
@@ -58,7 +58,7 @@ class Engine(abc.ABC):
         raise UnsupportedError(self._no_sleep())
 
     async def wake(self) -> None:
-        """Brings the model back as it was; idempotent."""
+        """Restores the model as it was; idempotent."""
         raise UnsupportedError(self._no_sleep())
 
     def _no_sleep(self) -> str:

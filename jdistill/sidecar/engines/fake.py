@@ -1,8 +1,8 @@
-"""An exact small model in numpy for tests: its log-probabilities tell position, token and the token before it.
+"""A small exact model in numpy for tests, whose log-probabilities identify position, token and preceding token.
 
-The logits at position t for token v after token u are 4 sin(0.9 t + 2.1 v + 0.37 u): a score that lands on another
-position, another token or another sequence is another number. It is a true distribution over its vocabulary, so top-k,
-candidates and temperature can be checked against `logprobs_PV`.
+The logits at position t for token v after token u are 4 sin(0.9 t + 2.1 v + 0.37 u): a score at the wrong position,
+token or sequence is another number. It is a true distribution over its vocabulary, so top-k, candidates and temperature
+can be checked against `logprobs_PV`.
 
 Dimension key: P scored positions of one sequence, V vocabulary, K teacher top-k.
 """
@@ -32,16 +32,16 @@ class FakeOptions(Section):
 
     vocab_size: int = pydantic.Field(64, ge=2)
     delay_s: float = pydantic.Field(0.0, ge=0)  # before each sequence's scores
-    load_s: float = pydantic.Field(0.0, ge=0)  # how long it pretends to load
+    load_s: float = pydantic.Field(0.0, ge=0)  # simulated loading time
     fingerprint: str | None = None  # default: a hash of the options that change scores
     tokenizer_fingerprint: str = ""
     any_temperature: bool = True
     max_top_k: int | None = None  # default: the vocabulary
     max_candidate_count: int | None = None  # default: the vocabulary
-    # A machine of this speed, which waits instead of computing: sequences pass through it one after another.
+    # Simulates a machine of this speed: sequences pass through it one after another.
     tokens_per_s: float | None = pydantic.Field(None, gt=0)
-    sleeps: bool = True  # with --offload; False: as an engine that cannot
-    wakes_as: str | None = None  # its fingerprint after a wake: another one, as if the checkpoint had been changed
+    sleeps: bool = True  # with --offload; False: like an engine that cannot
+    wakes_as: str | None = None  # fingerprint after a wake, as if the checkpoint had changed
     hang_on_token: int | None = None  # never answers when it sees this token
     die_on_token: int | None = None  # the engine dies when it sees this token, as vLLM's does
     fail_on_token: int | None = None  # an unexpected exception when it sees this token
@@ -50,7 +50,7 @@ class FakeOptions(Section):
 def logprobs_PV(  # noqa: N802  (a shape suffix)
     token_ids: np.ndarray, positions: np.ndarray, *, vocab_size: int, temperature: float = 1.0, adapter: str = ""
 ) -> np.ndarray:
-    """float64 [P, V]: the whole distribution at each of `positions` of the sequence, in nats."""
+    """Returns the whole distribution at each of `positions` of the sequence, float64 [P, V] in nats."""
     previous_P = np.asarray(token_ids, np.float64)[np.asarray(positions) - 1]
     angles_PV = 0.9 * positions[:, None] + 2.1 * np.arange(vocab_size) + 0.37 * previous_P[:, None]
     logits_PV = 4.0 * np.sin(angles_PV + zlib.crc32(adapter.encode()) % 6.28)
@@ -91,7 +91,7 @@ class FakeEngine(Engine):
         self.can_sleep = config.offload and self.options.sleeps
         self.num_cancelled = self.num_sleeps = self.num_wakes = 0
         self.asleep = False
-        self._free_at = 0.0  # when what was taken on so far will be done (tokens_per_s)
+        self._free_at = 0.0  # loop time at which all accepted work is done (tokens_per_s)
         self._dead = False
 
     @classmethod
@@ -119,18 +119,18 @@ class FakeEngine(Engine):
             self.num_cancelled += not finished
 
     async def _wait(self, sequence: SequenceToScore, ready_at: float) -> float:
-        """Takes the time that it takes; returns when, on the paced machine's own clock, the sequence was done."""
+        """Waits as long as the simulated machine needs; returns its loop time when the sequence was done."""
         if self.options.hang_on_token in sequence.token_ids:
             await asyncio.Event().wait()
         await asyncio.sleep(self.options.delay_s)
         if self.options.tokens_per_s is not None:
-            # From when the machine and the call were ready, not from now: a timer that fires late costs no throughput.
+            # Counted from when machine and call were ready, not from now: a late timer costs no throughput.
             done_at = max(ready_at, self._free_at) + len(sequence.token_ids) / self.options.tokens_per_s
             self._free_at = done_at
             try:
                 await asyncio.sleep(done_at - asyncio.get_running_loop().time())
             except BaseException:
-                if self._free_at == done_at:  # cancelled, and nobody has lined up behind it
+                if self._free_at == done_at:  # cancelled, and no other sequence is queued behind it
                     self._free_at = asyncio.get_running_loop().time()
                 raise
             return done_at

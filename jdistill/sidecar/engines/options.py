@@ -1,4 +1,4 @@
-"""From a sidecar's configuration and a checkpoint to what is served: dtype, longest sequence, engine_args, limits."""
+"""Checks a sidecar's configuration against engine and checkpoint, and describes the served model (ModelInfo)."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def check_engine_args(engine: str, given: Mapping[str, Any], valid: Iterable[str
 
 
 def check_sizes(engine: str, config: TeacherServerConfig, *supported: str) -> None:
-    """Raises ValueError if the configuration asks for what `engine` has not, naming the field and the remedy.
+    """Raises ValueError if the configuration asks for something `engine` lacks; names the field and the remedy.
 
     Args:
         engine: its name.
         config: of the sidecar.
-        supported: which of the fields below this engine knows.
+        supported: the fields below that this engine supports.
     """
     remedies = {
-        "tensor_parallel_size": "use the vllm or sglang engine to spread a model, or one sidecar a GPU as replicas",
+        "tensor_parallel_size": "use the vllm or sglang engine to spread a model, or one sidecar per GPU as replicas",
         "pipeline_parallel_size": "use the vllm or sglang engine to spread a model",
         "data_parallel_size": "start several sidecars and give the client all their addresses",
-        "quantization": "use the vllm or sglang engine, or a checkpoint that is quantised already",
+        "quantization": "use the vllm or sglang engine, or a checkpoint that is already quantised",
         "memory_fraction": "leave it out: this engine takes what the model needs; max_batch_tokens bounds the rest",
         "adapters": "use the vllm engine, or merge the adapter into the checkpoint",
     }
@@ -65,7 +65,7 @@ def check_sizes(engine: str, config: TeacherServerConfig, *supported: str) -> No
 
 
 def adapter_rank(path: str | pathlib.Path) -> int:
-    """The rank of a LoRA adapter in PEFT's format. Raises ConfigError if the directory holds none."""
+    """Returns the rank of a LoRA adapter in PEFT's format; raises ConfigError if the directory holds none."""
     file = pathlib.Path(path) / "adapter_config.json"
     try:
         config = json.loads(file.read_text())
@@ -92,7 +92,7 @@ def _words(names: Any) -> list[str]:
 
 
 def write_zero_adapter(path: str | pathlib.Path, to: str | pathlib.Path) -> None:
-    """Writes an adapter of the shapes of the one at `path` that changes nothing."""
+    """Writes an adapter with the shapes of the one at `path` whose weights are all zero."""
     from safetensors import safe_open
     from safetensors.numpy import save_file
 
@@ -104,10 +104,10 @@ def write_zero_adapter(path: str | pathlib.Path, to: str | pathlib.Path) -> None
 
 
 def adapter_info(base: ModelInfo, name: str, path: str | pathlib.Path) -> ModelInfo:
-    """What is served under an adapter's name: the base model's limits, a fingerprint over base and adapter files."""
+    """Describes an adapter: the base model's limits, and a fingerprint over base and adapter files."""
     if (pathlib.Path(path) / "adapter_model.safetensors").is_file():
         fingerprint = adapter_fingerprint(base.fingerprint, path)
-    else:  # with the server only that an HTTP engine is in front of: all that tells it apart is what it is called
+    else:  # its files are only at the server behind an HTTP engine: the name is all that identifies it
         fingerprint = hashlib.sha256(f"{base.fingerprint} {name} {path}".encode()).hexdigest()
     return dataclasses.replace(base, model=name, base_model=base.model, fingerprint=fingerprint)
 
@@ -123,11 +123,11 @@ def model_info(
 
     Args:
         config: of the sidecar.
-        max_top_k, max_candidate_count: what the engine can do; None means the whole vocabulary.
+        max_top_k, max_candidate_count: the engine's limits; None: the whole vocabulary.
         any_temperature: whether the engine can score at a temperature other than 1.
 
     Raises:
-        FileNotFoundError, ValueError: the checkpoint is not whole, or the configuration does not fit it.
+        FileNotFoundError, ValueError: the checkpoint is incomplete, or the configuration does not fit it.
     """
     path = pathlib.Path(config.model)
     check_checkpoint(path)

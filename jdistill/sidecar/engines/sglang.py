@@ -1,8 +1,8 @@
 """SGLang: starts its server as a child process on a loopback port, owns it, and scores through it.
 
-SGLang has no stable interface in process; its server has one. The child ends with this process however that ends
-(SIGKILL too), and when the child dies the engine is dead. Other processes of this machine can reach its port, as they
-can any loopback port.
+SGLang has no stable in-process interface; its server has one. The child ends with this process, even by SIGKILL, and
+when the child dies the engine is dead. Like any loopback port, its port can be reached by other processes of this
+machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 # engine_args that would contradict the sidecar's own configuration -> what to set instead.
 RESERVED = {
-    "admin_api_key": None,  # nobody but the sidecar is to use the server, which has no key
+    "admin_api_key": None,  # the server has no key: it is for the sidecar only
     "api_key": None,
     "context_length": "max_sequence_length",
     "dp_size": "data_parallel_size",
@@ -51,10 +51,10 @@ RESERVED = {
 }
 # engine_args that are ours and not the server's.
 OWN_ARGS = frozenset(SglangHttpOptions.model_fields) - {"api_key_file"}
-# Of a context of n tokens, SGLang takes inputs of n - 7 (0.5.23).
+# With a context of n tokens, SGLang accepts inputs of up to n - 7 (0.5.23).
 SPARE_POSITIONS = 8
 STOP_TIMEOUT_S = 3.0  # less than the sidecar gives an engine to close
-IDLE_TIMEOUT_S = 30.0  # for requests that nobody waits for any more to leave SGLang
+IDLE_TIMEOUT_S = 30.0  # for cancelled requests to leave SGLang
 
 
 class SglangEngine(SglangHttpEngine):
@@ -64,7 +64,7 @@ class SglangEngine(SglangHttpEngine):
 
     def __init__(self, config: TeacherServerConfig, url: str, process: asyncio.subprocess.Process):
         own = {name: value for name, value in config.engine_args.items() if name in OWN_ARGS}
-        super().__init__(config.model_copy(update={"engine_args": own}), [url])
+        super().__init__(config.model_copy(update={"engine_args": own}), url)
         self._process: asyncio.subprocess.Process | None = process
         self._asleep = False
 
@@ -81,7 +81,7 @@ class SglangEngine(SglangHttpEngine):
             raise ConfigError("offload: SGLang can free memory on GPUs only; leave offload out")
         info = await asyncio.to_thread(model_info, config)
         for path in config.adapters.values():
-            adapter_rank(path)  # whether it is one
+            adapter_rank(path)  # raises if it is not an adapter
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -142,12 +142,12 @@ class SglangEngine(SglangHttpEngine):
             await super().sleep()
         if self._asleep:
             return
-        await self._wait_until_idle()  # a scheduler that is not idle fails an assertion, and SGLang ends
+        await self._wait_until_idle()  # a busy scheduler fails an assertion, which ends SGLang
         await self._control("/release_memory_occupation")
         self._asleep = True
 
     async def wake(self) -> None:
-        """See Engine.wake; the probe says whether the weights are back."""
+        """See Engine.wake; the probe checks that the weights are back."""
         if not self.can_sleep:
             await super().wake()
         if not self._asleep:
@@ -155,7 +155,7 @@ class SglangEngine(SglangHttpEngine):
         await self._control("/resume_memory_occupation")
         self._asleep = False
         try:
-            await self._admit(self._servers[0])
+            await self._verify()
         except FingerprintMismatchError as e:
             raise EngineDeadError(f"SGLang {self.version} has not come back from sleep as it was: {e}") from e
 
@@ -174,7 +174,7 @@ class SglangEngine(SglangHttpEngine):
         await process.wait()
 
     async def _try_to_sleep(self) -> None:
-        """Sleeps and wakes once: an engine that cannot says so at start, not at step 900."""
+        """Sleeps and wakes once, so that an engine that cannot fails at start, not at step 900."""
         self.can_sleep = True
         try:
             await self.sleep()
@@ -187,7 +187,7 @@ class SglangEngine(SglangHttpEngine):
     async def _wait_until_idle(self) -> None:
         begin = time.monotonic()
         while True:
-            loads = (await self.get(self._servers[0], "/v1/loads?include=core"))["loads"]
+            loads = (await self.connection.get("/v1/loads?include=core"))["loads"]
             if not sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads):
                 return
             if time.monotonic() - begin > IDLE_TIMEOUT_S:
@@ -195,9 +195,9 @@ class SglangEngine(SglangHttpEngine):
             await asyncio.sleep(0.05)
 
     async def _control(self, path: str) -> None:
-        assert self._session is not None
+        assert self.connection.session is not None
         try:
-            async with self._session.post(self._servers[0].url + path, json={}) as reply:
+            async with self.connection.session.post(self.connection.url + path, json={}) as reply:
                 if reply.status == 200:
                     return
                 text = await reply.text()
@@ -227,7 +227,7 @@ def _version() -> str:
 
 
 def _look_at_sglang() -> tuple[set[str], bool]:
-    """The names of its server's arguments, and whether PyTorch sees an accelerator."""
+    """Returns the names of the server's arguments, and whether PyTorch sees an accelerator."""
     try:
         import torch
         from sglang.srt.server_args import ServerArgs
@@ -242,7 +242,7 @@ def _look_at_sglang() -> tuple[set[str], bool]:
 
 
 def _environment(config: TeacherServerConfig, on_cpu: bool) -> dict[str, str]:
-    """What SGLang reads from the environment only; what a person has set is left alone."""
+    """Returns variables that SGLang reads from the environment only; those already set are left out."""
     values = {
         # A context of the longest sequence and the spare positions may be above the checkpoint's limit; no token is
         # ever scored there.
@@ -284,7 +284,7 @@ def _command(
     if config.memory_fraction is not None:
         values["mem_fraction_static"] = config.memory_fraction
     if config.offload:
-        # Without the backup SGLang wakes with weights that nobody has written.
+        # Without the backup SGLang wakes with uninitialised weights.
         values |= {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
     if config.adapters:
         values |= {"enable_lora": True, "lora_paths": [f"{name}={path}" for name, path in config.adapters.items()]}

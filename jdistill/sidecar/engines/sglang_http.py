@@ -1,4 +1,4 @@
-"""In front of SGLang servers that run: /generate with token ids and `return_logprob`.
+"""In front of a running SGLang server: /generate with token ids and `return_logprob`.
 
 SGLang starts its log-probabilities at `logprob_start_len`, where the first entry is always null, so a score that begins
 at token position t asks from t - 1. Every entry names the token that it speaks of, and each is compared. Top-k comes as
@@ -25,7 +25,9 @@ import numpy as np
 import pydantic
 
 from jdistill.config import ConfigError
-from jdistill.sidecar.engines.http_front import HttpFrontEngine, HttpOptions, Server, ServerRefusedError, finish
+from jdistill.sidecar.engines.http_connection import ServerRefusedError
+from jdistill.sidecar.engines.http_front import HttpFrontEngine, HttpOptions
+from jdistill.sidecar.engines.http_replies import token_scores
 from jdistill.wire.codec import token_crc
 from jdistill.wire.errors import FingerprintMismatchError
 from jdistill.wire.types import SequenceToScore, TokenScores
@@ -48,21 +50,21 @@ class SglangHttpEngine(HttpFrontEngine):
     options_class = SglangHttpOptions
     ways = ("flat", "plain")
 
-    async def identify(self, server: Server) -> dict[str, Any]:
+    async def identify(self) -> dict[str, Any]:
         """See HttpFrontEngine.identify."""
         try:
-            info = await self.get(server, "/server_info")
+            info = await self.connection.get("/server_info")
         except ConfigError:  # its name before 0.5.6
-            info = await self.get(server, "/get_server_info")
+            info = await self.connection.get("/get_server_info")
         if not isinstance(info, dict) or not isinstance(info.get("max_req_input_len"), int):
-            raise ConfigError(f"{server.url} is no SGLang server: its /server_info has no max_req_input_len")
+            raise ConfigError(f"{self.connection.url} is no SGLang server: its /server_info has no max_req_input_len")
         loaded = []
         for adapter in info.get("lora_paths") or []:
             loaded.append(adapter.get("lora_name") if isinstance(adapter, dict) else str(adapter).partition("=")[0])
         missing = [name for name in self._config.adapters if name not in loaded]
         if missing:
             there = ", ".join(map(str, loaded)) or "none"
-            raise ConfigError(f"adapters: {server.url} has no {missing[0]!r}; it has loaded {there}")
+            raise ConfigError(f"adapters: {self.connection.url} has no {missing[0]!r}; it has loaded {there}")
         return {
             "version": info.get("version", "unknown"),
             "model": info.get("served_model_name"),
@@ -94,22 +96,22 @@ class SglangHttpEngine(HttpFrontEngine):
             body["lora_path"] = adapter
         return "/generate", body
 
-    async def abandon(self, server: Server, body: dict[str, Any]) -> None:
-        """See HttpFrontEngine.abandon: SGLang looks after closed connections every 4 seconds only."""
-        if self._session is not None and "rid" in body:
+    async def abandon(self, body: dict[str, Any]) -> None:
+        """See HttpFrontEngine.abandon: SGLang looks for closed connections only every 4 seconds."""
+        session = self.connection.session
+        if session is not None and "rid" in body:
             timeout = aiohttp.ClientTimeout(total=5.0)
+            url = self.connection.url + "/abort_request"
             with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
-                async with self._session.post(
-                    server.url + "/abort_request", json={"rid": body["rid"]}, timeout=timeout
-                ):
+                async with session.post(url, json={"rid": body["rid"]}, timeout=timeout):
                     pass
 
-    async def _ask(self, server: Server, sequence: SequenceToScore, top_k: int, adapter: str = "") -> TokenScores:
+    async def _ask(self, sequence: SequenceToScore, top_k: int, adapter: str = "") -> TokenScores:
         if sequence.candidate_ids is None:
-            return await super()._ask(server, sequence, top_k, adapter)
+            return await super()._ask(sequence, top_k, adapter)
         scores = []
         for piece in pieces(sequence, MAX_ENTRIES):
-            scores.append(await super()._ask(server, piece, top_k, adapter))
+            scores.append(await super()._ask(piece, top_k, adapter))
         fields = ("logprobs", "top_ids", "top_logprobs", "candidate_logprobs")
         joined = {
             name: np.concatenate([getattr(part, name) for part in scores])
@@ -157,10 +159,12 @@ class SglangHttpEngine(HttpFrontEngine):
             candidates_PC = np.take_along_axis(values_PU, np.searchsorted(asked, sequence.candidate_ids), axis=1)
         # What the server repeats are the ids from `start` on; those before it are as they were sent.
         whole = np.concatenate([sequence.token_ids[:start], scored_ids]).astype(np.int32)
-        return finish(sequence, whole[sequence.scored_positions()], logprobs_P, top, candidates_PC, token_crc(whole))
+        return token_scores(
+            sequence, whole[sequence.scored_positions()], logprobs_P, top, candidates_PC, token_crc(whole)
+        )
 
     def _check_revision(self, meta: dict[str, Any]) -> None:
-        """Every reply names the version of the weights, which somebody may have replaced in the running server."""
+        """Every reply names the version of the weights, which may have been replaced in the running server."""
         before = None if self._identity is None else self._identity["revision"]
         now = meta.get("weight_version")
         if before is not None and now is not None and now != before:

@@ -1,7 +1,7 @@
 """Becomes SGLang's server: `python -m jdistill.sidecar.engines.sglang_launch PARENT_PID --model-path ...`.
 
-The server is killed when the sidecar ends, by SIGKILL too. SIGTERM would not do: SGLang took 4 to 18 s to end after it,
-with the GPU's memory held. Its schedulers ask the kernel for the same, so they go with it.
+The server is killed when the sidecar ends, even by SIGKILL. SIGTERM would not do: SGLang took 4 to 18 s to end after it
+while holding the GPU's memory. Its schedulers ask the kernel for the same, so they end with it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""PyTorch engine: any causal language model of Hugging Face transformers, one batch without padding at a time.
+"""PyTorch engine: any causal language model of Hugging Face transformers, in batches without padding where possible.
 
-A batch is one row, sequence after sequence, in which no token sees another sequence. transformers does that by itself
+A batch is one row of concatenated sequences in which no token attends to another sequence. transformers supports that
 with flash attention; with `sdpa` it builds a mask over the whole row, which costs 5 times the padding that it saves (16
-sequences of 64 to 512 tokens), so here each sequence has its own call of PyTorch's causal attention instead. Models
-whose packed sequences do not come out as they do alone (a probe at start), or that do not look at all tokens, get
-padded batches.
+sequences of 64 to 512 tokens), so here each sequence gets its own call of PyTorch's causal attention. Models
+whose packed sequences score differently than alone (a probe at start), or that do not attend to all tokens, get padded
+batches.
 
 Only the scored positions are projected onto the vocabulary, in chunks, so that no [tokens, vocabulary] array of a whole
 batch exists; the body of the model runs once over the batch.
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 ENGINE_ARGS: dict[str, Any] = {
     "device": "auto",  # auto: cuda where there is one, else cpu; or any name that PyTorch knows
     "attn_implementation": None,  # None: the model's own choice; or sdpa, eager, flash_attention_2, ...
-    "trust_remote_code": False,  # run the Python code that lies in the checkpoint
+    "trust_remote_code": False,  # run Python code from the checkpoint
     "chunk_tokens": None,  # positions whose logits exist at once; None: as many as make CHUNK_LOGITS
     "packing": True,  # batches without padding, where the model allows it; False: padded
 }
@@ -58,10 +58,10 @@ def packed_sdpa(
     sequence_lengths: tuple[int, ...] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers: causal, within each of the sequences that lie in a row one after another.
+    """An attention function for transformers: causal within each of the sequences packed in one row.
 
     Raises:
-        NotImplementedError: the model wants more of its attention than that.
+        NotImplementedError: the model needs more than causal attention.
     """
     more = [name for name in ("softcap", "s_aux", "position_bias", "cache") if kwargs.get(name) is not None]
     if attention_mask is not None or dropout or kwargs.get("is_causal") is False or more:
@@ -77,7 +77,7 @@ def packed_sdpa(
 
 
 def sees_all_tokens(config: Any, longest: int) -> bool:
-    """Whether every layer attends to all tokens before it, in sequences of up to `longest` tokens."""
+    """Returns whether every layer attends to all earlier tokens in sequences of up to `longest` tokens."""
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return set(kinds) == {"full_attention"}
@@ -130,7 +130,7 @@ class TransformersEngine(BatchedEngine):
 
     @torch.inference_mode()
     def _begin_packing(self) -> bool:
-        """Makes the model take packed rows if sequences come out of one as they do alone; else changes nothing."""
+        """Enables packed rows if packed sequences give the same hidden states as alone; otherwise changes nothing."""
         text = self._model.config.get_text_config()
         own = text._attn_implementation or ""
         if not sees_all_tokens(text, self.info.max_sequence_length):
@@ -150,8 +150,8 @@ class TransformersEngine(BatchedEngine):
             packed = self._hidden(torch.cat(ids)[None], [len(tokens_S) for tokens_S in ids])[0].float()
             error = ((packed - alone).abs().max() / alone.abs().max()).item()
             if not error <= PACKING_TOLERANCE[self.info.dtype]:
-                raise ValueError(f"packed sequences are not what they are alone (off by {error:.2g})")
-        except Exception as e:  # whatever a model's code throws at what it was not written for
+                raise ValueError(f"packed sequences differ from the same sequences alone (off by {error:.2g})")
+        except Exception as e:  # a model's code may raise anything on unexpected input
             if own == "sdpa":
                 with contextlib.suppress(Exception):
                     self._model.set_attn_implementation(own)
@@ -168,7 +168,7 @@ class TransformersEngine(BatchedEngine):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are meant
                 loaded = self._model.load_adapter(path, self._modules[name])
-            # PEFT begins with an adapter that does nothing, and leaves it so where a name does not fit.
+            # PEFT initialises adapters as no-ops and leaves them so where a name does not match.
             missing = [key for key in loaded.missing_keys if self._modules[name] in key.split(".")]
             bad = [*missing, *loaded.unexpected_keys, *map(str, loaded.mismatched_keys)]
             if bad:
@@ -187,7 +187,7 @@ class TransformersEngine(BatchedEngine):
 
     @torch.inference_mode()
     def _check_head(self) -> None:
-        """Refuses models whose logits are not just the projection of the body's output (soft caps, scales)."""
+        """Raises ValueError if the logits are more than the projection of the body's output (soft caps, scales)."""
         probe_BS = torch.arange(1, 9, device=self._device)[None] % self.info.vocab_size
         expected_SV = self._model(probe_BS, use_cache=False).logits[0].float()
         logits_SV = self._head(self._hidden(probe_BS)[0]).float()
@@ -204,7 +204,7 @@ class TransformersEngine(BatchedEngine):
             )
 
     def _hidden(self, tokens_BS: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor:
-        """The body's output [B, S, D]; `lengths`: of the sequences in the one packed row."""
+        """Returns the body's output [B, S, D]; `lengths`: of the sequences in a packed row."""
         tokens_BS = tokens_BS.to(self._device)
         packed: dict[str, Any] = {}
         if lengths is not None:
@@ -272,9 +272,9 @@ class TransformersEngine(BatchedEngine):
         top_k: int,
         temperature: float,
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-        """Of the targets [N], of the top-k [N, K] with their ids, of the candidates [N, C]; float32 nats."""
+        """Returns log-probabilities in float32 nats: targets [N], top-k ids and values [N, K], candidates [N, C]."""
         N, device = len(hidden_ND), self._device
-        # Made before the chunks: pieces that are kept would lie between freed ones, and memory grow with the chunks.
+        # Allocated before the loop: results kept between freed chunks would fragment memory.
         logprobs_N1 = torch.empty((N, 1), device=device)
         top_ids_NK = torch.empty((N, top_k), dtype=torch.int64, device=device)
         top_logprobs_NK = torch.empty((N, top_k), device=device)
@@ -316,7 +316,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as e:
-        raise ValueError(f"engine_args: device {name!r} is none that PyTorch knows: {e}") from None
+        raise ValueError(f"engine_args: device {name!r} is unknown to PyTorch: {e}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"engine_args: device {name!r}, but this PyTorch ({torch.__version__}) sees no GPU")
     return device

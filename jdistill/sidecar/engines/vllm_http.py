@@ -22,7 +22,9 @@ import numpy as np
 import pydantic
 
 from jdistill.config import ConfigError, TeacherServerConfig
-from jdistill.sidecar.engines.http_front import HttpFrontEngine, HttpOptions, Server, ServerRefusedError, finish
+from jdistill.sidecar.engines.http_connection import ServerRefusedError
+from jdistill.sidecar.engines.http_front import HttpFrontEngine, HttpOptions
+from jdistill.sidecar.engines.http_replies import token_scores
 from jdistill.wire.codec import token_crc
 from jdistill.wire.types import SequenceToScore, TokenScores
 
@@ -46,29 +48,30 @@ class VllmHttpEngine(HttpFrontEngine):
     options_class = VllmHttpOptions
     ways = ("fields", "generate", "completions")
 
-    def __init__(self, config: TeacherServerConfig, urls: list[str]):
-        super().__init__(config, urls)
+    def __init__(self, config: TeacherServerConfig, url: str):
+        super().__init__(config, url)
         if self.options.scoring != "auto":
             self.ways = (self.options.scoring, "completions")
         self._model = ""
 
-    async def identify(self, server: Server) -> dict[str, Any]:
+    async def identify(self) -> dict[str, Any]:
         """See HttpFrontEngine.identify."""
         try:
-            models = {card["id"]: card for card in (await self.get(server, "/v1/models"))["data"]}
+            models = {card["id"]: card for card in (await self.connection.get("/v1/models"))["data"]}
             base = [name for name, card in models.items() if not card.get("parent")]
-            version = (await self.get(server, "/version")).get("version", "unknown")
+            version = (await self.connection.get("/version")).get("version", "unknown")
         except (AttributeError, KeyError, TypeError):
-            raise ConfigError(f"{server.url}/v1/models and /version do not answer as vLLM's do") from None
+            raise ConfigError(f"{self.connection.url}/v1/models and /version do not answer as vLLM's do") from None
         missing = [name for name in self._config.adapters if name not in models or name in base]
         if missing:
-            raise ConfigError(f"adapters: {server.url} has no {missing[0]!r}; it serves {', '.join(models)}")
+            raise ConfigError(f"adapters: {self.connection.url} has no {missing[0]!r}; it serves {', '.join(models)}")
         name = self.options.server_model
         if name is None and base:
             name = self._config.served_name if self._config.served_name in base else base[0]
         if name not in base:
             raise ConfigError(
-                f"engine_args.server_model: {server.url} has no model {name!r}; it serves {', '.join(models) or 'none'}"
+                f"engine_args.server_model: {self.connection.url} has no model {name!r}; it serves "
+                f"{', '.join(models) or 'none'}"
             )
         card = models[name]
         # One token is always generated, so the longest sequence that can be scored is one shorter.
@@ -132,7 +135,7 @@ class VllmHttpEngine(HttpFrontEngine):
                     for position in positions_P.tolist()
                 ]
             top = _top(rows, positions_P.tolist(), top_k) if top_k else None
-        return finish(sequence, scored[positions_P], logprobs, top, candidates_PC, token_crc(scored))
+        return token_scores(sequence, scored[positions_P], logprobs, top, candidates_PC, token_crc(scored))
 
 
 def _rows(rows: Any, count: int) -> list[Any]:

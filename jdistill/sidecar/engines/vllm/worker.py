@@ -1,4 +1,4 @@
-"""Runs inside vLLM's worker processes: scores just the wanted positions and ids, in packed chunks, at any temperature.
+"""Scores only the requested positions and ids, at any temperature; runs inside vLLM's worker processes.
 
 vLLM's own prompt log-probabilities project every prompt token onto the vocabulary, a request at a time, and know only
 the top-k. This extension (vLLM's `worker_extension_cls`) looks at the same hidden states, takes the rows that a request
@@ -29,14 +29,14 @@ import numpy as np
 import torch
 
 KEY = "jdistill"  # in SamplingParams.extra_args
-# How many logits exist at once. 256 MiB in float32; on a CPU 16 MiB, which are still in its caches when they are read
-# (measured: 353 -> 302 ms for 2,048 rows of 32,768), but rows enough for the projection to be worth its weights' way.
+# Number of logits that exist at once. 256 MiB in float32; on a CPU 16 MiB, still in its caches when read
+# (measured: 353 -> 302 ms for 2,048 rows of 32,768), but with enough rows to amortise reading the projection's weights.
 CHUNK_LOGITS = {"cpu": 4 << 20}
 DEFAULT_CHUNK_LOGITS = 64 << 20
 MIN_CHUNK, MAX_CHUNK = 128, 4096  # rows
 MAX_VOCAB_SIZE = 1 << 24
-WATCH_S = 1.0  # how often a worker looks whether its sidecar lives
-# What is read of the model runner.
+WATCH_S = 1.0  # between two checks that the sidecar is alive
+# Attributes read from the model runner.
 RUNNER_ATTRIBUTES = (
     "requests",
     "input_batch",
@@ -50,7 +50,7 @@ RUNNER_ATTRIBUTES = (
 def request_args(
     spans: tuple[tuple[int, int], ...], candidate_ids: np.ndarray | None, *, top_k: int, temperature: float
 ) -> dict[str, Any]:
-    """What a request carries to the workers in `SamplingParams.extra_args`; candidate ids are int32 [P, C]."""
+    """Returns `SamplingParams.extra_args` of a request, read by the workers; candidate ids are int32 [P, C]."""
     return {
         KEY: {
             "spans": [position for span in spans for position in span],
@@ -64,7 +64,7 @@ def request_args(
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Job:
-    """One request: what it asks, and the rows that are done."""
+    """One request: what it asks for, and its finished rows."""
 
     positions: np.ndarray  # [P], ascending token positions
     targets: np.ndarray  # [P], the ids at those positions
@@ -96,7 +96,7 @@ class ScoringWorker:
     """Mixed into vLLM's worker class; methods are called by `collective_rpc`."""
 
     def jdistill_install(self) -> str:
-        """Hooks into this worker's model runner. Returns "" or why it cannot."""
+        """Hooks into this worker's model runner; returns "", or the reason why it cannot."""
         runner = self.model_runner
         missing = [name for name in RUNNER_ATTRIBUTES if not hasattr(runner, name)]
         if missing:
@@ -107,9 +107,9 @@ class ScoringWorker:
         return ""
 
     def jdistill_prepare(self) -> None:
-        """Makes the buffer of a pipeline's later stages, which vLLM's CPU runner (0.32) forgets unless it compiles.
+        """Allocates the input buffer of later pipeline stages, which vLLM's CPU runner (0.32) omits unless it compiles.
 
-        Other runners have made it in their profiling run; without it the first request kills the engine.
+        Other runners allocate it in their profiling run; without it the first request kills the engine.
         """
         runner = self.model_runner
         if getattr(runner, "intermediate_tensors", runner) is None and self.parallel_config.pipeline_parallel_size > 1:
@@ -118,9 +118,9 @@ class ScoringWorker:
             )
 
     def jdistill_end_with(self, sidecar_pid: int) -> None:
-        """Ends this worker, and the engine process above it, when the sidecar's process is gone.
+        """Ends this worker and its parent engine process when the sidecar's process is gone.
 
-        A sidecar that is killed takes nothing down, and vLLM's processes would stay for ever, with the GPU.
+        A killed sidecar ends no children: vLLM's processes would stay forever and keep the GPU.
         """
         pids = [pid for pid in (os.getppid(),) if pid not in (sidecar_pid, 1)] + [os.getpid()]
         thread = threading.Thread(target=_end_with, args=(sidecar_pid, pids), name="sidecar-watch", daemon=True)
@@ -142,7 +142,7 @@ def _wait_for_end(pid: int) -> None:
             while True:
                 os.kill(pid, 0)  # raises once the process is gone
                 time.sleep(WATCH_S)
-        select.select([descriptor], [], [])  # readable from its death on, even while nobody has waited for it
+        select.select([descriptor], [], [])  # readable once it is dead, even before it is reaped
         os.close(descriptor)
 
 
@@ -177,7 +177,10 @@ class _Scorer:
 
     @contextlib.contextmanager
     def _without_lora_on_the_head(self) -> Iterator[None]:
-        """With adapters vLLM maps rows of logits to requests, one each; ours are more. Adapters of it are refused."""
+        """Disables LoRA on the output head: vLLM expects one row of logits per request, and here there are more.
+
+        No number changes, because adapters of the head are refused at start.
+        """
         if self._head_lora is None:
             yield
             return
@@ -189,7 +192,7 @@ class _Scorer:
             self._head_lora.add_lora_logits = add
 
     def _step(self, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> None:
-        """Scores the rows of one step; a long prompt comes in several."""
+        """Scores the rows of one step; a long prompt takes several steps."""
         runner = self._runner
         groups: dict[tuple[int, int], list[tuple[_Job, slice, int]]] = {}
         complete: list[tuple[str, _Job]] = []
@@ -213,9 +216,9 @@ class _Scorer:
             self._score(hidden_states, pieces)
         for req_id, job in complete:
             del self._jobs[req_id]
-            if job.done.all():  # else nothing is attached, and the engine fails the request
+            if job.done.all():  # otherwise nothing is attached, and the engine fails the request
                 self._finished[req_id] = job.result
-        if len(self._jobs) > len(num_scheduled_tokens):  # requests that were aborted half way
+        if len(self._jobs) > len(num_scheduled_tokens):  # some requests were aborted half way
             self._jobs = {req_id: job for req_id, job in self._jobs.items() if req_id in runner.requests}
 
     def _score(self, hidden_states: torch.Tensor, pieces: list[tuple[_Job, slice, int]]) -> None:
