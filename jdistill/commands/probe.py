@@ -1,4 +1,4 @@
-"""`jdistill probe`: what a running teacher is, whether it is healthy, how fast it answers."""
+"""`jdistill probe`: show what a running teacher serves, its health and its speed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import time
 from typing import Any
 
 DESCRIPTION = """\
-Say what a running teacher is, whether it is healthy, and how fast it answers. Works in every state of it.
+Show what a running teacher serves, whether it is healthy, and how fast it answers. Works in every state.
 
   jdistill probe 127.0.0.1:50051
   jdistill probe teacher:50051 --tls-ca ca.pem --token-file token
   jdistill probe teacher:50051 --tokens 65536 --top-k 64   a longer measurement, and another one with top-k
   jdistill probe teacher:50051 --json --tokens 0           for scripts: no measurement
 
-Tokens per second are those of one request of random tokens, after one that warms up: a lower bound, since one client
-does not fill a large server. A teacher that sleeps is left asleep and not measured, unless --wake is given (it stays
-awake then). Exit codes: 0 healthy (asleep, but woken by a score, is healthy too), 1 not reachable or not healthy, 2 the
+Tokens per second are measured with one request of random tokens, after a warm-up: a lower bound, because one client
+does not saturate a large server. A sleeping teacher is left asleep and not measured, unless --wake is given (it stays
+awake then). Exit codes: 0 healthy (so is a sleeping teacher that a score wakes), 1 not reachable or not healthy, 2 the
 request was wrong.
 """
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_credentials_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags by which a command says who it is to a teacher; see `client_credentials`."""
+    """Adds the flags by which a command authenticates to a teacher; see `client_credentials`."""
     group = parser.add_argument_group("credentials")
     group.add_argument(
         "--tls-ca", metavar="FILE", help="PEM file: the authority of the teacher's certificate; without it: plain text"
@@ -52,14 +52,14 @@ def add_credentials_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def client_credentials(args: argparse.Namespace) -> dict[str, Any]:
-    """`credentials` and `token` of TeacherClient. Raises ValueError if a file cannot be used."""
-    # For the lines of gRPC's own about a failed handshake: the error says it. Read once, when gRPC is loaded.
+    """Returns `credentials` and `token` for TeacherClient; raises ValueError if a file cannot be used."""
+    # Silences gRPC's own lines about failed handshakes, which the error reports; read once, when gRPC is loaded.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from jdistill.wire.credentials import channel_credentials, read_token
 
     token = None
     if args.token_file is not None:
-        read_token(args.token_file)  # a file that is no good is a mistake of the request
+        read_token(args.token_file)  # an unusable file is an error of the request
 
         def token() -> str:
             return read_token(args.token_file)
@@ -104,7 +104,7 @@ def _why_not_serving(facts: dict[str, Any]) -> str:
 
 
 def _ask(args: argparse.Namespace, credentials: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Fills `facts` as far as it gets."""
+    """Fills `facts` as far as the teacher answers."""
     import grpc
 
     from jdistill.client import TeacherClient
@@ -117,7 +117,7 @@ def _ask(args: argparse.Namespace, credentials: dict[str, Any], facts: dict[str,
     with contextlib.ExitStack() as stack:
         # Opened first: it also checks the address.
         client = stack.enter_context(TeacherClient([args.endpoint], deadline_s=args.timeout_s, **credentials))
-        # Without the client's service config: its health check would keep this channel off a server that loads.
+        # Without the client's service config, whose health check would not let this channel use a loading server.
         if tls is None:
             channel = grpc.insecure_channel(args.endpoint, options)
         else:
@@ -156,7 +156,7 @@ def _certificate(args: argparse.Namespace) -> dict[str, str] | None:
         return dataclasses.asdict(
             server_certificate(args.endpoint, ca=args.tls_ca, cert=args.tls_cert, key=args.tls_key)
         )
-    except (OSError, ValueError):  # gRPC, whose opinion counts, has just taken it
+    except (OSError, ValueError):  # gRPC has just accepted it, which is what counts
         return None
 
 
@@ -176,7 +176,7 @@ def _info(channel: Any, endpoint: str, credentials: dict[str, Any], timeout_s: f
 
 
 def _health(channel: Any, endpoint: str, tls: bool, timeout_s: float) -> str:
-    """The name of the standard health service's answer."""
+    """Returns the status name reported by the standard health service."""
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 

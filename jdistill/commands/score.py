@@ -29,22 +29,22 @@ Score token sequences from a JSONL file, with a running teacher or an engine in 
   jdistill score --teacher gpu7:50051 gpu8:50051 --tls-ca ca.pem --token-file token --input in.jsonl --output out.jsonl
   jdistill score --engine transformers --model checkpoints/Qwen3-0.6B --input in.jsonl --output out.jsonl
 
-Each line of the input is {"token_ids": [..]} and, if wanted,
+Each line of the input is {"token_ids": [..]} and, optionally,
   "id"             copied to the output (default: the number of the line, from 1)
   "spans"          [[start, stop], ..]: positions of the tokens to score, stop excluded (default: all but the first, 0)
   "top_k"          also the k most likely tokens at each scored position
-  "candidate_ids"  [[..], ..]: tokens to score at each scored position beside the one that is there
+  "candidate_ids"  [[..], ..]: further tokens to score at each scored position
 Each line of the output, in the same order, is {"id", "logprobs"} and "top_ids", "top_logprobs", "candidate_logprobs"
-as asked: natural logarithms, one entry (or row) a scored position, with all digits of their float32.
+as requested: natural logarithms, one entry (or row) per scored position, with all digits of their float32.
 
-The whole input is checked before anything is scored, and the output appears only when all of it is there.
+The whole input is checked before anything is scored, and the output file appears only once it is complete.
 """
 
-# What is under way at once: enough to keep an engine busy, little enough not to hold a large file in memory.
+# Tokens in flight: enough to keep an engine busy, few enough not to hold a large file in memory.
 GROUP_TOKENS = 16384
 MAX_TOKENS_UNDER_WAY = 8 * GROUP_TOKENS
 
-# The fields of TeacherServerConfig that matter to an engine in this process.
+# The fields of TeacherServerConfig that apply to an engine in this process.
 ENGINE_FLAGS = (
     "engine",
     "model",
@@ -73,7 +73,7 @@ class ScoreLine(Section):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Item:
-    """A line that has been read."""
+    """One parsed line."""
 
     line: int  # from 1
     id: str | int
@@ -82,7 +82,7 @@ class Item:
 
     @property
     def kind(self) -> tuple[int, int]:
-        """What must be equal for sequences of one request."""
+        """Sequences of one request must have the same kind."""
         candidates = self.sequence.candidate_ids
         return self.top_k, 0 if candidates is None else candidates.shape[1]
 
@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits (1)")
     remote = parser.add_argument_group("with a running teacher")
     remote.add_argument("--teacher", nargs="+", metavar="HOST:PORT", help="its address; several are replicas")
-    remote.add_argument("--deadline-s", type=float, default=600.0, help="how long a teacher may stay away (600)")
+    remote.add_argument("--deadline-s", type=float, default=600.0, help="seconds a teacher may be unavailable (600)")
     add_credentials_arguments(parser)
     local = parser.add_argument_group("with an engine in this process")
     teacher.add_config_arguments(local, {name: teacher.HELP[name] for name in ENGINE_FLAGS})
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     local = [name for name in ENGINE_FLAGS if getattr(args, name)]  # repeated flags are [] when absent
     if args.teacher and local:
         raise ConfigError(
-            f"--teacher and --{local[0].replace('_', '-')}: a teacher that runs has its engine; give one of them"
+            f"--teacher and --{local[0].replace('_', '-')}: a running teacher has its own engine; give one of the two"
         )
     if not args.teacher and not local:
         raise ConfigError("give --teacher HOST:PORT (one that runs) or --engine NAME --model DIR (in this process)")
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--input {source}: there is no such file")
     if not target.absolute().parent.is_dir():
         raise ConfigError(f"--output {target}: there is no directory {target.absolute().parent}")
-    for _ in read(source):  # what is no request at all is found before a model is loaded
+    for _ in read(source):  # a malformed first line is found before a model is loaded
         break
     else:
         raise ConfigError(f"--input {source} is empty: expected a JSON object a line, with token_ids")
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read(path: pathlib.Path) -> Iterator[Item]:
-    """The lines of a file; empty ones are skipped.
+    """Yields the parsed lines of a file; skips empty ones.
 
     Raises:
         ConfigError: names file and line.
@@ -174,16 +174,16 @@ def _array(values: list[Any], field: str, place: str) -> np.ndarray:
 
 
 class Teacher(Protocol):
-    """What scores: a running one or an engine in this process."""
+    """A source of scores: a running teacher or an engine in this process."""
 
     model: ModelInfo
 
     def start(self, items: list[Item], temperature: float) -> list[asyncio.Future[TokenScores]]:
-        """Begins to score items of one kind; a future each."""
+        """Starts scoring items of one kind; returns one future per item."""
 
 
 class RunningTeacher:
-    """Through TeacherClient, which verifies and retries."""
+    """A running teacher through TeacherClient, which verifies and retries."""
 
     def __init__(self, client: Any, model: ModelInfo):
         self._client = client
@@ -198,7 +198,7 @@ class RunningTeacher:
 
 
 class EngineHere:
-    """An engine in this process; its results are checked as the service and the client would."""
+    """An engine in this process; its results get the checks of the service and of the client."""
 
     def __init__(self, engine: Any):
         self._engine = engine
@@ -235,7 +235,7 @@ class EngineHere:
                     future.set_exception(e)
 
     async def close(self) -> None:
-        """Ends what is under way and frees the engine."""
+        """Cancels running work and frees the engine."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -254,7 +254,7 @@ async def _teacher(
                 console.print(message)
 
         with TeacherClient(args.teacher, deadline_s=args.deadline_s, on_wait=on_wait, **credentials) as client:
-            # In a thread: Ctrl-C is to end the wait for a teacher that is not there.
+            # In a thread, so that Ctrl-C ends the wait for an absent teacher.
             yield RunningTeacher(client, (await asyncio.to_thread(client.info)).model)
         return
     from jdistill.sidecar.engines import create_engine
@@ -293,7 +293,7 @@ async def _run(
                 async for item, scores in score_in_order(read(source), scorer, args.temperature, source):
                     file.write(format_line(item.id, scores) + "\n")
                     progress.update(bar, advance=len(item.sequence.token_ids))
-            os.replace(temporary, target)  # at once: a reader sees all of it or what was there before
+            os.replace(temporary, target)  # atomic: a reader sees the complete file or the previous one
         finally:
             temporary.unlink(missing_ok=True)
     took_s = time.monotonic() - begin
@@ -305,7 +305,7 @@ async def _run(
 
 
 def check(source: pathlib.Path, model: ModelInfo, temperature: float) -> tuple[int, int]:
-    """Validates every line as the service would; returns the number of sequences and of tokens.
+    """Validates every line as the service would; returns the numbers of sequences and tokens.
 
     Raises:
         InvalidRequestError, UnsupportedError, ConfigError: names file and line.
@@ -328,7 +328,7 @@ def check(source: pathlib.Path, model: ModelInfo, temperature: float) -> tuple[i
 async def score_in_order(
     items: Iterator[Item], scorer: Teacher, temperature: float, source: pathlib.Path
 ) -> AsyncIterator[tuple[Item, TokenScores]]:
-    """Scores with many under way; yields in the order of `items`.
+    """Scores many items concurrently; yields them in the order of `items`.
 
     Raises:
         TeacherError: names the line that failed.
@@ -348,7 +348,7 @@ async def score_in_order(
             yield item, await _result(item, future, source)
     finally:
         for _, future in under_way:
-            # Of an error that has been told already: asyncio would tell it again as "never retrieved".
+            # After an error that was already raised: asyncio would report the others as "never retrieved".
             future.cancel() if not future.done() else future.cancelled() or future.exception()
 
 
@@ -360,7 +360,7 @@ async def _result(item: Item, future: asyncio.Future[TokenScores], source: pathl
 
 
 def groups(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """Neighbours of one kind, up to GROUP_TOKENS."""
+    """Groups neighbouring items of one kind, up to GROUP_TOKENS each."""
     group: list[Item] = []
     num_tokens = 0
     for item in items:
@@ -374,7 +374,7 @@ def groups(items: Iterator[Item]) -> Iterator[list[Item]]:
 
 
 def format_line(identity: str | int, scores: TokenScores) -> str:
-    """One line of the output."""
+    """Returns one line of the output."""
     record: dict[str, Any] = {"id": identity, "logprobs": _floats(scores.logprobs)}
     if scores.top_ids is not None:
         record["top_ids"] = scores.top_ids.tolist()

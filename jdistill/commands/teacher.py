@@ -1,4 +1,4 @@
-"""`jdistill teacher`: serves a model's token log-probabilities over gRPC until it is told to stop."""
+"""`jdistill teacher`: serve a model's token log-probabilities over gRPC."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Serve a model's token log-probabilities over gRPC.
       --tls-cert server.pem --tls-key server.key --token-file tokens --metrics-port 9090 --log-format json
 
 The port is bound first and the model loaded then: health (grpc.health.v1) says NOT_SERVING until calls are answered.
-SIGTERM or Ctrl-C ends the sidecar in order: calls that run may finish, new ones are refused. `jdistill probe HOST:PORT`
-says what runs there. Exit codes: 0 stopped, 1 the engine died, 2 it could not start as asked.
+SIGTERM or Ctrl-C drains the sidecar: running calls may finish, new ones are refused. `jdistill probe HOST:PORT` shows
+what runs there. Exit codes: 0 stopped, 1 the engine died, 2 it cannot start as configured.
 
 Beyond loopback it listens only with TLS or --insecure. Certificate and token files are read again when they change. The
-token file has a token a line, after it an expiry if wanted (2030-01-31T12:00:00Z), and # comments; calls carry one as
-"authorization: Bearer TOKEN", but for those of grpc.health.v1. Metrics are plain HTTP, so they are served on loopback
-only, unless --insecure is given; with --port-file, their port is written to a file of that name with ".metrics" added.
+token file has one token per line, optionally followed by an expiry (2030-01-31T12:00:00Z), and # comments; every call
+except grpc.health.v1 must carry one as "authorization: Bearer TOKEN". Metrics are plain HTTP, so they are served on
+loopback only, unless --insecure is given; with --port-file, their port is written to that name plus ".metrics".
 """
 
 HELP = {option.name: option.description for option in describe.options(TeacherServerConfig)}
@@ -72,7 +72,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, help_of: dict[str, str
 
 
 def config_of(args: argparse.Namespace, names: typing.Iterable[str], path: str | None, overrides: list[str]) -> Any:
-    """The TeacherServerConfig of a YAML file (or None), dotted overrides and the flags of `names`.
+    """Returns the TeacherServerConfig from a YAML file (or None), dotted overrides and the flags of `names`.
 
     Raises:
         ConfigError: a key is given twice, is unknown, missing or of the wrong type.
@@ -108,7 +108,7 @@ def config_of(args: argparse.Namespace, names: typing.Iterable[str], path: str |
 
 
 def _plain_type(annotation: Any) -> type:
-    """`int` of `int | None`, and so on."""
+    """Returns `int` for `int | None`, and so on."""
     if typing.get_origin(annotation) is typing.Literal:
         return str
     if isinstance(annotation, types.UnionType):
