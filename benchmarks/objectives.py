@@ -30,7 +30,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from jdistill import cli, config, models, plot, tasks
+from jdistill import cli, config, models, report, tasks
 from jdistill.losses import estimators, masked
 from jdistill.rollout.sampler import Sampler
 from jdistill.student import metrics
@@ -163,7 +163,7 @@ def one_teacher(args: argparse.Namespace, name: str, path: str) -> list[str]:
     picture = pathlib.Path("docs/images") / f"objectives-{name}{suffix}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     title = f"3-digit addition, a teacher that is right {accuracy['eval/accuracy']:.0%} of the time"
-    plot.draw(groups, picture, to / "objectives.html", title=title, notes=[], teacher=accuracy, commands=[])
+    report.draw(groups, picture, to / "objectives.html", title=title, notes=[], teacher=accuracy, commands=[])
     last = DEFAULT if DEFAULT in groups else args.arms[-1]
     start = models.load(base.model.path, compute_dtype="float32")
     return [

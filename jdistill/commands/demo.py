@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         raise FileNotFoundError("no configs/demo.yaml here: run `jdistill demo` in a clone of the repository")
     from rich.console import Console
 
-    from jdistill import config, plot
+    from jdistill import config, report
     from jdistill.student.teacher_process import TeacherProcess
     from jdistill.student.train import train
 
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     accuracy = _teacher_accuracy(base, spawn.model)
     png, html = args.to / "demo.png", args.to / "demo.html"
     command = ["jdistill demo", f"--teacher {args.teacher}", f"--seeds {' '.join(map(str, args.seeds))}"]
-    summaries = plot.draw(
+    summaries = report.draw(
         groups,
         png,
         html,
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         args.picture.parent.mkdir(parents=True, exist_ok=True)
         args.picture.write_bytes(png.read_bytes())
     console.print()
-    console.print(plot.table(summaries, accuracy))
+    console.print(report.table(summaries, accuracy))
     console.print(f"\n{(time.monotonic() - began) / 60:.1f} minutes\npicture: {png}\npage:    {html}")
     return 0
 

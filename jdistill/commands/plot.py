@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Draws; prints the table and where the files are."""
     from rich.console import Console
 
-    from jdistill import plot
+    from jdistill import report
 
     groups: dict[str, list[pathlib.Path]] = {}
     for text in args.group:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         if label in groups:
             raise ValueError(f"--group {label!r} is given twice: list all its runs in one, LABEL=RUN,RUN")
         groups[label] = members
-    for label, members in plot.group_by_seed(args.runs).items():
+    for label, members in report.group_by_seed(args.runs).items():
         if label in groups:
             raise ValueError(f"{members[0]} would be a second group {label!r}: name it with --group LABEL={members[0]}")
         groups[label] = members
@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     teacher = {"eval/accuracy": args.teacher_accuracy, "eval/accuracy_greedy": args.teacher_greedy}
     teacher = {metric: value for metric, value in teacher.items() if value is not None}
     png, page = to / "plot.png", to / "plot.html"
-    summaries = plot.draw(groups, png, page, args.title, args.note, teacher=teacher)
+    summaries = report.draw(groups, png, page, args.title, args.note, teacher=teacher)
     console = Console(highlight=False)
-    console.print(plot.table(summaries, teacher))
+    console.print(report.table(summaries, teacher))
     console.print(f"\nPicture: {png}  Page: {page}", soft_wrap=True)
     return 0

@@ -6,7 +6,9 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
-from jdistill import cli, plot
+from jdistill import cli, report
+from jdistill.report.picture import _apart
+from jdistill.report.summary import curve_of
 
 
 def write_run(path, rows, **config):
@@ -45,7 +47,7 @@ def groups(tmp_path):
 
 
 def test_final_numbers_are_mean_smallest_and_largest_over_the_seeds(groups, tmp_path):
-    rl, both = plot.draw(groups, tmp_path / "p.png", tmp_path / "p.html", "title")
+    rl, both = report.draw(groups, tmp_path / "p.png", tmp_path / "p.html", "title")
     assert (rl.label, rl.num_runs, rl.sampled_tokens) == ("RL only", 3, 20_000)
     np.testing.assert_allclose(rl.final["eval/accuracy"], (0.2, 0.1, 0.3))
     np.testing.assert_allclose(both.final["eval/accuracy"], (0.6, 0.5, 0.7))
@@ -55,8 +57,8 @@ def test_final_numbers_are_mean_smallest_and_largest_over_the_seeds(groups, tmp_
 
 
 def test_the_lines_drawn_are_the_means_and_the_bands_the_extremes(groups):
-    runs = [plot.read_run(path) for path in groups["RL only"]]
-    curve = plot._curve(runs, "eval/accuracy")
+    runs = [report.read_run(path) for path in groups["RL only"]]
+    curve = curve_of(runs, "eval/accuracy")
     np.testing.assert_allclose(curve.x, [0, 5000, 10_000, 15_000, 20_000])
     np.testing.assert_allclose(curve.mean, np.linspace(0.1, 0.2, 5))
     np.testing.assert_allclose(curve.low, np.full(5, 0.1))
@@ -68,20 +70,20 @@ def test_seeds_are_compared_only_where_all_of_them_have_been(tmp_path):
     going = write_run(tmp_path / "b", rows(0.5)[:12])  # 11 steps so far
     with open(going / "metrics.jsonl", "a") as f:
         f.write('{"step": 12, "eval/accu')  # being written at this moment
-    curve = plot._curve([plot.read_run(whole), plot.read_run(going)], "eval/accuracy")
+    curve = curve_of([report.read_run(whole), report.read_run(going)], "eval/accuracy")
     assert curve.x.tolist() == [0, 5000, 10_000]
 
 
 def test_a_value_that_is_not_finite_is_left_out_rather_than_drawn(tmp_path):
     values = rows(0.5)
     values[5]["eval/accuracy"] = float("nan")
-    curve = plot._curve([plot.read_run(write_run(tmp_path / "a", values))], "eval/accuracy")
+    curve = curve_of([report.read_run(write_run(tmp_path / "a", values))], "eval/accuracy")
     assert curve.x.tolist() == [0, 10_000, 15_000, 20_000]
 
 
 def test_runs_that_sample_nothing_are_drawn_against_steps(tmp_path):
     supervised = [{"step": step, "loss": 1 / (step + 1), "eval/accuracy": 0.1} for step in range(10)]
-    (summary,) = plot.draw(
+    (summary,) = report.draw(
         {"supervised": [write_run(tmp_path / "a", supervised)]}, tmp_path / "p.png", tmp_path / "p.html", "t"
     )
     assert summary.sampled_tokens is None
@@ -91,7 +93,7 @@ def test_runs_that_sample_nothing_are_drawn_against_steps(tmp_path):
 
 def test_the_page_is_self_contained_and_its_picture_is_well_formed(groups, tmp_path):
     notes = ["<b>not markup</b> & more"]
-    plot.draw(groups, tmp_path / "p.png", tmp_path / "p.html", "Title <1>", notes, teacher={"eval/accuracy": 0.988})
+    report.draw(groups, tmp_path / "p.png", tmp_path / "p.html", "Title <1>", notes, teacher={"eval/accuracy": 0.988})
     page = (tmp_path / "p.html").read_text()
     namespaces = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     assert set(re.findall(r"https?://[^\"'<> ]*", page)) <= namespaces  # names, not addresses that are fetched
@@ -107,31 +109,31 @@ def test_the_page_is_self_contained_and_its_picture_is_well_formed(groups, tmp_p
 
 
 def test_the_page_says_what_differs_between_the_arms_and_how_to_make_them_again(groups, tmp_path):
-    plot.draw(groups, tmp_path / "p.png", tmp_path / "p.html", "t")
+    report.draw(groups, tmp_path / "p.png", tmp_path / "p.html", "t")
     page = (tmp_path / "p.html").read_text()
     assert "<tr><th><code>lr</code></th><td>0.0001</td><td>0.0006</td></tr>" in page
     assert "<code>seed</code>" not in page and "<code>run_dir</code>" not in page
     assert f"jdistill train {groups['RL only'][2]}/config.json run_dir=NEW" in page
-    plot.draw(groups, tmp_path / "p.png", tmp_path / "p.html", "t", commands=["make figure"])
+    report.draw(groups, tmp_path / "p.png", tmp_path / "p.html", "t", commands=["make figure"])
     page = (tmp_path / "p.html").read_text()
     assert "<pre>make figure</pre>" in page and "jdistill train" not in page
 
 
 def test_the_same_runs_give_the_same_bytes(groups, tmp_path):
     for name in ("one", "two"):
-        plot.draw(groups, tmp_path / f"{name}.png", tmp_path / f"{name}.html", "t")
+        report.draw(groups, tmp_path / f"{name}.png", tmp_path / f"{name}.html", "t")
     for suffix in ("png", "html"):
         assert (tmp_path / f"one.{suffix}").read_bytes() == (tmp_path / f"two.{suffix}").read_bytes()
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_labels_do_not_overlap_and_stay_in_place_where_there_is_room():
-    assert plot._apart([0.2, 0.5, 0.8], [0.1, 0.1, 0.1]) == pytest.approx([0.2, 0.5, 0.8])
+    assert _apart([0.2, 0.5, 0.8], [0.1, 0.1, 0.1]) == pytest.approx([0.2, 0.5, 0.8])
     draw = np.random.default_rng(0)
     for _ in range(200):
         centers = np.sort(draw.uniform(size=5)).tolist()
         heights = draw.uniform(0.05, 0.19, size=5).tolist()
-        placed = plot._apart(centers, heights)
+        placed = _apart(centers, heights)
         edges = [(c - h / 2, c + h / 2) for c, h in zip(placed, heights, strict=True)]
         assert edges[0][0] >= -1e-9 and edges[-1][1] <= 1 + 1e-9
         assert all(below[1] <= above[0] + 1e-9 for below, above in itertools.pairwise(edges))
@@ -139,7 +141,7 @@ def test_labels_do_not_overlap_and_stay_in_place_where_there_is_room():
 
 def test_more_groups_than_colours_are_still_drawn(tmp_path):
     groups = {f"arm {i}": [write_run(tmp_path / str(i), rows(0.1 * i))] for i in range(9)}
-    assert len(plot.draw(groups, tmp_path / "p.png", tmp_path / "p.html", "t")) == 9
+    assert len(report.draw(groups, tmp_path / "p.png", tmp_path / "p.html", "t")) == 9
 
 
 def test_the_command_groups_runs_by_all_but_the_seed(groups, tmp_path, capsys):
@@ -178,9 +180,9 @@ def test_a_broken_or_empty_file_is_an_error_that_names_it(tmp_path):
     text = (broken / "metrics.jsonl").read_text()
     (broken / "metrics.jsonl").write_text(text.replace('{"step": 2', '{"stop": 2'))
     with pytest.raises(ValueError, match=r"metrics.jsonl line 3: expected a JSON object with a step"):
-        plot.read_run(broken)
+        report.read_run(broken)
     with pytest.raises(ValueError, match="holds no finished step yet"):
-        plot.read_run(write_run(tmp_path / "empty", []))
+        report.read_run(write_run(tmp_path / "empty", []))
     other = write_run(tmp_path / "other", [{"step": 1, "grad_norm": 1.0}])
     with pytest.raises(ValueError, match=r"nothing to draw: the runs have none of eval/accuracy"):
-        plot.draw({"other": [other]}, tmp_path / "p.png", tmp_path / "p.html", "t")
+        report.draw({"other": [other]}, tmp_path / "p.png", tmp_path / "p.html", "t")
