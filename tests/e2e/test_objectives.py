@@ -1,4 +1,4 @@
-"""Every row of the table of objectives, from a YAML key through `train` on the demo task, with a real sidecar."""
+"""Objectives from their YAML keys: each row of the table traced, four combinations trained with a real sidecar."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from jdistill import checkpoint_files, config
-from jdistill.student import metrics
+from jdistill.student import metrics, objective
+from jdistill.student.plan import make_shapes
 from jdistill.student.teacher_process import TeacherProcess
 from jdistill.student.train import train
 from jdistill.wire.errors import TeacherError
@@ -20,14 +22,14 @@ REPO = pathlib.Path(__file__).parents[2]
 STUDENT, TEACHER = "examples/addition/student", "examples/addition/teacher"
 RL = ["objective.distill_loss_weight=0"]
 KD = ["objective.rl_loss_weight=0"]
-# Name -> (overrides of configs/demo.yaml, metrics that it must report beside loss and grad_norm).
+# Name -> (overrides of configs/demo.yaml, metrics that the step must report beside loss and grad_norm).
 CASES = {
     "dr_grpo, constant": ([*RL, "objective.advantage=dr_grpo", "objective.reduction=constant"], ["policy_loss"]),
     "rloo, dual clip": ([*RL, "objective.advantage=rloo", "objective.dual_clip=3.0"], ["clip_fraction"]),
     "reinforce++": ([*RL, "objective.advantage=reinforce_plus_plus"], ["policy_loss"]),
     "dapo": (
         [*RL, "objective.clip_high=0.28", "objective.dynamic_sampling=2", "objective.overlong_buffer=10"],
-        ["dropped_completions"],
+        ["clip_fraction"],
     ),
     "gspo": ([*RL, "objective.policy=gspo", "objective.reduction=sequence_mean"], ["policy_loss"]),
     "cispo": ([*RL, "objective.policy=cispo"], ["policy_loss"]),
@@ -88,6 +90,9 @@ CASES = {
 }
 
 
+SMALL = ["num_steps=2", "rollout.num_prompts=2", "rollout.num_completions=4", "eval.every=0", "checkpoint.every=0"]
+
+
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory):
     section = config.SpawnSection(engine="jax", model=str(REPO / TEACHER), dtype="float32")
@@ -101,7 +106,6 @@ def run(endpoint, tmp_path, monkeypatch):
 
     def run(*overrides, resume=False):
         """The lines of metrics.jsonl of two steps."""
-        small = ["num_steps=2", "rollout.num_prompts=2", "rollout.num_completions=4", "eval.every=0"]
         teacher = ["teacher.spawn=null"]
         if not any("several" in override for override in overrides):
             teacher.append(f"teacher.endpoints=['{endpoint}']")
@@ -110,7 +114,7 @@ def run(endpoint, tmp_path, monkeypatch):
             config.load(
                 config.TrainConfig,
                 "configs/demo.yaml",
-                [*small, *teacher, "checkpoint.every=0", *overrides, f"run_dir={run_dir}"],
+                [*SMALL, *teacher, *overrides, f"run_dir={run_dir}"],
             ),
             overwrite=not resume,
             resume=resume,
@@ -121,11 +125,81 @@ def run(endpoint, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_objective_trains_from_its_yaml_keys(run, name):
+def test_each_objective_is_a_step_from_its_yaml_keys(name, monkeypatch):
+    """Traces the step that `train` compiles; what the numbers are is for tests/losses and tests/student."""
     overrides, reported = CASES[name]
+    monkeypatch.chdir(REPO)
+    asked = config.load(config.TrainConfig, "configs/demo.yaml", [*SMALL, *overrides])
+    objective.check(asked)
+    shapes = make_shapes(asked)
+    state, found = jax.eval_shape(shapes.step.step, shapes.state, shapes.batch, shapes.step.frozen)
+    assert {"loss", "grad_norm", "finite", *reported} <= set(found)
+    assert all(x.shape == () for x in found.values())
+    as_before = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, shapes.state)
+    assert all(jax.tree.leaves(as_before)), "a state that comes back with other shapes compiles every step again"
+
+
+# What the rows above leave out: rollout, requests to the teacher, and the sum of the terms, with values.
+# Name -> (overrides, weights of the terms whose sum is the loss, what a metric is in steps 1 and 2).
+TRAINED = {
+    "dapo, and the teacher's own tokens": (
+        [
+            *("objective.clip_high=0.28", "objective.dynamic_sampling=2", "objective.overlong_buffer=10"),
+            *("objective.advantage=rloo", "objective.distillation=topk_forward_kl"),
+        ],
+        {"policy_loss": 1, "distill_loss": 1},
+        {"dropped_completions": [lambda n: n in (0, 8), lambda n: n in (0, 8)]},  # one of two rounds of 2 groups of 4
+    ),
+    "ppo with a critic, a sampled reverse KL with its return-to-go, in packed parts": (
+        [
+            *("optimizer.accumulate=2", "optimizer.packing=true"),
+            *("objective.advantage=gae", "objective.value_clip=0.2", "optimizer.minibatches=2"),
+            *("objective.distillation=sampled_reverse_kl", "objective.distill_discount=1.0"),
+            *("objective.distill_clip=5.0", "objective.value_loss_weight=0.25"),
+        ],
+        {"policy_loss": 1, "value_loss": 0.25},
+        # The head's first estimates are 0, which explains nothing; two updates later they are not.
+        {"explained_variance": [lambda v: v == 0, lambda v: v < 1], "reverse_kl": [lambda v: v > 0] * 2},
+    ),
+    "adapters, kdrl, and a reference, in parts": (
+        [
+            *("model.lora={rank: 4}", "optimizer.accumulate=2", "objective.distillation=k2"),
+            "objective.distill_loss_weight={kind: kdrl, begin: 1, end: 0.2, decrement: 0.3}",
+            f"objective.reference={{path: {STUDENT}, weight: 0.1}}",
+        ],
+        {"policy_loss": 1, "distill_loss": "distill_loss_weight", "reference_kl": 0.1},
+        # The student is its reference until the first update.
+        {
+            "distill_loss_weight": [lambda w: w == 1, lambda w: w == np.float32(0.7)],
+            "reference_kl": [lambda kl: kl < 1e-10, lambda kl: kl > 1e-8],
+        },
+    ),
+    "decoupled, with rejection, packed, another optimizer": (
+        [
+            *("objective.policy=cispo", "objective.advantage=dr_grpo", "objective.proximal=recomputed"),
+            "objective.behavior={action: mask, level: sequence, upper: 5.0}",
+            *("optimizer.minibatches=2", "optimizer.packing=true", "optimizer.name=muon"),
+            *("optimizer.b2=null", "optimizer.moment_dtype=bfloat16"),
+        ],
+        {"policy_loss": 1, "distill_loss": 1},
+        # The sampler and the step round differently, by far less than what is rejected.
+        {"behavior_kept_share": [lambda share: share == 1] * 2, "behavior_weight_mean": [lambda w: w == 1] * 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_trained_loss_is_the_sum_of_its_terms(run, name):
+    overrides, weights, expected = TRAINED[name]
     lines = run(*overrides)
     assert [line["step"] for line in lines] == [1, 2]
-    assert set(reported) <= set(lines[-1])
+    for line in lines:
+        terms = [line[term] * (line[weight] if isinstance(weight, str) else weight) for term, weight in weights.items()]
+        # float32 means over minibatches and parts: of sums of terms, against sums of means.
+        np.testing.assert_allclose(line["loss"], sum(terms), rtol=0, atol=2e-6 * max(1, *map(abs, terms)))
+        assert line["grad_norm"] > 0
+    for metric, holds in expected.items():
+        assert holds[0](lines[0][metric]) and holds[1](lines[1][metric]), (metric, [line[metric] for line in lines])
 
 
 def test_parts_that_are_trained_on_while_others_are_scored_change_no_number(run):
