@@ -1,6 +1,7 @@
 """Fixtures for all tests: sidecars of the fake engine as real processes."""
 
 import contextlib
+import os
 
 import pytest
 
@@ -16,16 +17,29 @@ with contextlib.suppress(ModuleNotFoundError):  # the SGLang environment has no 
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_once(tmp_path_factory):
-    """Tests that run the same programs (the demo's, above all) compile them once: two thirds of their time."""
-    try:
-        import jax
-        from jax.experimental.compilation_cache import compilation_cache
-    except ModuleNotFoundError:  # in the engines' environments
-        return
-    # Of this process alone, not through the environment: one that is killed may leave half an entry.
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    compilation_cache.reset_cache()  # collecting the tests may have compiled something already
+    """Compiles each program once per run: all workers, trainers and sidecars share one cache, in pytest's directory.
+
+    JAX 0.10 writes an entry in place, so that a process that is killed, or one that reads too early, may leave or find
+    half of it. That costs a compilation and changes no number: half an entry cannot be decompressed, which JAX reports
+    as a warning (ignored in pyproject.toml) before it compiles. tests/test_compilation_cache.py holds this.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    directory = root / "compiled"
+    directory.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(directory))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        with contextlib.suppress(ModuleNotFoundError):  # in the engines' environments
+            import jax
+            from jax.experimental.compilation_cache import compilation_cache
+
+            # JAX may have read its environment before this fixture ran, and compiled while tests were collected.
+            jax.config.update("jax_compilation_cache_dir", str(directory))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+            compilation_cache.reset_cache()
+        yield
 
 
 @pytest.fixture

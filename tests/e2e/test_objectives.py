@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jdistill import checkpoint_files, config
-from jdistill.student import metrics, objective
+from jdistill.student import metrics, recipe
 from jdistill.student.plan import make_shapes
 from jdistill.student.teacher_process import TeacherProcess
 from jdistill.student.train import train
@@ -130,7 +130,7 @@ def test_each_objective_is_a_step_from_its_yaml_keys(name, monkeypatch):
     overrides, reported = CASES[name]
     monkeypatch.chdir(REPO)
     asked = config.load(config.TrainConfig, "configs/demo.yaml", [*SMALL, *overrides])
-    objective.check(asked)
+    recipe.check(asked)
     shapes = make_shapes(asked)
     state, found = jax.eval_shape(shapes.step.step, shapes.state, shapes.batch, shapes.step.frozen)
     assert {"loss", "grad_norm", "finite", *reported} <= set(found)

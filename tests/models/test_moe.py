@@ -1,6 +1,7 @@
 """Experts: the blocks, and gradients against a dense mixture in which every expert sees every token."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -94,6 +95,7 @@ from jdistill import models
 from jdistill.models import moe
 from jdistill.config import MeshSection
 from jdistill.student import sharding
+from tests.close import assert_close
 
 assert len(jax.devices()) == 4
 mesh = sharding.make_mesh(MeshSection(data=1, fsdp=2, tensor=2))
@@ -129,7 +131,8 @@ with jax.set_mesh(mesh):
     compiled = jax.jit(gradients).lower(*sharded).compile()
     ours = compiled(*sharded)
 for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+    # Of each array's largest value (1,360 among the outputs): the sums over the width and the experts are split.
+    assert_close(a, b, factor=8)
 flops = [c.cost_analysis()["flops"] for c in (compiled, jax.jit(gradients).lower(*arguments(one, x_BSD)).compile())]
 assert flops[0] < 0.4 * flops[1], f"each device computes {flops[0]} of {flops[1]}"
 """
@@ -139,6 +142,7 @@ def test_four_devices_equal_one_and_share_the_work(tmp_path):
     subprocess.run(
         [sys.executable, "-c", FOUR_DEVICES, str(tmp_path)],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        cwd=pathlib.Path(__file__).parents[2],  # `tests` is imported from there
         check=True,
         timeout=200,
     )
