@@ -34,7 +34,7 @@ TEACHER_ENV_jax := $(STUDENT)/.student
 TEACHER_ENV_transformers := $(TORCH)/.transformers
 TEACHER_ENV_vllm := $(VLLM)/.vllm
 
-.PHONY: help demo figure tune bench-service bench-student warmup test test-latest lint lock docs proto clean
+.PHONY: help demo figure tune bench-service bench-student warmup test test-full test-latest lint lock docs proto clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -111,11 +111,14 @@ warmup: $(STUDENT)/.student  ## train the demo's teacher and student again from 
 	  $(STUDENT)/bin/jdistill export runs/warmup/$$model-run --to examples/addition/$$model --dtype bfloat16 || exit 1; \
 	done
 
-# Two at a time, a file each: compiling for JAX keeps one core busy. vLLM and SGLang keep both.
-test: $(STUDENT)/.dev $(VLLM)/.vllm $(SGLANG)/.sglang  ## all tests, real vLLM and real SGLang included
-	@JDISTILL_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(STUDENT)/bin/python -m pytest -n 2 --dist loadfile
+# Two at a time: compiling for JAX keeps one core busy. vLLM and SGLang keep both.
+test: $(STUDENT)/.dev $(VLLM)/.vllm $(SGLANG)/.sglang  ## all tests but the longest, real vLLM and real SGLang included
+	@JDISTILL_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(STUDENT)/bin/python -m pytest -n 2 --dist loadgroup
 	@$(VLLM)/bin/python -m pytest -m vllm $$(grep -rl --include='*.py' pytest.mark.vllm tests)
 	@$(SGLANG)/bin/python -m pytest -m sglang $$(grep -rl --include='*.py' pytest.mark.sglang tests)
+
+test-full:  ## all tests: engines over two workers, the soak of 30 minutes, faults in their full length (hours)
+	@JDISTILL_SOAK=1 $(MAKE) test
 
 test-latest:  ## the same tests with the newest versions of everything: what breaks next
 	@$(MAKE) test LOCKED=no

@@ -15,6 +15,23 @@ with contextlib.suppress(ModuleNotFoundError):  # the SGLang environment has no 
     hypothesis.settings.load_profile("shared machine")
 
 
+def pytest_itemcollected(item):
+    """Groups tests for `--dist loadgroup`: by file where they share a fixture of the file, by function elsewhere."""
+    scopes = {definitions[-1].scope for definitions in item._fixtureinfo.name2fixturedefs.values()}
+    shares = scopes & {"class", "module", "package"}
+    group = item.path.name if shares else f"{item.path.name}::{getattr(item, 'originalname', item.name)}"
+    item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{group}"))
+
+
+def pytest_collection_modifyitems(items):
+    """Skips what only `make test-full` runs."""
+    if os.environ.get("JDISTILL_SOAK") == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("full"):
+            item.add_marker(pytest.mark.skip(reason="takes too long for `make test`: make test-full runs it"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_once(tmp_path_factory):
     """Compiles each program once per run: all workers, trainers and sidecars share one cache, in pytest's directory.

@@ -27,6 +27,7 @@ from jdistill.sidecar.engines import create_engine, sglang_http
 from jdistill.sidecar.engines.sglang import _environment
 from jdistill.wire.errors import EngineDeadError, UnsupportedError
 from jdistill.wire.types import SequenceToScore
+from tests.faults.harness import FULL
 from tests.sidecar.checkpoints import write_adapter, write_checkpoint
 from tests.sidecar.engine_contract import EngineContract, reference_logits, score_all, serve
 from tests.sidecar.processes import launch
@@ -65,7 +66,7 @@ def owned(adapters, tmp_path_factory):
         tmp_path_factory.mktemp("reference"),
         dtype="float32",
         memory_fraction=0.2,
-        pipeline_parallel_size=2,
+        pipeline_parallel_size=2 if FULL else 1,  # make test-full: two processes load SGLang
         adapters=paths,
         engine_args={**CPU, "lora_backend": "torch_native", "chunked_prefill_size": 80},
     )

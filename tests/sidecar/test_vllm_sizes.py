@@ -17,6 +17,7 @@ from tests.sidecar.engine_contract import AdapterContract, EngineContract, serve
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
 
+@pytest.mark.full  # two processes load vLLM, three times
 @pytest.mark.parametrize("size", ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"])
 def test_two_workers_give_the_numbers_of_one(tmp_path, size):
     served_by_two = serve("vllm", write_checkpoint(tmp_path / "tiny"), tmp_path, **{size: 2})
