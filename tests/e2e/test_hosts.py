@@ -26,14 +26,11 @@ KEYS = [
 def start(
     run_dir: pathlib.Path, num_devices: int, *argv: str, found: dict[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    # The run that is resumed compiles nothing again.
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(run_dir.parent / "compiled")}
-    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}", "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         [sys.executable, "-m", "jdistill.cli", "train", "configs/demo.yaml", *KEYS, f"run_dir={run_dir}", *argv],
         cwd=REPO,
-        env=os.environ | flags | cache | (found or {}),
+        env=os.environ | flags | (found or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

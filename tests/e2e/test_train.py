@@ -150,8 +150,10 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(
     uninterrupted: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     run_dir = tmp_path / "killed"
-    step, delay_s = random.randint(0, NUM_STEPS - 1), random.random() / 2  # in the update, the rollout, a save ...
-    print(f"killed {delay_s:.3f} s after step {step}")  # shown if the test fails
+    seed = int(os.environ.get("JDISTILL_TEST_SEED", random.randrange(1 << 16)))
+    chosen = random.Random(seed)
+    step, delay_s = chosen.randint(0, NUM_STEPS - 1), chosen.random() / 2  # in the update, the rollout, a save ...
+    print(f"JDISTILL_TEST_SEED={seed}: killed {delay_s:.3f} s after step {step}")  # shown if the test fails
     process = start(run_dir)
     wait_for_step(process, run_dir, step)
     pid = sidecar_pid(run_dir)
