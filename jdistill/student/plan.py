@@ -1,4 +1,4 @@
-"""How much memory a run will take on each device: from shapes alone, before anything is loaded.
+"""Plans how much memory a run will take on each device: from shapes alone, before anything is loaded.
 
 What is kept for the backward pass is not estimated: the training step itself is differentiated with shapes in place of
 arrays, and what its backward pass holds on to is counted. So a family, an objective or an option that is added is
@@ -30,15 +30,15 @@ from jdistill.student.step import TrainState, TrainStep, ValueHead, make_train_s
 
 
 class Item(NamedTuple):
-    """Something that lies in a device's memory."""
+    """Something that a device keeps in memory."""
 
     name: str
-    num_bytes: int  # of the device with the most
+    num_bytes: int  # on the device that has the most
     remedy: str = ""  # what makes it smaller
 
 
 class Plan(NamedTuple):
-    """What lies on each device: always, while it trains, and while it samples."""
+    """What each device holds: always, while it trains, and while it samples."""
 
     always: list[Item]
     training: list[Item]
@@ -76,8 +76,8 @@ def make_shapes(config: TrainConfig, model: models.DecoderConfig | None = None) 
     """The shapes of a run's state and batch, and its step.
 
     Args:
-        config: of the run.
-        model: the student's architecture; None: that of the directory model.path.
+        config: configuration of the run.
+        model: architecture of the student; None: that of the directory model.path.
     """
     model = models.config_from_hf(config.model.path) if model is None else model
     recipe = make_recipe(config, vocab_size=model.vocab_size)  # `auto`: candidates, which take more memory
@@ -98,16 +98,27 @@ def make_shapes(config: TrainConfig, model: models.DecoderConfig | None = None) 
     return Shapes(model, recipe, graphdef, state, _batch(config, recipe), step)
 
 
-def make_plan(config: TrainConfig, num_devices: int, model: models.DecoderConfig | None = None) -> Plan:
-    """The plan of a run on so many devices.
+class _Layout(NamedTuple):
+    """How the arrays of a run are sharded over its devices."""
 
-    Activations are not divided by the tensor axis, which splits most of them, so that with it the plan is above the
-    truth. Packing is not counted on either.
+    axes: dict[str, int]
+    num_shards: int  # of the rows
+    decoder: models.Decoder  # shapes
+    params: Any  # the trained ones, with their shardings
+    moments: Any  # shardings of the optimizer's state
+    base: Any  # shardings of the frozen weights
+
+
+def make_plan(config: TrainConfig, num_devices: int, model: models.DecoderConfig | None = None) -> Plan:
+    """Plans the memory of a run on `num_devices` devices.
+
+    Activations are not divided by the tensor axis, which splits most of them, so with that axis the plan is above the
+    truth. Nor does it count on packing.
 
     Args:
-        config: of the run.
-        num_devices: that mesh is laid over.
-        model: the student's architecture; None: that of the directory model.path.
+        config: configuration of the run.
+        num_devices: devices that the mesh spans.
+        model: architecture of the student; None: that of the directory model.path.
 
     Raises:
         ConfigError: the mesh does not fit the devices, or the rows do not split over them.
@@ -117,76 +128,94 @@ def make_plan(config: TrainConfig, num_devices: int, model: models.DecoderConfig
     except ValueError as e:
         raise ConfigError(str(e)) from None
     shapes = make_shapes(config, model)
+    layout = _layout(shapes, axes)
+    num_rows = len(shapes.batch.tokens) // (config.optimizer.minibatches * config.optimizer.accumulate)
+    if num_rows % layout.num_shards:
+        raise ConfigError(
+            f"a part of an update has {num_rows} rows, which do not split over mesh.data * mesh.fsdp = "
+            f"{layout.num_shards} devices: change rollout.num_prompts, num_completions or optimizer.accumulate"
+        )
+    part = jax.tree.map(lambda x: x[: num_rows // layout.num_shards], shapes.batch)
+    sampling = _sampling(config, shapes, layout) if shapes.recipe.on_policy else []
+    return Plan(_always(config, shapes, layout), _training(config, shapes, layout, part), sampling, axes)
+
+
+def _layout(shapes: Shapes, axes: dict[str, int]) -> _Layout:
     mesh = AbstractMesh(tuple(axes.values()), AXES)
-    params, opt_state, base = shapes.state.params, shapes.state.opt_state, shapes.step.frozen.base
+    params, base = shapes.state.params, shapes.step.frozen.base
     decoder = nnx.merge(shapes.graphdef, params, base)
     shardings = param_shardings(decoder, mesh)
     sharded = _with_shardings(params, nnx.filter_state(shardings, models.trained_kind(decoder.config)))
-    num_shards = math.prod(axes[axis] for axis in BATCH_AXES)
-    section, rollout, vocab_size = config.optimizer, config.rollout, shapes.model.vocab_size
-    num_parts = section.minibatches * section.accumulate
-    num_rows = len(shapes.batch.tokens) // num_parts
-    if num_rows % num_shards:
-        raise ConfigError(
-            f"a part of an update has {num_rows} rows, which do not split over mesh.data * mesh.fsdp = {num_shards} "
-            "devices: change rollout.num_prompts, num_completions or optimizer.accumulate"
-        )
-    part = jax.tree.map(lambda x: x[: num_rows // num_shards], shapes.batch)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    moments = moment_shardings(opt_state, sharded, everywhere)
-    param_bytes = _sharded_bytes(params, jax.tree.map(lambda x: x.sharding, sharded))
+    moments = moment_shardings(shapes.state.opt_state, sharded, everywhere)
+    frozen = nnx.filter_state(shardings, nnx.Not(nnx.LoRAParam)) if base else None
+    return _Layout(axes, math.prod(axes[axis] for axis in BATCH_AXES), decoder, sharded, moments, frozen)
+
+
+def _param_bytes(layout: _Layout) -> int:
+    return _sharded_bytes(layout.params, jax.tree.map(lambda x: x.sharding, layout.params))
+
+
+def _always(config: TrainConfig, shapes: Shapes, layout: _Layout) -> list[Item]:
+    """What a device holds throughout the run."""
+    param_bytes, base = _param_bytes(layout), shapes.step.frozen.base
     if base:
-        rest = nnx.filter_state(shardings, nnx.Not(nnx.LoRAParam))
-        whole_bytes = _sharded_bytes(base, rest)
+        whole_bytes = _sharded_bytes(base, layout.base)
         weights = [Item("adapters (float32)", param_bytes), Item("frozen weights", whole_bytes, "mesh.fsdp")]
     else:
         whole_bytes = param_bytes
         weights = [Item("parameters (float32 masters)", param_bytes, "mesh.fsdp")]
+    moment_bytes = _sharded_bytes(shapes.state.opt_state, layout.moments)
     always = [
         *weights,
-        Item(
-            f"optimizer state ({section.name})", _sharded_bytes(opt_state, moments), "optimizer.moment_dtype, mesh.fsdp"
-        ),
-        Item("batch", _bytes(shapes.batch) // num_shards),
+        Item(f"optimizer state ({config.optimizer.name})", moment_bytes, "optimizer.moment_dtype, mesh.fsdp"),
+        Item("batch", _bytes(shapes.batch) // layout.num_shards),
     ]
     if shapes.recipe.reference is not None:
         always.append(Item("parameters of the reference", whole_bytes, "objective.reference"))
+    return always
 
-    kept = activations(shapes, part)
-    logits = 4 * vocab_size // axes["tensor"]
+
+def _training(config: TrainConfig, shapes: Shapes, layout: _Layout, part: TrainBatch) -> list[Item]:
+    """What a device holds while it trains on its rows of a part."""
+    accumulates = config.optimizer.accumulate > 1
+    logits = _logits_bytes(shapes, layout)
     chunk = min(config.objective.chunk_tokens, part.loss_mask.size)
+    kept = activations(shapes, part)
     training = [
-        Item("gradients", param_bytes * (2 if section.accumulate > 1 else 1), "mesh.fsdp"),
+        Item("gradients", _param_bytes(layout) * (2 if accumulates else 1), "mesh.fsdp"),
         Item("activations kept for the backward pass", kept, "model.remat: layer, optimizer.accumulate"),
         Item("the layer being differentiated", _layer(config, shapes, part), "optimizer.accumulate"),
         Item("a chunk's logits, softmax and gradient", 3 * chunk * logits, "objective.chunk_tokens"),
     ]
-    if not base:
+    if not shapes.step.frozen.base:
         training.append(Item("gradient of the output projection", shapes.model.hidden_size * logits))
+    if layout.axes["fsdp"] > 1:
+        of_layers = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(layout.decoder.layers)))
+        gathered = of_layers // shapes.model.num_layers + shapes.model.hidden_size * shapes.model.vocab_size
+        num_bytes = gathered * jnp.dtype(config.model.compute_dtype).itemsize // layout.axes["tensor"]
+        training.append(Item("a layer and the output projection, gathered", num_bytes))
+    return training
 
-    dtype = jnp.dtype(config.model.compute_dtype)
-    if axes["fsdp"] > 1:
-        of_layers = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(decoder.layers)))
-        gathered = of_layers // shapes.model.num_layers + shapes.model.hidden_size * vocab_size
-        training.append(
-            Item("a layer and the output projection, gathered", gathered * dtype.itemsize // axes["tensor"])
-        )
-    sampling = []
-    if shapes.recipe.on_policy:
-        shards_of_params = axes["fsdp"] * axes["tensor"]
-        whole = sum(math.prod(x.shape) for x in jax.tree.leaves((params, base)))
-        rows = -(-min(rollout.max_rows or shapes.recipe.num_rows, shapes.recipe.num_rows) // num_shards)
-        cache = jax.eval_shape(
-            lambda: models.init_cache(
-                shapes.model, rows, rollout.max_prompt_tokens + rollout.max_new_tokens, rollout.cache_dtype or dtype
-            )
-        )
-        sampling = [
-            Item(f"weights as the sampler reads them ({dtype})", whole * dtype.itemsize // shards_of_params),
-            Item("cache of keys and values", _bytes(cache), "rollout.max_rows, rollout.cache_dtype"),
-            Item("logits of the next tokens", 3 * rows * logits, "rollout.max_rows"),
-        ]
-    return Plan(always, training, sampling, axes)
+
+def _sampling(config: TrainConfig, shapes: Shapes, layout: _Layout) -> list[Item]:
+    """What a device holds while it samples."""
+    rollout, dtype = config.rollout, jnp.dtype(config.model.compute_dtype)
+    whole = sum(math.prod(x.shape) for x in jax.tree.leaves((shapes.state.params, shapes.step.frozen.base)))
+    num_bytes = whole * dtype.itemsize // (layout.axes["fsdp"] * layout.axes["tensor"])
+    rows = -(-min(rollout.max_rows or shapes.recipe.num_rows, shapes.recipe.num_rows) // layout.num_shards)
+    num_slots = rollout.max_prompt_tokens + rollout.max_new_tokens
+    cache = jax.eval_shape(lambda: models.init_cache(shapes.model, rows, num_slots, rollout.cache_dtype or dtype))
+    return [
+        Item(f"weights as the sampler reads them ({dtype})", num_bytes),
+        Item("cache of keys and values", _bytes(cache), "rollout.max_rows, rollout.cache_dtype"),
+        Item("logits of the next tokens", 3 * rows * _logits_bytes(shapes, layout), "rollout.max_rows"),
+    ]
+
+
+def _logits_bytes(shapes: Shapes, layout: _Layout) -> int:
+    """Bytes of one token's logits."""
+    return 4 * shapes.model.vocab_size // layout.axes["tensor"]
 
 
 def activations(shapes: Shapes, part: TrainBatch) -> int:
@@ -204,7 +233,7 @@ def activations(shapes: Shapes, part: TrainBatch) -> int:
 
 
 def compiled_bytes(shapes: Shapes) -> dict[str, int]:
-    """What XLA says of the compiled step on one device: bytes of its arguments, of its temporaries, and of both."""
+    """Compiles the step for one device; returns XLA's bytes of its arguments, its temporaries, and their sum."""
     compiled = (
         jax.jit(shapes.step.step, donate_argnums=0).lower(shapes.state, shapes.batch, shapes.step.frozen).compile()
     )

@@ -1,4 +1,4 @@
-"""The student's side of the teacher: what is asked of it for each completion, and what becomes of its answer."""
+"""Sends completions to the teacher of a run and hands back its scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from concurrent.futures import Future
 
 from jdistill import checkpoint_files, models, tasks
 from jdistill.client import Teacher, TeacherClient
-from jdistill.config import ConfigError, TrainConfig
+from jdistill.config import ConfigError, TeacherSection, TrainConfig
 from jdistill.rollout.sampler import Completion
 from jdistill.student import hosts
 from jdistill.student.batch import SegmentScores
@@ -24,20 +24,20 @@ from jdistill.wire.types import SequenceToScore, ServerInfo, TokenScores
 
 
 class RemoteTeacher:
-    """The teacher, or the several teachers, of one run; made after the task, before the student takes its memory.
+    """The teacher or teachers of one run; made after the task, before the student takes its memory.
 
     Args:
-        config: of the run.
-        model_config: the student's.
-        task: whose problems the completions answer. A teacher with another tokenizer gets its prompts from the same
-            task made with that tokenizer.
-        run_dir: where a sidecar that we start writes its log.
+        config: configuration of the run.
+        model_config: architecture of the student.
+        task: source of the problems that the completions answer. A teacher with another tokenizer gets its prompts
+            from the same task made with that tokenizer.
+        run_dir: directory in which a sidecar started here writes its log.
         stack: closes the client and ends the sidecar.
-        say: shows a message to whoever watches the run.
+        say: shows a message to the user.
 
     Raises:
-        ConfigError: a teacher cannot score what this student will sample, in the way that the objective needs.
-        TeacherError: none is up before the deadline.
+        ConfigError: a teacher cannot score this student's samples in the way that the objective needs.
+        TeacherError: no teacher is up before the deadline.
     """
 
     def __init__(
@@ -56,28 +56,9 @@ class RemoteTeacher:
         self._task = task
         self.offload = teacher.offload
         tokenizer_path = teacher.tokenizer or config.model.path
-        endpoints = teacher.several or {"": teacher.endpoints}
-        if teacher.spawn is not None:
-            spawn = teacher.spawn.model_copy(update={"offload": teacher.offload or teacher.spawn.offload})
-            log = run_dir / "teacher.log"
-            endpoints = hosts.from_first(lambda: {"": [stack.enter_context(TeacherProcess(spawn, log)).endpoint]})
+        endpoints = _endpoints(teacher, run_dir, stack)
         self._names = list(endpoints)
-        self._client = stack.enter_context(
-            TeacherClient(
-                {name: Teacher(one, model=teacher.model) for name, one in endpoints.items()},
-                credentials=credentials.channel_credentials(
-                    ca=teacher.tls_ca, cert=teacher.tls_cert, key=teacher.tls_key
-                ),
-                token=None if (path := teacher.token_file) is None else lambda: credentials.read_token(path),
-                deadline_s=teacher.deadline_s,
-                max_in_flight=teacher.max_in_flight,
-                batch_tokens=teacher.batch_tokens,
-                hedge_after_s=teacher.hedge_after_s,
-                stall_s=teacher.stall_s,
-                expected_tokenizer_fingerprint=checkpoint_files.tokenizer_fingerprint(tokenizer_path),
-                on_wait=lambda message: say(message or "the teacher is back"),
-            )
-        )
+        self._client = stack.enter_context(_client(teacher, endpoints, tokenizer_path, say))
         if teacher.offload:
             self._client.wake()  # a run that was killed may have left it asleep
             self._client.check_can_sleep()  # now rather than after the first rollout
@@ -107,7 +88,7 @@ class RemoteTeacher:
             self._client.sleep()  # before the student takes its memory
 
     def new_batch(self) -> BatchScoring:
-        """For the completions of one step."""
+        """Begins the scoring of one step's completions."""
         return BatchScoring(self)
 
     def submit(self, sequence: SequenceToScore) -> Future[TokenScores]:
@@ -117,15 +98,15 @@ class RemoteTeacher:
         )
 
     def wake(self) -> None:
-        """Before a finished rollout is scored, with offload."""
+        """Wakes the teacher; with offload, before a finished rollout is scored."""
         self._client.wake()
 
     def sleep(self) -> None:
-        """After it was."""
+        """Puts the teacher to sleep; with offload, after a rollout was scored."""
         self._client.sleep()
 
     def to_score(self, problem: Problem, completion: Completion) -> tuple[SequenceToScore, Retokenized | None]:
-        """What is sent of a completion, and how it lies in the tokens of a teacher with another tokenizer."""
+        """The request for one completion, and its alignment with the tokens of a teacher with another tokenizer."""
         name = self._task.teacher(problem) if len(self._names) > 1 else ""
         prefix, num_replaced = None, 0
         assert self._config.teacher is not None
@@ -149,7 +130,7 @@ class RemoteTeacher:
 
 
 class BatchScoring:
-    """The scoring of one batch's completions; from `RemoteTeacher.new_batch`. Several may be under way."""
+    """The scoring of one batch's completions; made by `RemoteTeacher.new_batch`. Several may be in progress."""
 
     def __init__(self, teacher: RemoteTeacher):
         self._teacher = teacher
@@ -158,7 +139,7 @@ class BatchScoring:
         self._first_submitted = self._last_scored = 0.0
 
     def submit(self, index: int, problem: Problem, completion: Completion) -> None:
-        """Sends completion number `index` of this batch to be scored while others are still sampled."""
+        """Sends completion number `index` of this batch, while others may still be sampled."""
         if not self._futures:
             self._first_submitted = time.monotonic()
         sequence, retokenized = self._teacher.to_score(problem, completion)
@@ -172,11 +153,11 @@ class BatchScoring:
 
     @property
     def busy_s(self) -> float:
-        """From when the first of the completions was submitted to when the last one was scored."""
+        """Seconds from the submission of the first completion to the score of the last one."""
         return self._last_scored - self._first_submitted
 
     def submit_rest(self, problems: Sequence[Problem], completions: Sequence[Completion]) -> None:
-        """Sends those of the completions that were not submitted yet."""
+        """Sends the completions that have not been submitted yet."""
         for index, (problem, completion) in enumerate(zip(problems, completions, strict=True)):
             if index not in self._futures:
                 self.submit(index, problem, completion)
@@ -186,11 +167,11 @@ class BatchScoring:
         return all(self._futures[index].done() for index in indices)
 
     def wait(self, indices: Sequence[int]) -> None:
-        """Until these are scored, or will never be."""
+        """Waits until these completions are scored or have failed."""
         concurrent.futures.wait([self._futures[index] for index in indices])
 
     def scores(self, indices: Sequence[int]) -> list[TokenScores] | list[SegmentScores]:
-        """The scores of these completions, in this order; waits for them. Each can be had once."""
+        """Waits for the scores of these completions and returns them in this order; each can be taken once."""
         found = [self._futures.pop(index).result() for index in indices]
         if not self._retokenized:
             return found
@@ -200,11 +181,37 @@ class BatchScoring:
         ]
 
 
+def _endpoints(teacher: TeacherSection, run_dir: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, list[str]]:
+    """The endpoints of each teacher by its name, "" for a single one; starts the sidecar of teacher.spawn."""
+    if teacher.spawn is None:
+        return teacher.several or {"": teacher.endpoints}
+    spawn = teacher.spawn.model_copy(update={"offload": teacher.offload or teacher.spawn.offload})
+    log = run_dir / "teacher.log"
+    return hosts.from_first(lambda: {"": [stack.enter_context(TeacherProcess(spawn, log)).endpoint]})
+
+
+def _client(
+    teacher: TeacherSection, endpoints: dict[str, list[str]], tokenizer_path: str, say: Callable[[str], None]
+) -> TeacherClient:
+    return TeacherClient(
+        {name: Teacher(one, model=teacher.model) for name, one in endpoints.items()},
+        credentials=credentials.channel_credentials(ca=teacher.tls_ca, cert=teacher.tls_cert, key=teacher.tls_key),
+        token=None if (path := teacher.token_file) is None else lambda: credentials.read_token(path),
+        deadline_s=teacher.deadline_s,
+        max_in_flight=teacher.max_in_flight,
+        batch_tokens=teacher.batch_tokens,
+        hedge_after_s=teacher.hedge_after_s,
+        stall_s=teacher.stall_s,
+        expected_tokenizer_fingerprint=checkpoint_files.tokenizer_fingerprint(tokenizer_path),
+        on_wait=lambda message: say(message or "the teacher is back"),
+    )
+
+
 def check_teacher(config: TrainConfig, model_config: models.DecoderConfig, info: ServerInfo) -> None:
-    """The preflight: whether this teacher can score what this student will sample.
+    """Checks, before training, that this teacher can score the student's samples.
 
     Raises:
-        ConfigError: vocabulary, length or temperature does not fit; names both sides and the remedy.
+        ConfigError: vocabulary, length or temperature does not fit; the message names both sides and the remedy.
     """
     teacher, section = info.model, config.teacher
     longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
@@ -212,7 +219,7 @@ def check_teacher(config: TrainConfig, model_config: models.DecoderConfig, info:
     if model_config.vocab_size > teacher.vocab_size and not other_tokenizer:
         raise ConfigError(
             f"the student's vocabulary has {model_config.vocab_size} ids, the teacher's {teacher.vocab_size}: it "
-            "cannot score all that the student may sample; use a teacher of the same family, or set teacher.tokenizer"
+            "cannot score all that the student samples; use a teacher of the same family, or set teacher.tokenizer"
         )
     if longest > teacher.max_sequence_length and not other_tokenizer:
         raise ConfigError(
