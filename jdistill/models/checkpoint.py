@@ -1,9 +1,7 @@
-"""Hugging Face safetensors -> sharded decoder, and back. Only the slices that a device needs are read.
+"""Reads and writes the safetensors of a checkpoint. Each device reads only the slices that it holds.
 
-Parameters are stacked over layers, and over experts where there are any; the file has a tensor for each of them. Below,
-"one" is the part of a parameter that is one tensor there.
-
-Dimension key: L layers; shapes with "hf" are those of the file (a linear weight is [outputs, inputs] there).
+Parameters are stacked over layers, and over experts where there are any; the checkpoint has one tensor for each layer
+and expert. Shapes with "hf" are those of the checkpoint (see layouts).
 """
 
 from __future__ import annotations
@@ -27,15 +25,8 @@ from jax.sharding import Mesh
 
 from jdistill import checkpoint_files
 from jdistill.models.decoder import Decoder, ParamSpec, param_specs
+from jdistill.models.layouts import Tensors, from_hf, hf_index, hf_shape, to_hf
 from jdistill.models.partitioning import param_shardings
-
-# How one layer's (and expert's) parameter lies in the file.
-TABLE = "table"  # as it is
-VECTOR = "vector"  # all dims flattened into one
-LINEAR = "linear"  # here [input, outputs..], there [outputs, input]
-LINEAR_FROM_HEADS = "linear_from_heads"  # here [heads, head_dim, output], there [output, heads * head_dim]
-
-Tensors = Mapping[str, tuple[str, str]]  # parameter -> (name pattern with {layer} and {expert}, layout)
 
 COPIED_FILES = (
     *checkpoint_files.TOKENIZER_FILES,
@@ -49,75 +40,96 @@ SAFETENSORS_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_d
 def read(
     path: str | pathlib.Path, abstract: Decoder, tensors: Tensors, *, mesh: Mesh | None, param_dtype: str
 ) -> nnx.State:
-    """The parameters of a checkpoint directory, in the structure of `nnx.state(abstract, nnx.Param)`; no adapters.
+    """Reads the parameters of a checkpoint directory, without adapters.
+
+    Args:
+        path: checkpoint directory.
+        abstract: decoder of shapes only.
+        tensors: the family's TENSORS.
+        mesh: shards the parameters; each device reads only its shard. None: one device.
+        param_dtype: dtype in which the parameters are stored.
+
+    Returns:
+        The parameters, in the structure of `nnx.state(abstract, nnx.Param)`.
 
     Raises:
-        FileNotFoundError, ValueError: an incomplete or damaged checkpoint; missing, unexpected or misshapen tensors.
+        FileNotFoundError, ValueError: the checkpoint is incomplete or damaged; tensors are missing, unexpected or
+            misshapen.
     """
     specs = param_specs(abstract.config)
-    stored = checkpoint_files.stored_tensors(path)
-    _check_names(path, specs, tensors, set(stored), tied=abstract.config.tie_word_embeddings)
-    handles: dict[pathlib.Path, Any] = {}
-
-    def read_slice(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        file = stored[name].file
-        if file not in handles:
-            handles[file] = safetensors.safe_open(file, framework="numpy")
-        return handles[file].get_slice(name)[index]
-
-    def check(file_name: str, parameter: str, hf_shape: tuple[int, ...]) -> None:
-        tensor = stored[file_name]
-        if tensor.shape != hf_shape:
-            raise ValueError(
-                f"{tensor.file}: {file_name} has shape {list(tensor.shape)}, config.json asks for {list(hf_shape)} "
-                f"({parameter}): weights and config.json belong to different models"
-            )
-        if tensor.dtype not in checkpoint_files.DTYPE_OF_SAFETENSORS:
-            raise ValueError(
-                f"{tensor.file}: {file_name} is stored as {tensor.dtype}, expected F32, BF16 or F16: "
-                "a quantized checkpoint has to be dequantized first"
-            )
-
-    def load_param(parameter: str) -> Callable[[tuple[slice, ...]], np.ndarray]:
-        spec, (pattern, layout) = specs[parameter], tensors[parameter]
-        num_stacked = len(spec.stacked)
-        shape = spec.shape[num_stacked:]
-        for name in _names(spec, pattern).values():
-            check(name, parameter, hf_shape(shape, layout))
-        parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            ranges = tuple(s.indices(size)[:2] for s, size in zip(index, spec.shape, strict=True))
-            if ranges not in parts:  # replicas ask for the same part
-                ranges_in_one = ranges[num_stacked:]
-                hf_index = _hf_index(shape, layout, ranges_in_one)
-                local = tuple(stop - start for start, stop in ranges)
-                value = np.empty(local, jnp.dtype(param_dtype))
-                names = _names(spec, pattern)
-                for place in np.ndindex(local[:num_stacked]):
-                    name = names[tuple(i + start for i, (start, _) in zip(place, ranges, strict=False))]
-                    value[place] = from_hf(read_slice(name, hf_index), local[num_stacked:], layout)
-                parts[ranges] = value
-            return parts[ranges]
-
-        return part
-
-    def load(path_in_state: tuple, variable: nnx.Variable) -> nnx.Variable:
-        parameter = ".".join(map(str, path_in_state))
-        part, shape = load_param(parameter), specs[parameter].shape
-        if mesh is None:
-            return variable.replace(jnp.asarray(part(tuple(slice(0, n) for n in shape))))
-        return variable.replace(jax.make_array_from_callback(shape, shardings[parameter], part))
-
+    files = _Files(checkpoint_files.stored_tensors(path))
+    _check_names(path, specs, tensors, set(files.stored), tied=abstract.config.tie_word_embeddings)
     shardings = (
         {}
         if mesh is None
         else {".".join(map(str, p)): v.get_value() for p, v in nnx.to_flat_state(param_shardings(abstract, mesh))}
     )
+
+    def load(path_in_state: tuple, variable: nnx.Variable) -> nnx.Variable:
+        name = ".".join(map(str, path_in_state))
+        part, shape = _reader(files, name, specs[name], *tensors[name], jnp.dtype(param_dtype)), specs[name].shape
+        if mesh is None:
+            return variable.replace(jnp.asarray(part(tuple(slice(0, n) for n in shape))))
+        return variable.replace(jax.make_array_from_callback(shape, shardings[name], part))
+
     try:
         return nnx.map_state(load, nnx.state(abstract, nnx.Param))
     except safetensors.SafetensorError as e:
         raise ValueError(f"{path}: damaged safetensors file ({e}): copy the checkpoint again") from None
+
+
+class _Files:
+    """The tensors of a checkpoint; each file is opened once."""
+
+    def __init__(self, stored: Mapping[str, checkpoint_files.StoredTensor]):
+        self.stored = stored
+        self._handles: dict[pathlib.Path, Any] = {}
+
+    def read_slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        file = self.stored[name].file
+        if file not in self._handles:
+            self._handles[file] = safetensors.safe_open(file, framework="numpy")
+        return self._handles[file].get_slice(name)[index]
+
+    def check(self, name: str, parameter: str, shape: tuple[int, ...]) -> None:
+        """Raises ValueError unless the tensor has this shape and a dtype that is read."""
+        tensor = self.stored[name]
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{tensor.file}: {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)} "
+                f"({parameter}): weights and config.json belong to different models"
+            )
+        if tensor.dtype not in checkpoint_files.DTYPE_OF_SAFETENSORS:
+            raise ValueError(
+                f"{tensor.file}: {name} is stored as {tensor.dtype}, expected F32, BF16 or F16: "
+                "a quantized checkpoint has to be dequantized first"
+            )
+
+
+def _reader(
+    files: _Files, parameter: str, spec: ParamSpec, pattern: str, layout: str, dtype: np.dtype
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """Checks the tensors of one parameter; returns the function that reads any part of it, by its index."""
+    num_stacked = len(spec.stacked)
+    shape = spec.shape[num_stacked:]
+    names = _names(spec, pattern)
+    for name in names.values():
+        files.check(name, parameter, hf_shape(shape, layout))
+    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        ranges = tuple(s.indices(size)[:2] for s, size in zip(index, spec.shape, strict=True))
+        if ranges not in parts:  # replicas ask for the same part
+            tensor_index = hf_index(shape, layout, ranges[num_stacked:])
+            local = tuple(stop - start for start, stop in ranges)
+            value = np.empty(local, dtype)
+            for place in np.ndindex(local[:num_stacked]):
+                name = names[tuple(i + start for i, (start, _) in zip(place, ranges, strict=False))]
+                value[place] = from_hf(files.read_slice(name, tensor_index), local[num_stacked:], layout)
+            parts[ranges] = value
+        return parts[ranges]
+
+    return part
 
 
 def _check_names(
@@ -142,53 +154,9 @@ def _check_names(
 
 
 def _names(spec: ParamSpec, pattern: str) -> dict[tuple[int, ...], str]:
-    """Index into the stacked dims -> the tensor's name; one entry with () where nothing is stacked."""
+    """Maps each index into the stacked dims to its tensor's name; a parameter that is not stacked has one entry, ()."""
     places = np.ndindex(spec.shape[: len(spec.stacked)])
     return {place: pattern.format(**dict(zip(spec.stacked, place, strict=True))) for place in places}
-
-
-def hf_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
-    """Shape in the file of one parameter."""
-    if layout == TABLE:
-        return shape
-    if layout == VECTOR:
-        return (math.prod(shape),)
-    inputs, outputs = _split(shape, layout)
-    return math.prod(outputs), math.prod(inputs)
-
-
-def _split(dims: tuple, layout: str) -> tuple[tuple, tuple]:
-    num_inputs = 2 if layout == LINEAR_FROM_HEADS else 1
-    return dims[:num_inputs], dims[num_inputs:]
-
-
-def _hf_index(shape: tuple[int, ...], layout: str, ranges: tuple[tuple[int, int], ...]) -> tuple[slice, ...]:
-    """Where the part `ranges` of one parameter lies in the file."""
-
-    def flat(dims: tuple[int, ...], dim_ranges: tuple[tuple[int, int], ...]) -> slice:
-        assert all(r == (0, n) for n, r in zip(dims[1:], dim_ranges[1:], strict=True)), "only heads are sharded"
-        rest = math.prod(dims[1:])
-        return slice(dim_ranges[0][0] * rest, dim_ranges[0][1] * rest)
-
-    if layout == TABLE:
-        return tuple(slice(*r) for r in ranges)
-    if layout == VECTOR:
-        return (flat(shape, ranges),)
-    (in_dims, out_dims), (in_ranges, out_ranges) = _split(shape, layout), _split(ranges, layout)
-    return flat(out_dims, out_ranges), flat(in_dims, in_ranges)
-
-
-def from_hf(value: np.ndarray, shape: tuple[int, ...], layout: str) -> np.ndarray:
-    """The file's layout -> ours."""
-    return (value if layout in (TABLE, VECTOR) else value.T).reshape(shape)
-
-
-def to_hf(value: np.ndarray, layout: str) -> np.ndarray:
-    """Our layout -> the file's, contiguous."""
-    rows_columns = hf_shape(value.shape, layout)
-    if layout in (TABLE, VECTOR):
-        return np.ascontiguousarray(value.reshape(rows_columns))
-    return np.ascontiguousarray(value.reshape(rows_columns[::-1]).T)
 
 
 def write(
@@ -201,9 +169,9 @@ def write(
     dtype: Literal["float32", "bfloat16"],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes the directory `path` whole or not at all: built beside it, then renamed.
+    """Writes the directory `path` atomically: builds it under another name beside it, then renames it.
 
-    On several hosts all call this (shards are gathered, a tensor at a time) and the first one writes.
+    On several hosts every process calls this (tensors are gathered one at a time) and the first one writes.
 
     Raises:
         ValueError: `path` exists and is not an empty directory, or an unknown dtype.
@@ -261,7 +229,7 @@ def _write_tensors(
 
 
 def on_host(array: jax.Array) -> np.ndarray:
-    """All of an array, on every host."""
+    """Gathers a sharded array on every host."""
     if array.is_fully_addressable:
         return np.asarray(array)
     from jax.experimental import multihost_utils

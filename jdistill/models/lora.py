@@ -26,6 +26,7 @@ from jdistill.config import LoraSection
 from jdistill.models import checkpoint
 from jdistill.models.config import DecoderConfig, Lora
 from jdistill.models.decoder import LORA_SUFFIXES, NUM_IN, Decoder
+from jdistill.models.layouts import LINEAR, Tensors, to_hf
 
 
 def lora_of(section: LoraSection | None) -> Lora | None:
@@ -71,9 +72,7 @@ def _merged(w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array
     return (w.astype(jnp.float32) + scale * delta_LIO.reshape(w.shape)).astype(w.dtype)
 
 
-def write_adapter(
-    decoder: Decoder, path: str | pathlib.Path, tensors: checkpoint.Tensors, *, base: str | pathlib.Path
-) -> None:
+def write_adapter(decoder: Decoder, path: str | pathlib.Path, tensors: Tensors, *, base: str | pathlib.Path) -> None:
     """Writes the adapters alone, as PEFT saves them; whole or not at all.
 
     Args:
@@ -98,11 +97,11 @@ def write_adapter(
         module = pattern.removesuffix(".weight")
         modules.append(module.rpartition(".")[2])
         # The first factor has the matrix's inputs, the second its outputs: only the first may begin with heads.
-        layouts = (layout if NUM_IN.get(target, 1) == 2 else checkpoint.LINEAR, checkpoint.LINEAR)
+        layouts = (layout if NUM_IN.get(target, 1) == 2 else LINEAR, LINEAR)
         for suffix, peft_name, one in zip(LORA_SUFFIXES, ("lora_A", "lora_B"), layouts, strict=True):
             for layer, value in enumerate(checkpoint.on_host(layers[target + suffix])):
                 name = f"base_model.model.{module.format(layer=layer)}.{peft_name}.weight"
-                values[name] = checkpoint.to_hf(value, one)
+                values[name] = to_hf(value, one)
     config: Mapping[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -17,8 +17,8 @@ import transformers
 from flax import nnx
 
 from jdistill import checkpoint_files, models
-from jdistill.models import DecoderConfig, Rope, checkpoint
-from jdistill.models.llama.params import TENSORS as LLAMA_TENSORS
+from jdistill.models import DecoderConfig, Rope, checkpoint, hf_config
+from jdistill.models.families import llama
 
 SIZES = {
     "vocab_size": 40,
@@ -134,11 +134,11 @@ def test_transformers_gives_the_same_logits_for_what_we_save_without_a_source(tm
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 9000])
 def test_saved_and_loaded_float32_is_bit_equal_in_one_file_and_in_shards(tmp_path, max_shard_bytes):
     decoder = random_decoder(LLAMA)
-    config_json = {"architectures": ["LlamaForCausalLM"], **models.config.hf_fields(LLAMA)}
+    config_json = {"architectures": ["LlamaForCausalLM"], **hf_config.hf_fields(LLAMA)}
     config_json |= {"attention_bias": True, "mlp_bias": True}
     out = tmp_path / "out"
     checkpoint.write(
-        decoder, out, LLAMA_TENSORS, config_json, source=None, dtype="float32", max_shard_bytes=max_shard_bytes
+        decoder, out, llama.TENSORS, config_json, source=None, dtype="float32", max_shard_bytes=max_shard_bytes
     )
     shards = sorted(file.name for file in out.glob("*.safetensors"))
     if max_shard_bytes == 9000:

@@ -1,14 +1,23 @@
-"""config.json of Qwen3 -> DecoderConfig."""
+"""Qwen3 (dense): norms of queries and keys, and a head_dim independent of the width."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from jdistill.models.config import DecoderConfig, HFFields, hf_fields
-from jdistill.models.qwen2.config import refuse_sliding_window
+from jdistill.models.config import DecoderConfig
+from jdistill.models.families import llama, qwen2
+from jdistill.models.hf_config import HFFields, hf_fields
+from jdistill.models.layouts import VECTOR
 
 ARCHITECTURE = "Qwen3ForCausalLM"
 HIDDEN_ACT = "silu"
+
+# Parameter -> (name pattern in the checkpoint, layout).
+TENSORS = {
+    **llama.TENSORS,
+    "layers.query_norm": ("model.layers.{layer}.self_attn.q_norm.weight", VECTOR),
+    "layers.key_norm": ("model.layers.{layer}.self_attn.k_norm.weight", VECTOR),
+}
 
 
 def from_hf(fields: HFFields) -> DecoderConfig:
@@ -17,7 +26,7 @@ def from_hf(fields: HFFields) -> DecoderConfig:
     num_layers = fields.take("num_hidden_layers", int)
     num_heads = fields.take("num_attention_heads", int)
     max_position_embeddings = fields.take("max_position_embeddings", int, 32768)
-    refuse_sliding_window(fields, num_layers)
+    qwen2.refuse_sliding_window(fields, num_layers)
     return DecoderConfig(
         family="qwen3",
         vocab_size=fields.take("vocab_size", int),

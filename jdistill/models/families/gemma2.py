@@ -1,13 +1,25 @@
-"""config.json of Gemma 2 -> DecoderConfig."""
+"""Gemma 2: softcaps, a sliding window in every second layer, norms before and after each block."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from jdistill.models.config import DecoderConfig, HFFields, Rope, hf_fields, layer_types
+from jdistill.models.config import DecoderConfig, Rope
+from jdistill.models.families import llama
+from jdistill.models.hf_config import HFFields, hf_fields, layer_types
+from jdistill.models.layouts import VECTOR
 
 ARCHITECTURE = "Gemma2ForCausalLM"
 HIDDEN_ACT = "gelu_pytorch_tanh"
+
+# Parameter -> (name pattern in the checkpoint, layout).
+TENSORS = {
+    **llama.TENSORS,
+    # Llama has this name for the norm before the MLP.
+    "layers.post_attention_norm": ("model.layers.{layer}.post_attention_layernorm.weight", VECTOR),
+    "layers.mlp_norm": ("model.layers.{layer}.pre_feedforward_layernorm.weight", VECTOR),
+    "layers.post_mlp_norm": ("model.layers.{layer}.post_feedforward_layernorm.weight", VECTOR),
+}
 
 
 def from_hf(fields: HFFields) -> DecoderConfig:

@@ -1,13 +1,18 @@
-"""config.json of Qwen2 -> DecoderConfig."""
+"""Qwen2 and Qwen2.5: Llama with biases on queries, keys and values."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from jdistill.models.config import DecoderConfig, HFFields, hf_fields
+from jdistill.models.config import DecoderConfig
+from jdistill.models.families import llama
+from jdistill.models.hf_config import HFFields, hf_fields
 
 ARCHITECTURE = "Qwen2ForCausalLM"
 HIDDEN_ACT = "silu"
+
+# Parameter -> (name pattern in the checkpoint, layout).
+TENSORS = llama.TENSORS
 
 
 def from_hf(fields: HFFields) -> DecoderConfig:

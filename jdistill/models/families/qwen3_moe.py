@@ -1,14 +1,25 @@
-"""config.json of Qwen3-MoE -> DecoderConfig."""
+"""Qwen3 MoE: Qwen3 with a mixture of experts in every layer."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from jdistill.models.config import DecoderConfig, HFFields, hf_fields
-from jdistill.models.qwen2.config import refuse_sliding_window
+from jdistill.models.config import DecoderConfig
+from jdistill.models.families import qwen2, qwen3
+from jdistill.models.hf_config import HFFields, hf_fields
+from jdistill.models.layouts import LINEAR
 
 ARCHITECTURE = "Qwen3MoeForCausalLM"
 HIDDEN_ACT = "silu"
+
+# Parameter -> (name pattern in the checkpoint, layout).
+TENSORS = {
+    **qwen3.TENSORS,
+    "layers.router": ("model.layers.{layer}.mlp.gate.weight", LINEAR),
+    "layers.gate": ("model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight", LINEAR),
+    "layers.up": ("model.layers.{layer}.mlp.experts.{expert}.up_proj.weight", LINEAR),
+    "layers.down": ("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight", LINEAR),
+}
 
 
 def from_hf(fields: HFFields) -> DecoderConfig:
@@ -18,7 +29,7 @@ def from_hf(fields: HFFields) -> DecoderConfig:
     num_heads = fields.take("num_attention_heads", int)
     hidden_size = fields.take("hidden_size", int)
     max_position_embeddings = fields.take("max_position_embeddings", int, 32768)
-    refuse_sliding_window(fields, num_layers)
+    qwen2.refuse_sliding_window(fields, num_layers)
     # Every layer has experts: a dense one among them would not stack.
     fields.refuse_unless("decoder_sparse_step", 1)
     fields.refuse_unless("mlp_only_layers", [])

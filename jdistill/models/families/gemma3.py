@@ -1,15 +1,18 @@
-"""config.json of Gemma 3 (text) -> DecoderConfig."""
+"""Gemma 3 (text): sliding layers with their own rotation, query and key norms, norms before and after each block."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from jdistill.models.config import DecoderConfig, HFFields, Rope
-from jdistill.models.gemma2.config import HIDDEN_ACT, gemma_fields, gemma_hf_fields
-
-__all__ = ["ARCHITECTURE", "HIDDEN_ACT", "from_hf", "to_hf"]
+from jdistill.models.config import DecoderConfig, Rope
+from jdistill.models.families import gemma2, qwen3
+from jdistill.models.hf_config import HFFields
 
 ARCHITECTURE = "Gemma3ForCausalLM"
+HIDDEN_ACT = gemma2.HIDDEN_ACT
+
+# Parameter -> (name pattern in the checkpoint, layout).
+TENSORS = {**qwen3.TENSORS, **gemma2.TENSORS}
 
 
 def from_hf(fields: HFFields) -> DecoderConfig:
@@ -25,7 +28,7 @@ def from_hf(fields: HFFields) -> DecoderConfig:
             f"{fields.source}: rope_parameters.sliding_attention.rope_type = {local_rope.kind!r} is not supported "
             "(only 'default'): use another checkpoint, or serve it with the vllm or transformers engine"
         )
-    shared = gemma_fields(fields, max_position_embeddings=131_072, full_every=pattern, rope=rope)
+    shared = gemma2.gemma_fields(fields, max_position_embeddings=131_072, full_every=pattern, rope=rope)
     return DecoderConfig(
         family="gemma3_text",
         qk_norm=True,
@@ -75,4 +78,4 @@ def _set(fields: dict[str, Any]) -> dict[str, Any]:
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
     """The config.json that `from_hf` reads back, in the spelling that every version of transformers reads."""
     local = config.local_rope or Rope()
-    return {"architectures": [ARCHITECTURE], **gemma_hf_fields(config), "rope_local_base_freq": local.theta}
+    return {"architectures": [ARCHITECTURE], **gemma2.gemma_hf_fields(config), "rope_local_base_freq": local.theta}

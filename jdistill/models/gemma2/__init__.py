@@ -1,1 +1,0 @@
-"""Gemma 2: softcaps, a window in every second layer, norms before and after."""

@@ -1,1 +1,0 @@
-"""Mistral 7B, Nemo and Small: Llama with a sliding window, or without."""

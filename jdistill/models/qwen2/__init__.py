@@ -1,1 +1,0 @@
-"""Qwen2 and 2.5: query, key and value biases, nothing else unusual."""

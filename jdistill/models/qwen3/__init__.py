@@ -1,1 +1,0 @@
-"""Qwen3 (dense): query and key norms, head_dim of its own."""

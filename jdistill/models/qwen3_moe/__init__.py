@@ -1,1 +1,0 @@
-"""Qwen3 with a mixture of experts in every layer."""
