@@ -235,7 +235,7 @@ def test_bfloat16_is_served_when_asked_and_has_another_fingerprint(tmp_path):
     ("config", "message"),
     [
         ({"engine_args": {"devise": "cpu"}}, "does not know 'devise'; did you mean 'device'"),
-        ({"engine_args": {"device": "abacus"}}, "none that PyTorch knows"),
+        ({"engine_args": {"device": "abacus"}}, "device .abacus. is unknown to PyTorch"),
         ({"engine_args": {"chunk_tokens": 0}}, "positive integer, got 0"),
         ({"engine_args": {"packing": 1}}, "packing must be true or false, got 1"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size: the transformers engine cannot do that .*vllm or sglang"),
