@@ -231,8 +231,9 @@ class Measured:
 
     def accuracy(self, decoder: nnx.Module) -> dict[str, float]:
         """Held-out, sampled and greedy."""
-        params = nnx.state(decoder, nnx.Param)
-        return held_out_accuracy(self._sampler(decoder), params, self._task, self._problems, temperature=1.0, seed=0)
+        sampler = self._sampler(decoder)
+        weights = sampler.prepare(nnx.state(decoder, nnx.Param))
+        return held_out_accuracy(sampler, weights, self._task, self._problems, temperature=1.0, seed=0)
 
     def reverse_kl(self, student: nnx.Module) -> float:
         """KL(student || teacher) over the whole vocabulary, mean over the tokens of 512 sampled completions."""

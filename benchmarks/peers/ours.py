@@ -207,6 +207,7 @@ def _generate(door: work.Door, prompts: np.ndarray, lengths: np.ndarray) -> None
         graphdef, max_prompt_tokens=work.PROMPT_TOKENS, max_new_tokens=int(lengths.max()), stop_token_ids=()
     )
     # A sampler that takes a length for each request stops there; one that does not runs all to the longest.
+    weights = sampler.prepare(params)
     own_lengths = "max_new_tokens" in inspect.signature(sampler.sample).parameters
     more = {"max_new_tokens": lengths} if own_lengths else {}
     seed = 0
@@ -216,7 +217,7 @@ def _generate(door: work.Door, prompts: np.ndarray, lengths: np.ndarray) -> None
         seed += 1
         seeds = np.arange(len(prompts)) + seed * len(prompts)
         kept = 0
-        for completion in sampler.sample(params, list(prompts), seeds=seeds, temperature=1.0, **more):
+        for completion in sampler.sample(weights, list(prompts), seeds=seeds, temperature=1.0, **more):
             kept += min(len(completion.sampler_logprobs), int(lengths[completion.index]))
         return {"tokens": kept}
 
@@ -253,7 +254,7 @@ def grpo_step(door: work.Door) -> None:
         nonlocal state, num_calls
         num_calls += 1
         seeds = np.arange(len(prompts)) + num_calls * len(prompts)
-        found = sampler.sample(state.params, list(prompts), seeds=seeds, temperature=1.0)
+        found = sampler.sample(sampler.prepare(state.params), list(prompts), seeds=seeds, temperature=1.0)
         completions = sorted(found, key=lambda completion: completion.index)
         rewards_PG = work.rewards(num_calls, len(prompts)).reshape(rollout.num_prompts, work.GROUP)
         advantages_B = np.asarray(advantages.ADVANTAGES["grpo"](rewards_PG)).reshape(-1)

@@ -139,7 +139,9 @@ def _teacher_accuracy(base: TrainConfig, path: str) -> dict[str, float]:
         stop_token_ids=task.stop_token_ids,
     )
     problems = task.eval_problems(base.eval.num_prompts)
-    return held_out_accuracy(sampler, params, task, problems, temperature=base.rollout.temperature, seed=0)
+    return held_out_accuracy(
+        sampler, sampler.prepare(params), task, problems, temperature=base.rollout.temperature, seed=0
+    )
 
 
 def _slug(arm: str) -> str:

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
         result = evaluate(
             sampler,
-            params,
+            sampler.prepare(params),
             task,
             problems,
             temperature=args.temperature,

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         shapes = nnx.state(decoder, nnx.Param)
         zeros = jax.jit(
             lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
-            out_shardings=sharding.param_shardings(decoder, mesh),
+            out_shardings=models.param_shardings(decoder, mesh),
         )
         nnx.update(decoder, zeros())
     else:

@@ -90,11 +90,12 @@ def run(args: argparse.Namespace) -> int:
     seeds = np.random.default_rng(args.seed).integers(0, 2**32, len(requests), dtype=np.uint32)
     sampler, params = load_sampler(args, max(len(ids) for _, ids in prompts), stop_token_ids)
     began = time.monotonic()
+    weights = sampler.prepare(params)
     num_tokens = 0
     for start in range(0, len(requests), args.max_rows):
         group = requests[start : start + args.max_rows]
         for completion in sampler.sample(
-            params,
+            weights,
             [prompts[p][1] for p, _ in group],
             seeds=seeds[start : start + args.max_rows],
             temperature=args.temperature,

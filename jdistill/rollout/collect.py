@@ -12,8 +12,9 @@ import numpy as np
 
 from jdistill.config import TrainConfig
 from jdistill.losses import advantages
+from jdistill.rollout.completion import Completion
 from jdistill.rollout.sampled import SampledBatch
-from jdistill.rollout.sampler import Completion, Sampler
+from jdistill.rollout.sampler import Sampler, Weights
 from jdistill.tasks.base import Problem, Task
 
 
@@ -78,11 +79,11 @@ class Collector:
         self._maximum = maximum
         self._show_phase = show_phase
 
-    def collect(self, weights: Any, step: int, first_problem: int) -> Rollout:
+    def collect(self, weights: Weights, step: int, first_problem: int) -> Rollout:
         """Samples the groups of one step and, unless the teacher sleeps, sends them to it.
 
         Args:
-            weights: parameters of the model that samples.
+            weights: of the model that samples, from `sampler.prepare`.
             step: steps done; with the run's seed it determines what is sampled.
             first_problem: first training problem that the task has not been asked for.
         """
@@ -116,7 +117,7 @@ class Collector:
         rollout.scoring.submit_rest(rollout.batch.problems, rollout.batch.completions)
 
     def _sample_round(
-        self, weights: Any, step: int, first_problem: int, number: int, scoring: Scoring | None
+        self, weights: Weights, step: int, first_problem: int, number: int, scoring: Scoring | None
     ) -> _Round:
         """Samples and rewards this process's prompts of one round; `scoring`, if any, gets each completion."""
         rollout, own = self._config.rollout, self._own_prompts
@@ -145,7 +146,7 @@ class Collector:
         assert len(finished) == len(problems)
         return _Round(problems, finished, rewards_B, np.array(order))
 
-    def _sample_until_signal(self, weights: Any, step: int, first_problem: int, num_rounds: int) -> SampledBatch:
+    def _sample_until_signal(self, weights: Weights, step: int, first_problem: int, num_rounds: int) -> SampledBatch:
         """Samples up to `num_rounds` rounds of prompts, until there are P groups with different rewards.
 
         Groups with equal rewards, which have no advantage to learn from, fill up what is missing after the last round.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jdistill.rollout.sampler import Completion
+from jdistill.rollout.completion import Completion
 from jdistill.tasks.base import Problem, Task
 
 

@@ -21,7 +21,7 @@ from jdistill import buckets
 from jdistill.wire.types import TokenScores
 
 if TYPE_CHECKING:
-    from jdistill.rollout.sampler import Completion
+    from jdistill.rollout.completion import Completion
 
 
 class TrainBatch(NamedTuple):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 
-from jdistill.rollout.sampler import Completion, Sampler
+from jdistill.rollout.completion import Completion
+from jdistill.rollout.sampler import Sampler, Weights
 from jdistill.student import hosts
 from jdistill.tasks import Problem, Task
 
@@ -27,7 +27,7 @@ class EvalResult:
 
 def held_out_accuracy(
     sampler: Sampler,
-    params: Any,
+    weights: Weights,
     task: Task,
     problems: Sequence[Problem],
     *,
@@ -39,14 +39,14 @@ def held_out_accuracy(
     accuracy = {}
     for name, greedy in (("eval/accuracy", False), ("eval/accuracy_greedy", True)):
         if not greedy or greedy_too:
-            result = evaluate(sampler, params, task, problems, temperature=temperature, greedy=greedy, seed=seed)
+            result = evaluate(sampler, weights, task, problems, temperature=temperature, greedy=greedy, seed=seed)
             accuracy[name] = result.accuracy
     return accuracy
 
 
 def evaluate(
     sampler: Sampler,
-    params: Any,
+    weights: Weights,
     task: Task,
     problems: Sequence[Problem],
     *,
@@ -60,7 +60,7 @@ def evaluate(
 
     Args:
         sampler: made with the task's stop tokens.
-        params: the decoder's state.
+        weights: from `sampler.prepare`.
         task: gives the rewards.
         problems: at least one.
         temperature: for sampling; it does not change greedy answers.
@@ -86,7 +86,7 @@ def evaluate(
             group = own[start : start + max_rows]
             prompts = [problems[n].prompt_ids for n in group]
             seeds = seed_N[np.array(group)]
-            for completion in sampler.sample(params, prompts, seeds=seeds, temperature=temperature, greedy=greedy):
+            for completion in sampler.sample(weights, prompts, seeds=seeds, temperature=temperature, greedy=greedy):
                 n = group[completion.index]
                 reward = float(task.reward(problems[n], completion.completion_ids))
                 answers.add(n, completion, reward)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jdistill.student.sharding import batch_sharding
+from jdistill.models.mesh import batch_sharding
 
 
 class TargetLogprobs(NamedTuple):

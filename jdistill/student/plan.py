@@ -22,10 +22,11 @@ from jax.sharding import AbstractMesh
 
 from jdistill import buckets, models
 from jdistill.config import ConfigError, TrainConfig
+from jdistill.models.mesh import AXES, BATCH_AXES
 from jdistill.student.batch import TrainBatch
 from jdistill.student.optimizer import make_optimizer
 from jdistill.student.recipe import Recipe, make_recipe
-from jdistill.student.sharding import AXES, BATCH_AXES, mesh_sizes, param_shardings
+from jdistill.student.sharding import mesh_sizes
 from jdistill.student.step import TrainState, TrainStep, ValueHead, make_train_step, moment_shardings
 
 
@@ -144,7 +145,7 @@ def _layout(shapes: Shapes, axes: dict[str, int]) -> _Layout:
     mesh = AbstractMesh(tuple(axes.values()), AXES)
     params, base = shapes.state.params, shapes.step.frozen.base
     decoder = nnx.merge(shapes.graphdef, params, base)
-    shardings = param_shardings(decoder, mesh)
+    shardings = models.param_shardings(decoder, mesh)
     sharded = _with_shardings(params, nnx.filter_state(shardings, models.trained_kind(decoder.config)))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     moments = moment_shardings(shapes.state.opt_state, sharded, everywhere)

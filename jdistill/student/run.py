@@ -15,9 +15,10 @@ from rich.console import Console
 from jdistill import checkpoint_files, models, tasks
 from jdistill.config import ConfigError, TrainConfig
 from jdistill.fingerprint import model_fingerprint
+from jdistill.models.precision import cast_params
 from jdistill.rollout.collect import Collector, Rollout
 from jdistill.rollout.sampled import SampledBatch
-from jdistill.rollout.sampler import Sampler
+from jdistill.rollout.sampler import Sampler, Weights
 from jdistill.student import hosts, sharding
 from jdistill.student.checkpoint import Checkpoints
 from jdistill.student.metrics import MetricsWriter
@@ -104,8 +105,8 @@ def make_run(
     stack.enter_context(jax.set_mesh(mesh))
     decoder = _load_student(config, mesh)
     graphdef, params, base = nnx.split(decoder, models.trained_kind(decoder.config), ...)
-    policy = SamplingPolicy(base, None if host_mesh is None else HostCopy(decoder, own_mesh, host_mesh))
     sampler = _make_sampler(config, recipe, task, graphdef, own_mesh)
+    policy = SamplingPolicy(sampler, base, None if host_mesh is None else HostCopy(decoder, own_mesh, host_mesh))
     collector = Collector(
         config,
         task,
@@ -139,28 +140,30 @@ def make_run(
 
 
 class SamplingPolicy:
-    """The parameters that sampling reads, made once per update.
+    """The weights that sampling reads, prepared once per update.
 
     Args:
+        sampler: prepares them.
         base: frozen weights beside the trained ones.
         host_copy: brings them onto this host's devices; None: they are there.
     """
 
-    def __init__(self, base: nnx.State, host_copy: HostCopy | None):
+    def __init__(self, sampler: Sampler, base: nnx.State, host_copy: HostCopy | None):
+        self._sampler = sampler
         self._base = base
         self._host_copy = host_copy
-        self._params: nnx.State | None = None
+        self._weights: Weights | None = None
 
-    def params(self, state: TrainState) -> nnx.State:
-        """All parameters of the model, on this host's devices; `state` must be the same until `forget` is called."""
-        if self._params is None:
+    def weights(self, state: TrainState) -> Weights:
+        """All weights of the model, on this host's devices; `state` must be the same until `forget` is called."""
+        if self._weights is None:
             params = nnx.merge_state(state.params, self._base)
-            self._params = params if self._host_copy is None else self._host_copy(params)
-        return self._params
+            self._weights = self._sampler.prepare(params if self._host_copy is None else self._host_copy(params))
+        return self._weights
 
     def forget(self) -> None:
         """Frees the copy; called before an update changes the parameters."""
-        self._params = None
+        self._weights = None
 
 
 class HostCopy:
@@ -170,14 +173,10 @@ class HostCopy:
     """
 
     def __init__(self, decoder: models.Decoder, own: Mesh, host_mesh: Mesh):
-        def cast(path: Any, x: jax.Array) -> jax.Array:
-            # Norms are multiplied in float32, whatever the rest is computed in.
-            return x if "norm" in jax.tree_util.keystr(path) else x.astype(decoder.compute_dtype)
-
-        self._shardings = sharding.param_shardings(decoder, own)
+        self._shardings = models.param_shardings(decoder, own)
         self._gather = jax.jit(
-            lambda params: jax.tree_util.tree_map_with_path(cast, params),
-            out_shardings=sharding.param_shardings(decoder, host_mesh),
+            lambda params: cast_params(params, decoder.compute_dtype),
+            out_shardings=models.param_shardings(decoder, host_mesh),
         )
 
     def __call__(self, params: nnx.State) -> nnx.State:

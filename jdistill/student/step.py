@@ -25,13 +25,13 @@ from jaxtyping import Array, Bool, Float, Int
 from jdistill import buckets, models
 from jdistill.config import TrainConfig
 from jdistill.losses import advantages, masked, value
+from jdistill.models.mesh import batch_sharding
 from jdistill.models.packing import Packing, pack_rows
 from jdistill.student import hosts, objective
 from jdistill.student.batch import TrainBatch
 from jdistill.student.logprobs import TargetLogprobs, loss_of_targets, target_logprobs
 from jdistill.student.optimizer import make_schedule
 from jdistill.student.recipe import Recipe, make_recipe
-from jdistill.student.sharding import batch_sharding, param_shardings
 
 
 class ValueHead(NamedTuple):
@@ -377,7 +377,9 @@ class TrainStep:
         param_grads, head_grads = grads
         if self._mesh is not None:
             decoder = self._decoder(state.params, base)
-            shardings = nnx.filter_state(param_shardings(decoder, self._mesh), models.trained_kind(decoder.config))
+            shardings = nnx.filter_state(
+                models.param_shardings(decoder, self._mesh), models.trained_kind(decoder.config)
+            )
             param_grads = jax.lax.with_sharding_constraint(param_grads, shardings)
         return self._updated(state, _trained(param_grads, head_grads), metrics)
 

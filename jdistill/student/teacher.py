@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from jdistill import checkpoint_files, models, tasks
 from jdistill.client import Teacher, TeacherClient
 from jdistill.config import ConfigError, TeacherSection, TrainConfig
-from jdistill.rollout.sampler import Completion
+from jdistill.rollout.completion import Completion
 from jdistill.student import hosts
 from jdistill.student.batch import SegmentScores
 from jdistill.student.cross_tokenizer import CrossTokenizer, Retokenized, scatter

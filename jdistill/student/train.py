@@ -123,7 +123,7 @@ def _evaluate(run: Run, position: Position, values: dict[str, float]) -> dict[st
     began, config = time.monotonic(), run.config
     values |= held_out_accuracy(
         run.sampler,
-        run.policy.params(position.state),
+        run.policy.weights(position.state),
         run.task,
         run.task.eval_problems(config.eval.num_prompts),
         temperature=config.rollout.temperature,

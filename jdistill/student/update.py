@@ -59,11 +59,11 @@ def on_policy_update(run: Run, position: Position) -> Update:
     began, config = time.monotonic(), run.config
     rollout = position.pending
     if rollout is None:
-        rollout = run.collector.collect(run.policy.params(position.state), position.step, position.num_problems)
+        rollout = run.collector.collect(run.policy.weights(position.state), position.step, position.num_problems)
     next_problem, ahead = rollout.batch.next_problem, None
     if config.rollout.ahead and position.step + 1 < config.num_steps:
         # Meanwhile the teacher scores the rest of this step's completions.
-        ahead = run.collector.collect(run.policy.params(position.state), position.step + 1, next_problem)
+        ahead = run.collector.collect(run.policy.weights(position.state), position.step + 1, next_problem)
     run.policy.forget()  # nothing more is sampled before the update: frees the memory for it
     sampled = time.monotonic()
     rows = _rows(run, rollout.batch)

@@ -264,6 +264,7 @@ import jax, numpy as np
 from flax import nnx
 from jdistill import models
 from jdistill.config import MeshSection
+from jdistill.models.mesh import batch_sharding
 from jdistill.student import sharding
 
 source, out = sys.argv[1:]
@@ -286,7 +287,7 @@ def loss_and_gradient(decoder, tokens_BS, positions_BS):
         return -jax.numpy.take_along_axis(jax.nn.log_softmax(logits_BSV), tokens_BS[..., None], -1).mean()
     return nnx.value_and_grad(loss)(decoder)
 
-sharded = jax.device_put((tokens_BS, positions_BS), sharding.batch_sharding(mesh))
+sharded = jax.device_put((tokens_BS, positions_BS), batch_sharding(mesh))
 assert len(sharded[0].sharding.device_set) == 8
 with jax.set_mesh(mesh):
     ours = loss_and_gradient(decoder, *sharded)

@@ -94,6 +94,7 @@ from flax import nnx
 from jdistill import models
 from jdistill.models import moe
 from jdistill.config import MeshSection
+from jdistill.models.mesh import batch_sharding
 from jdistill.student import sharding
 from tests.close import assert_close
 
@@ -126,7 +127,7 @@ def arguments(decoder, x_BSD):
 
 x_BSD = rng.standard_normal((4, 6, 8), np.float32)
 expected = jax.jit(gradients)(*arguments(one, x_BSD))
-sharded = arguments(four, jax.device_put(x_BSD, sharding.batch_sharding(mesh)))
+sharded = arguments(four, jax.device_put(x_BSD, batch_sharding(mesh)))
 with jax.set_mesh(mesh):
     compiled = jax.jit(gradients).lower(*sharded).compile()
     ours = compiled(*sharded)

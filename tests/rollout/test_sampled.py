@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from jdistill.rollout.completion import Completion
 from jdistill.rollout.sampled import SampledBatch
-from jdistill.rollout.sampler import Completion
 from jdistill.tasks.base import Problem
 
 

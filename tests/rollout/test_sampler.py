@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from jdistill import models
-from jdistill.rollout.sampler import Sampler, _Kept, draw_tokens
+from jdistill.rollout.draw import Truncation, draw_tokens
+from jdistill.rollout.sampler import Sampler
 
 VOCAB = 23
 CONFIG = models.DecoderConfig(
@@ -54,7 +55,7 @@ def make_prompts(*lengths, seed=0):
 def run(sampler, params, prompts, **options):
     """Completions in the order of their prompts."""
     options = {"seeds": np.arange(len(prompts)), "temperature": 1.0} | options
-    completions = list(sampler.sample(params, prompts, **options))
+    completions = list(sampler.sample(sampler.prepare(params), prompts, **options))
     assert sorted(c.index for c in completions) == list(range(len(prompts)))
     return sorted(completions, key=lambda c: c.index)
 
@@ -190,7 +191,7 @@ def test_two_sampled_tokens_follow_their_joint_probabilities(decoder, params):
     num, prompt = 20_000, np.array([5, 1, 11], np.int32)
     sampler = Sampler(decoder, max_prompt_tokens=3, max_new_tokens=2, stop_token_ids=())
     counts = np.zeros((VOCAB, VOCAB))
-    for c in sampler.sample(params, [prompt] * num, seeds=np.arange(num), temperature=1.3):
+    for c in sampler.sample(sampler.prepare(params), [prompt] * num, seeds=np.arange(num), temperature=1.3):
         counts[tuple(c.completion_ids)] += 1
     tokens = np.concatenate([np.tile(prompt, (VOCAB, 1)), np.arange(VOCAB)[:, None]], axis=1)
     p_VSV = np.asarray(jax.nn.softmax(full_logits(decoder, tokens) / 1.3), np.float64)
@@ -223,9 +224,8 @@ def test_a_second_call_in_the_same_buckets_compiles_nothing(decoder, params):
 
 def test_completions_leave_before_the_batch_has_ended(decoder, params):
     sampler = Sampler(decoder, max_prompt_tokens=8, max_new_tokens=60, stop_token_ids=(3, 7), chunk_tokens=2)
-    lengths = [
-        len(c.completion_ids) for c in sampler.sample(params, make_prompts(*[5] * 12), seeds=range(12), temperature=1.0)
-    ]
+    sampled = sampler.sample(sampler.prepare(params), make_prompts(*[5] * 12), seeds=range(12), temperature=1.0)
+    lengths = [len(c.completion_ids) for c in sampled]
     assert max(lengths) - min(lengths) > 4
     # In order of their ends, up to the size of a chunk.
     assert all(later >= earlier - 2 for earlier, later in itertools.pairwise(lengths))
@@ -267,10 +267,8 @@ def test_rows_are_refilled_and_moved_together_without_changing_a_completion(deco
 def test_a_refilled_row_starts_before_the_batch_has_ended(decoder, params):
     sampler = Sampler(decoder, **LIMITS | {"stop_token_ids": ()}, max_rows=2)
     most = [40, 4, 4, 4]
-    order = [
-        c.index
-        for c in sampler.sample(params, make_prompts(3, 3, 3, 3), seeds=range(4), temperature=1.0, max_new_tokens=most)
-    ]
+    options = {"seeds": range(4), "temperature": 1.0, "max_new_tokens": most}
+    order = [c.index for c in sampler.sample(sampler.prepare(params), make_prompts(3, 3, 3, 3), **options)]
     assert order == [1, 2, 3, 0]
 
 
@@ -290,7 +288,7 @@ def test_truncation_keeps_the_tokens_that_it_says(options, kept):
     probabilities = np.array([0.5, 0.3, 0.1, 0.1 * (1 - 1e-3), 1e-4])
     order = np.array([3, 0, 4, 1, 2])  # not sorted
     logits = jnp.log(jnp.asarray(probabilities / probabilities.sum()))[np.argsort(order)][None]
-    allowed = _Kept(*(options.get(name) for name in ("top_k", "top_p", "min_p")))(logits)
+    allowed = Truncation(**options)(logits)
     found = np.flatnonzero(np.isfinite(allowed[0]))
     assert set(found) >= {order[i] for i in kept} and (options == {"top_p": 1.0} or len(found) == len(kept))
     draws = 2000
@@ -357,16 +355,17 @@ def test_bf16_samples_near_the_float32_distribution(decoder, params):
 )
 def test_a_wrong_request_is_refused_before_anything_is_computed(sampler, params, change, message):
     arguments = {"prompts": make_prompts(3, 4), "seeds": [1, 2], "temperature": 1.0} | change
+    weights = sampler.prepare(params)
     with pytest.raises(ValueError, match=message):
-        sampler.sample(params, arguments.pop("prompts"), **arguments)
+        sampler.sample(weights, arguments.pop("prompts"), **arguments)
 
 
 def test_wrong_sizes_are_refused(decoder):
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
         Sampler(decoder, max_prompt_tokens=4, max_new_tokens=0, stop_token_ids=())
     with pytest.raises(ValueError, match="num_candidates must be at most the vocabulary's 23, got 24"):
-        Sampler(decoder, max_prompt_tokens=4, max_new_tokens=1, stop_token_ids=(), num_candidates=24).sample(
-            nnx.split(decoder)[1], [[1]], seeds=[0], temperature=1.0
+        Sampler(decoder, max_prompt_tokens=4, max_new_tokens=1, stop_token_ids=(), num_candidates=24).prepare(
+            nnx.split(decoder)[1]
         )
     for options, message in (
         ({"top_p": 0.0}, "top_p must be above 0"),
@@ -376,20 +375,37 @@ def test_wrong_sizes_are_refused(decoder):
     ):
         with pytest.raises(ValueError, match=message):
             Sampler(decoder, **LIMITS, **options)
+    sampler = Sampler(decoder, **LIMITS)
+    weights = sampler.prepare(nnx.split(decoder)[1])
     with pytest.raises(ValueError, match="from 1 to the sampler's 40"):
-        Sampler(decoder, **LIMITS).sample(
-            nnx.split(decoder)[1], make_prompts(2), seeds=[0], temperature=1.0, max_new_tokens=[41]
-        )
+        sampler.sample(weights, make_prompts(2), seeds=[0], temperature=1.0, max_new_tokens=[41])
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_prepared_weights_are_cast_once_and_norms_stay_float32(params, compute_dtype):
+    decoder = models.Decoder(CONFIG, rngs=nnx.Rngs(0), compute_dtype=compute_dtype)
+    sampler = Sampler(decoder, **LIMITS)
+    weights = sampler.prepare(params)
+    for layer in weights.decode.layers:
+        for name, x in layer.items():
+            assert x.dtype == ("float32" if "norm" in name else compute_dtype), name
+    casts = []
+    sampler._programs.cast = lambda *_: casts.append(1)
+    first, again = (
+        [(c.index, *c.token_ids) for c in sampler.sample(weights, make_prompts(3, 5), seeds=[1, 2], temperature=1.0)]
+        for _ in range(2)
+    )
+    assert first == again and not casts
 
 
 def test_no_prompts_give_no_completions(sampler, params):
-    assert list(sampler.sample(params, [], seeds=[], temperature=1.0)) == []
+    assert list(sampler.sample(sampler.prepare(params), [], seeds=[], temperature=1.0)) == []
 
 
 def test_parameters_that_are_not_finite_are_an_error_and_not_a_sample(sampler, params):
     broken = jax.tree.map(lambda x: x * jnp.nan, params)
     with pytest.raises(FloatingPointError, match="request 0, sampled token 0: the model's log-prob is nan"):
-        list(sampler.sample(broken, make_prompts(3), seeds=[0], temperature=1.0))
+        list(sampler.sample(sampler.prepare(broken), make_prompts(3), seeds=[0], temperature=1.0))
 
 
 EIGHT_DEVICES = """
@@ -398,7 +414,8 @@ from flax import nnx
 from jdistill import models
 from jdistill.config import MeshSection
 from jdistill.rollout.sampler import Sampler
-from jdistill.student.sharding import make_mesh, param_shardings
+from jdistill.models import param_shardings
+from jdistill.student.sharding import make_mesh
 
 config = models.DecoderConfig(
     family="qwen3", vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -415,7 +432,7 @@ def run(params, mesh):
         graphdef, max_prompt_tokens=9, max_new_tokens=11, stop_token_ids=(3,), num_candidates=2, chunk_tokens=4,
         mesh=mesh,
     )
-    completions = list(sampler.sample(params, prompts, seeds=np.arange(5), temperature=1.0))
+    completions = list(sampler.sample(sampler.prepare(params), prompts, seeds=np.arange(5), temperature=1.0))
     return sorted(completions, key=lambda c: c.index)
 
 one = run(params, None)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jdistill.rollout.sampler import Completion
+from jdistill.rollout.completion import Completion
 from jdistill.student.batch import make_batch, make_supervised_batch
 from jdistill.wire.types import TokenScores
 

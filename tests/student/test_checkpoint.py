@@ -181,7 +181,8 @@ sys.path.insert(0, sys.argv[2])
 import test_checkpoint as t
 from flax import nnx
 from jdistill.config import MeshSection
-from jdistill.student.sharding import make_mesh, param_shardings
+from jdistill.models import param_shardings
+from jdistill.student.sharding import make_mesh
 def sharded(seed, section):
     decoder = t.make_decoder(seed)
     mesh = make_mesh(section)

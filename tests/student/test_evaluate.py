@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 
-from jdistill.rollout.sampler import Completion
+from jdistill.rollout.completion import Completion
 from jdistill.student.evaluate import EvalResult, evaluate
 from jdistill.tasks import create_task
 from jdistill.tasks.addition import write_tokenizer

@@ -85,7 +85,7 @@ def test_sampler_engine_and_step_agree_on_a_softcapped_model():
     nnx.update(decoder, jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), shapes))
     graphdef, params = nnx.split(decoder, nnx.Param)
     sampler = Sampler(graphdef, max_prompt_tokens=5, max_new_tokens=12, stop_token_ids=())
-    (sampled,) = sampler.sample(params, [np.arange(5)], seeds=[3], temperature=0.7)
+    (sampled,) = sampler.sample(sampler.prepare(params), [np.arange(5)], seeds=[3], temperature=0.7)
     tokens_BS = sampled.token_ids[None]
     targets_T = sampled.token_ids[5:]
 

@@ -11,8 +11,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jdistill.config import MeshSection
-from jdistill.models import Decoder, DecoderConfig
+from jdistill.models import Decoder, DecoderConfig, param_shardings
 from jdistill.models.decoder import param_specs
+from jdistill.models.mesh import AXES
 from jdistill.models.partitioning import MESH_AXES
 from jdistill.student import sharding
 
@@ -63,7 +64,7 @@ def test_every_logical_axis_is_in_the_table_and_the_table_names_mesh_axes_only()
     specs = param_specs(CONFIG) | {f"experts.{name}": spec for name, spec in param_specs(experts).items()}
     used = {axis for spec in specs.values() for axis in spec.axes if axis is not None}
     assert used == set(MESH_AXES)
-    assert {axis for axis in MESH_AXES.values() if axis is not None} <= set(sharding.AXES)
+    assert {axis for axis in MESH_AXES.values() if axis is not None} <= set(AXES)
     for name, spec in specs.items():
         mesh_axes = [MESH_AXES[axis] for axis in spec.axes if axis is not None and MESH_AXES[axis] is not None]
         assert len(set(mesh_axes)) == len(mesh_axes), f"{name} would be sharded twice over one axis"
@@ -74,7 +75,8 @@ import jax, pytest
 from jax.sharding import PartitionSpec as P
 from flax import nnx
 from jdistill.config import MeshSection
-from jdistill.models import Decoder, DecoderConfig
+from jdistill.models import Decoder, DecoderConfig, param_shardings
+from jdistill.models.mesh import batch_sharding, replicated
 from jdistill.student import sharding
 
 for section, expected in [
@@ -87,16 +89,16 @@ for section, expected in [
 mesh = sharding.make_mesh(MeshSection(data=2, fsdp=2, tensor=2))
 config = DecoderConfig("llama", 64, 16, 24, 2, 4, 1, 4, 32, qkv_bias=True)
 decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-shardings = sharding.param_shardings(decoder, mesh)
+shardings = param_shardings(decoder, mesh)
 spec = lambda parameter: parameter.get_value().spec
 assert spec(shardings["layers"]["query"]) == P(None, "fsdp", "tensor", None)
 assert spec(shardings["layers"]["key"]) == P(None, "fsdp", None, None), "one key-value head cannot be split"
 assert spec(shardings["layers"]["down"]) == P(None, "tensor", "fsdp")
 assert spec(shardings["embed"]) == P("tensor", "fsdp")
 assert spec(shardings["final_norm"]) == P(None)
-rows = jax.device_put(jax.numpy.zeros((8, 3)), sharding.batch_sharding(mesh))
+rows = jax.device_put(jax.numpy.zeros((8, 3)), batch_sharding(mesh))
 assert rows.sharding.shard_shape(rows.shape) == (2, 3)
-one = jax.device_put(jax.numpy.zeros(3), sharding.replicated(mesh))
+one = jax.device_put(jax.numpy.zeros(3), replicated(mesh))
 assert one.sharding.is_fully_replicated
 
 from jdistill import models
@@ -120,5 +122,5 @@ def test_eight_devices_are_split_as_the_table_says_and_start_like_one():
 def test_a_mesh_without_an_axis_leaves_its_dims_whole():
     mesh = jax.make_mesh((1,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
     decoder = nnx.eval_shape(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0)))
-    shardings = sharding.param_shardings(decoder, mesh)
+    shardings = param_shardings(decoder, mesh)
     assert shardings["layers"]["gate"].get_value().spec == PartitionSpec(None, None, "tensor")
