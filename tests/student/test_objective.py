@@ -275,22 +275,6 @@ def test_a_value_head_is_saved_and_restored(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"distillation": "k1", "distill_placement": "loss"}, "teacher drops out"),
-        ({"distillation": "k2", "distill_placement": "advantage"}, "objective.distillation"),
-        ({"distillation": "k3", "distill_placement": "advantage"}, "objective.distillation"),
-        ({"distillation": "no_such"}, "no_such"),
-        ({"reference": {"path": "x", "estimator": "k1"}}, "objective.reference.estimator"),
-        ({"reference": {"path": "x", "estimator": "topk_reverse_kl"}}, "objective.reference.estimator"),
-    ],
-)
-def test_an_estimator_that_does_not_do_what_it_is_named_for_is_refused(keys, message):
-    with pytest.raises(ConfigError, match=message):
-        recipe.check(train_config(objective=keys))
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
         ({"behavior": {}}, "set proximal: recomputed"),
         ({"value_clip": 0.2}, "advantage: gae"),
         ({"policy": "gspo", "dual_clip": 3.0}, "dual_clip belongs to policy: ppo_clip"),
