@@ -162,6 +162,11 @@ class RolloutSection(Section):
         return self
 
     @property
+    def max_length(self) -> int:
+        """Longest prompt and completion together, in tokens."""
+        return self.max_prompt_tokens + self.max_new_tokens
+
+    @property
     def is_truncated(self) -> bool:
         """Whether tokens are sampled from a part of the distribution."""
         return (self.top_k, self.top_p, self.min_p) != (None, None, None)

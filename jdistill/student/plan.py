@@ -205,7 +205,7 @@ def _sampling(config: TrainConfig, shapes: Shapes, layout: _Layout) -> list[Item
     whole = sum(math.prod(x.shape) for x in jax.tree.leaves((shapes.state.params, shapes.step.frozen.base)))
     num_bytes = whole * dtype.itemsize // (layout.axes["fsdp"] * layout.axes["tensor"])
     rows = -(-min(rollout.max_rows or shapes.recipe.num_rows, shapes.recipe.num_rows) // layout.num_shards)
-    num_slots = rollout.max_prompt_tokens + rollout.max_new_tokens
+    num_slots = rollout.max_length
     cache = jax.eval_shape(lambda: models.init_cache(shapes.model, rows, num_slots, rollout.cache_dtype or dtype))
     return [
         Item(f"weights as the sampler reads them ({dtype})", num_bytes),
@@ -260,7 +260,7 @@ def _decoder(config: TrainConfig, model: models.DecoderConfig, *, adapters: bool
 
 def _batch(config: TrainConfig, recipe: Recipe) -> TrainBatch:
     """A batch of zeros with rows of the greatest length, as `make_batch` would give it."""
-    max_length = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    max_length = config.rollout.max_length
     num_tokens = buckets.row_length(max_length, max_length)
     floats = np.zeros((recipe.num_rows, num_tokens - 1), np.float32)
     batch = TrainBatch(np.zeros((recipe.num_rows, num_tokens), np.int32), np.ones(floats.shape, bool))

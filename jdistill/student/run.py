@@ -205,16 +205,12 @@ def _make_task(config: TrainConfig) -> Task:
 
 
 def _check_lengths(config: TrainConfig, model_config: models.DecoderConfig) -> None:
-    longest, limit = _max_length(config), model_config.max_position_embeddings
+    longest, limit = config.rollout.max_length, model_config.max_position_embeddings
     if longest > limit:
         raise ConfigError(
             f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest}, but {config.model.path} has "
             f"max_position_embeddings = {limit}: lower the first two"
         )
-
-
-def _max_length(config: TrainConfig) -> int:
-    return config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
 
 
 def _model_options(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:

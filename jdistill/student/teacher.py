@@ -214,7 +214,7 @@ def check_teacher(config: TrainConfig, model_config: models.DecoderConfig, info:
         ConfigError: vocabulary, length or temperature does not fit; the message names both sides and the remedy.
     """
     teacher, section = info.model, config.teacher
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    longest = config.rollout.max_length
     other_tokenizer = section is not None and section.tokenizer is not None
     if model_config.vocab_size > teacher.vocab_size and not other_tokenizer:
         raise ConfigError(

@@ -48,7 +48,7 @@ def supervised_update(run: Run, position: Position) -> Update:
     batch = make_supervised_batch(
         [problem.prompt_ids for problem in problems],
         solutions,
-        max_length=_max_length(run.config),
+        max_length=run.config.rollout.max_length,
         min_length=hosts.maximum(max(lengths)),
     )
     return Update(batch, int(hosts.total(batch.loss_mask.sum())), {}, {"data_s": time.monotonic() - began})
@@ -169,12 +169,8 @@ def _batch(run: Run, rollout: Rollout, rows: _Rows, indices: np.ndarray) -> Trai
         completions,
         rows.advantages[indices],
         None if rollout.scoring is None else rollout.scoring.scores(indices),
-        max_length=_max_length(run.config),
+        max_length=run.config.rollout.max_length,
         rewards=rows.rewards[indices] if run.recipe.has_critic else None,
         distill_weights=None if rows.distill_weights is None else rows.distill_weights[indices],
         min_length=hosts.maximum(max(len(completion.token_ids) for completion in completions)),
     )
-
-
-def _max_length(config: TrainConfig) -> int:
-    return config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
