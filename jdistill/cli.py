@@ -43,15 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         try:
             module = importlib.import_module(f"jdistill.commands.{name}")
+            subparser = subparsers.add_parser(
+                name,
+                help=summary,
+                description=module.DESCRIPTION,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
+            module.add_arguments(subparser)
         except ModuleNotFoundError as e:
             return _missing(name, e)
-        subparser = subparsers.add_parser(
-            name,
-            help=summary,
-            description=module.DESCRIPTION,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(subparser)
         subparser.set_defaults(run=module.run)
     args, rest = parser.parse_known_args(argv)
     # argparse takes overrides in one run of words only; people also write `train a.yaml k=v --resume k=v`.
