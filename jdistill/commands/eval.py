@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jdistill.commands.sample import add_model_arguments, add_sampling_arguments, check_sampling_arguments, load_sampler
 
 if TYPE_CHECKING:  # imported where they are needed: jax and the tasks are slow to import
-    from jdistill.rollout.sampler import Completion
+    from jdistill.rollout.completion import Completion
     from jdistill.student.evaluate import EvalResult
     from jdistill.tasks import Problem, Task
 

@@ -7,8 +7,8 @@ import pytest
 
 from jdistill.config import TrainConfig, parse
 from jdistill.rollout.collect import Collector
+from jdistill.rollout.completion import Completion
 from jdistill.rollout.sampled import SampledBatch
-from jdistill.rollout.sampler import Completion
 from jdistill.tasks.base import Problem
 
 G = 3  # completions per prompt
