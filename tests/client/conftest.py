@@ -1,20 +1,14 @@
 """Fixtures: scripted teachers and clients that end with the test; random choices are seeded and the seed is printed."""
 
-import random
-
 import pytest
 
 from jdistill.client import TeacherClient
-from tests.client.factories import FakeTeacher
-
-SEED = 0
+from tests.client.factories import FakeTeacher, seed_random
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    """The client's jitter comes from `random`; pytest shows the printed seed of a test that fails."""
-    random.seed(SEED)
-    print(f"random.seed({SEED})")
+    seed_random()
 
 
 @pytest.fixture

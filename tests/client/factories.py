@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import math
+import random
 import threading
 import time
 
@@ -15,7 +17,14 @@ from jdistill.wire import codec, errors, status
 from jdistill.wire.channel import SERVER_OPTIONS
 from jdistill.wire.types import ModelInfo, SequenceToScore, ServerInfo, ServerState, TokenScores
 
+SEED = 0
 VOCAB = 97
+
+
+def seed_random() -> None:
+    """Seeds `random`, the source of the client's jitter; pytest shows the printed seed of a test that fails."""
+    random.seed(SEED)
+    print(f"random.seed({SEED})")
 
 
 def expected_logprobs(token_ids, positions, model=0):
@@ -199,11 +208,11 @@ class FakeTeacher:
         return codec.encode_response(runs, info=self.info.models[number], temperature=temperature)
 
 
-def wait_for(condition, timeout_s=30.0):
-    """Waits for a state; the limit is far above what a busy machine needs."""
+def wait_for(condition, timeout_s=60.0):
+    """Waits until `condition()` holds; the limit is far above what a busy machine needs."""
     end = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
+        assert time.monotonic() < end, f"the condition did not hold within {timeout_s:g} s"
         time.sleep(0.01)
 
 
@@ -214,10 +223,48 @@ def hang(teacher, context, chunks):
     yield from ()
 
 
+def hang_after(num_chunks):
+    """Returns a fault that sends `num_chunks` chunks and then hangs."""
+
+    def fault(teacher, context, chunks):
+        for _ in range(num_chunks):
+            yield next(chunks)
+        yield from hang(teacher, context, chunks)
+
+    return fault
+
+
 def replicas(client):
     """The replicas of a client with one teacher."""
     (dispatcher,) = client._dispatchers.values()
     return dispatcher.pool.replicas
+
+
+def wait_until_ready(client):
+    """Waits until every replica has answered: a busy machine may leave some out of the preflight."""
+    client.info()
+    wait_for(lambda: all(replica.ready for replica in replicas(client)))
+
+
+def score_first_at(client, first, asked, *, once=lambda call: True):
+    """Scores `asked`, which fit one call, at the teacher `first`; the others may help once `once(call)` is true."""
+    wait_until_ready(client)
+    (dispatcher,) = client._dispatchers.values()
+    others = [replica for replica in replicas(client) if replica.endpoint != first.endpoint]
+    for replica in others:
+        replica.paused_until = math.inf
+
+    def started():
+        calls = list(dispatcher._calls)
+        return first.served.is_set() and len(calls) == 1 and once(calls[0])
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        future = pool.submit(client.score, asked)
+        wait_for(started)
+        for replica in others:
+            replica.paused_until = 0.0
+        dispatcher._loop.call_soon_threadsafe(dispatcher._pump)
+        return future.result(timeout=60)
 
 
 def sequences(num, *, seed=0, max_tokens=40, candidates=0):

@@ -10,7 +10,7 @@ import pytest
 
 from jdistill.client import SequenceToScore, TeacherClient
 from jdistill.wire import errors, status
-from tests.client.factories import check, hang, sequences, wait_for
+from tests.client.factories import check, hang, hang_after, sequences, wait_for, wait_until_ready
 
 
 def unavailable(teacher, context, chunks):
@@ -64,11 +64,11 @@ def test_an_overloaded_server_is_left_alone_for_as_long_as_it_asks(start_teacher
         yield
 
     teacher.faults.append(overloaded)
-    client = connect(teacher)
+    client = connect(teacher, deadline_s=120)
     client.info()
     start = time.monotonic()
     check(teacher, asked := sequences(3), client.score(asked))
-    assert 0.7 <= time.monotonic() - start < 15  # its deadline is 20 s
+    assert 0.7 <= time.monotonic() - start < 60
 
 
 def test_a_server_that_is_stopped_in_mid_batch_and_started_again_loses_nothing(start_teacher, connect):
@@ -84,29 +84,33 @@ def test_a_server_that_is_stopped_in_mid_batch_and_started_again_loses_nothing(s
         wait_for(lambda: messages)
         assert not future.done()
         teacher.start()
-        check(teacher, asked, future.result(timeout=20))
+        check(teacher, asked, future.result(timeout=60))
     assert "waiting for a teacher" in messages[0] and teacher.endpoint in messages[0]
     assert messages[-1] is None
 
 
 def test_the_other_replicas_take_over_from_one_that_is_stopped(start_teacher, connect):
     teachers = [start_teacher() for _ in range(3)]
-    for teacher in teachers:
-        teacher.delay_s = 0.02
-    client = connect(*teachers, batch_tokens=100)
+    teachers[1].always = hang_after(1)  # so that the batch is under way when it stops
+    client = connect(*teachers, batch_tokens=100, hedge_after_s=None)
+    wait_until_ready(client)
     asked = sequences(60)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         future = pool.submit(client.score, asked)
-        assert teachers[1].served.wait(10)
+        assert teachers[1].served.wait(60)
+        assert not future.done()
         teachers[1].stop()
-        check(teachers[0], asked, future.result(timeout=20))
+        check(teachers[0], asked, future.result(timeout=60))
     # It comes back on the same port, and is given work again.
     num_before = len(teachers[1].requests)
+    teachers[1].always = None
     teachers[1].start()
-    end = time.monotonic() + 15
-    while len(teachers[1].requests) == num_before and time.monotonic() < end:
+
+    def used_again():
         check(teachers[0], asked[:10], client.score(asked[:10]))
-    assert len(teachers[1].requests) > num_before
+        return len(teachers[1].requests) > num_before
+
+    wait_for(used_again)
 
 
 def test_a_replica_that_is_down_at_first_joins_later(start_teacher, connect):
@@ -116,31 +120,34 @@ def test_a_replica_that_is_down_at_first_joins_later(start_teacher, connect):
     assert client.info().model.fingerprint == "ffffffff"
     check(up, asked := sequences(10), client.score(asked))
     late.start()
-    end = time.monotonic() + 15
-    while not late.requests and time.monotonic() < end:
+
+    def joined():
         check(up, asked, client.score(asked))
-    assert late.requests
+        return late.requests
+
+    wait_for(joined)
 
 
 def test_a_client_may_be_started_before_its_teacher(start_teacher, connect):
     teacher = start_teacher()
     teacher.stop()
-    client = connect(teacher)
+    messages = []
+    client = connect(teacher, on_wait=messages.append)
     asked = sequences(8)
     futures = [client.submit(s) for s in asked]
-    time.sleep(0.5)
+    wait_for(lambda: messages)
     teacher.start()
-    check(teacher, asked, [f.result(timeout=15) for f in futures])
+    check(teacher, asked, [f.result(timeout=60) for f in futures])
     assert [s.token_ids.tolist() for call in teacher.requests for s in call] == [s.token_ids.tolist() for s in asked]
 
 
 def test_no_teacher_until_the_deadline_is_an_error_that_lists_every_endpoint(caplog):
-    with TeacherClient(["127.0.0.1:1", "127.0.0.1:2"], deadline_s=0.6) as client, caplog.at_level(logging.WARNING):
+    with TeacherClient(["127.0.0.1:1", "127.0.0.1:2"], deadline_s=1.5) as client, caplog.at_level(logging.WARNING):
         for call in (client.info, lambda: client.score(sequences(1))):
             start = time.monotonic()
-            with pytest.raises(errors.DeadlineError, match=r"within 0\.6 s.*127.0.0.1:1: UNAV.*127.0.0.1:2: UNAV"):
+            with pytest.raises(errors.DeadlineError, match=r"within 1\.5 s.*127.0.0.1:1: UNAV.*127.0.0.1:2: UNAV"):
                 call()
-            assert 0.5 < time.monotonic() - start < 20
+            assert 1.4 < time.monotonic() - start < 60
     assert "waiting for a teacher" in caplog.text
 
 
@@ -161,7 +168,7 @@ def test_a_teacher_that_hangs_ends_at_the_deadline(start_teacher, connect):
     start = time.monotonic()
     with pytest.raises(errors.DeadlineError, match=r"1 attempt: .*DEADLINE_EXCEEDED"):
         client.score(sequences(1))
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
 
 
 def test_an_unforeseen_error_is_tried_three_times_and_told(start_teacher, connect):
@@ -202,8 +209,8 @@ def test_wrong_credentials_do_not_wait_for_the_deadline(start_teacher, connect):
     teacher.always = fail
     start = time.monotonic()
     with pytest.raises(errors.TeacherError, match="UNAUTHENTICATED: who are you"):
-        connect(teacher).score(sequences(2))
-    assert time.monotonic() - start < 15  # the deadline is 20 s
+        connect(teacher, deadline_s=120).score(sequences(2))
+    assert time.monotonic() - start < 60  # half of the deadline
 
 
 def test_something_else_than_a_teacher_does_not_wait_for_the_deadline():
@@ -211,10 +218,10 @@ def test_something_else_than_a_teacher_does_not_wait_for_the_deadline():
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        with TeacherClient([f"127.0.0.1:{port}"], deadline_s=60) as client:
+        with TeacherClient([f"127.0.0.1:{port}"], deadline_s=120) as client:
             start = time.monotonic()
             with pytest.raises(errors.UnsupportedError, match="is this a jdistill teacher"):
                 client.info()
-            assert time.monotonic() - start < 10
+            assert time.monotonic() - start < 60  # half of the deadline
     finally:
         server.stop(None).wait()

@@ -2,7 +2,6 @@
 
 import gc
 import sys
-import time
 import tracemalloc
 import weakref
 
@@ -15,6 +14,7 @@ from jdistill.client import SequenceToScore
 from jdistill.client.jobs import JobQueue, make_job
 from jdistill.wire import codec
 from jdistill.wire.errors import VerificationError
+from tests.client.factories import wait_for
 
 ENDPOINTS = ("a", "b")
 
@@ -141,19 +141,15 @@ def test_scores_are_freed_when_nobody_holds_them_without_the_garbage_collector(
     asked = [SequenceToScore(np.arange(20) + i) for i in range(5)]
     got = client.score(asked)
     futures = [client.submit(sequence) for sequence in asked]
-    got += [future.result(timeout=10) for future in futures]
+    got += [future.result(timeout=60) for future in futures]
     arrays = [weakref.ref(scores.logprobs) for scores in got]
     del got, futures
-    end = time.monotonic() + 5
-    while any(array() is not None for array in arrays) and time.monotonic() < end:
-        time.sleep(0.01)  # the last of them may still be in the hands of the background thread
-    assert [array() for array in arrays] == [None] * 10
+    wait_for(lambda: not any(array() is not None for array in arrays))  # the background thread may still hold the last
 
 
-def held_soon():
-    """Traced bytes, a moment later: the background thread lets go of the last call after the result is there."""
-    time.sleep(0.2)
-    return tracemalloc.get_traced_memory()[0]
+def wait_until_held(num_bytes):
+    """Waits until at most `num_bytes` are traced: the background thread frees the last call after its result."""
+    wait_for(lambda: tracemalloc.get_traced_memory()[0] < num_bytes)
 
 
 def test_large_replies_are_decoded_into_the_final_arrays_without_a_second_copy(start_teacher, connect):
@@ -166,13 +162,12 @@ def test_large_replies_are_decoded_into_the_final_arrays_without_a_second_copy(s
     try:
         got = client.score(asked, top_k=64)
         peak = tracemalloc.get_traced_memory()[1]
-        held = held_soon()
+        final = sum(s.logprobs.nbytes + s.top_ids.nbytes + s.top_logprobs.nbytes for s in got)
+        assert 67e6 < final < 69e6
+        wait_until_held(final + 5e6)
     finally:
         tracemalloc.stop()
-    final = sum(s.logprobs.nbytes + s.top_ids.nbytes + s.top_logprobs.nbytes for s in got)
-    assert 67e6 < final < 69e6
     # On top: one sequence in the fake teacher, some of the 1 MB messages on their way, a message's checks.
-    assert held < final + 5e6
     assert peak < final + 45e6
     for sequence, scores in zip(asked, got, strict=True):
         teacher.assert_scores(scores, sequence, top_k=64)
@@ -188,12 +183,11 @@ def test_a_batch_is_not_held_twice_on_its_way_to_the_grid(start_teacher, connect
     try:
         got = client.score_batch(tokens_BS, mask_BT, top_k=64)
         peak = tracemalloc.get_traced_memory()[1]
-        held = held_soon()
+        final = got.logprobs.nbytes + got.top_ids.nbytes + got.top_logprobs.nbytes
+        assert 67e6 < final < 69e6
+        wait_until_held(final + 5e6)
     finally:
         tracemalloc.stop()
-    final = got.logprobs.nbytes + got.top_ids.nbytes + got.top_logprobs.nbytes
-    assert 67e6 < final < 69e6
-    assert held < final + 5e6
     assert peak < final + 50e6
     np.testing.assert_array_equal(got.logprobs, teacher.expected_logprobs(tokens_BS[:, 1:], np.arange(1, 16_384)[None]))
 

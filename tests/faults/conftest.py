@@ -1,18 +1,24 @@
-"""Fixtures of the fault tests: clients and proxies that end with the test."""
+"""Fixtures of the fault tests: clients and proxies that end with the test; `random` is seeded, the seed printed."""
 
 import functools
 
 import pytest
 
 from jdistill.client import TeacherClient
+from tests.client.factories import seed_random
 from tests.faults.harness import WATCHED
 from tests.faults.proxy import FaultProxy
 from tests.sidecar import processes
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    seed_random()
+
+
 @pytest.fixture
 def start_sidecar(start_sidecar):
-    """As everywhere (tests/conftest.py), with metrics and a log that tests read."""
+    """Like `start_sidecar` of tests/conftest.py, with metrics and a log that tests read."""
     return functools.partial(start_sidecar, *WATCHED)
 
 
@@ -23,7 +29,7 @@ def connect():
 
     def make(*teachers, **arguments):
         addresses = [getattr(t, "endpoint", None) or getattr(t, "address", t) for t in teachers]
-        clients.append(TeacherClient(addresses, **{"deadline_s": 30.0, **arguments}))
+        clients.append(TeacherClient(addresses, **{"deadline_s": 60.0, **arguments}))
         return clients[-1]
 
     yield make

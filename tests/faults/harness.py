@@ -69,7 +69,28 @@ def assert_scores(got, sequences, *, top_k=0, temperature=1.0) -> None:
                 np.testing.assert_array_equal(g, e, err_msg=f"{name} of sequence {b}")
 
 
-def wait_until(condition, timeout_s=15.0, *, what="it"):
+def change_bytes(rng, data):
+    """Returns `data` with bytes flipped, deleted, inserted, doubled or truncated; `rng` is a seeded numpy generator."""
+    changed = bytearray(data)
+    for _ in range(int(rng.integers(1, 4))):
+        place = int(rng.integers(len(changed) + 1))
+        end = place + int(rng.integers(1, 20))
+        how = rng.choice(5, p=[0.1, 0.1, 0.1, 0.1, 0.6])
+        if how == 0:
+            del changed[place:end]
+        elif how == 1:
+            changed[place:place] = rng.integers(0, 256, end - place, np.uint8).tobytes()
+        elif how == 2:
+            changed[place:place] = changed[place:end]
+        elif how == 3 and len(changed) > 1:
+            del changed[place:]
+        elif changed:
+            changed[place % len(changed)] ^= 1 << int(rng.integers(8))
+    return bytes(changed)
+
+
+def wait_until(condition, timeout_s=60.0, *, what="it"):
+    """Waits until `condition()` is true and returns its value; the limit is far above what a busy machine needs."""
     give_up = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < give_up, f"{what} did not happen within {timeout_s} s"

@@ -12,21 +12,23 @@ import pytest
 from tests.faults.harness import FULL, metrics, num_fds, rss_bytes
 
 pytestmark = pytest.mark.timeout(3600 if FULL else 120)
-TOKENS_PER_S = 20_000
+# A quarter of the speed in the short run: beside other work, the engine's time stays more than what Python needs.
+TOKENS_PER_S = 20_000 if FULL else 5_000
+BATCH_TOKENS = TOKENS_PER_S // 10
 OVERLOAD_S = 60.0 if FULL else 8.0
 NUM_CLIENTS = 5  # processes
 SEQUENCE_TOKENS = 100
 
-# Scores a share of the work, all of it ready at once, and says how it went.
+# Scores a share of the work, all of it submitted at once, and prints how long it took.
 CLIENT = """
 import json, sys, time
 import numpy as np
 import pytest
 from tests.faults.harness import assert_scores, batch
 from jdistill.client import TeacherClient
-address, seed, num = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+address, (seed, num, batch_tokens) = sys.argv[1], map(int, sys.argv[2:])
 asked = batch(num, seed=seed, min_tokens=100, max_tokens=100)
-with TeacherClient([address], deadline_s=600.0, batch_tokens=2000, max_in_flight=8) as client:
+with TeacherClient([address], deadline_s=600.0, batch_tokens=batch_tokens, max_in_flight=8) as client:
     client.info()
     print("ready", flush=True)
     sys.stdin.readline()
@@ -59,14 +61,14 @@ class Watch:
 
 def test_overload_at_ten_times_capacity_keeps_memory_bounded_loses_nothing_and_wastes_no_capacity(start_sidecar):
     # Work for OVERLOAD_S, all of it ready at once. Engine and queue have room for a tenth of what the clients have in
-    # flight (8 calls of 2,000 tokens each), the rest is turned away at first.
+    # flight (8 calls of BATCH_TOKENS each), the rest is turned away at first.
     num_sequences = int(TOKENS_PER_S * OVERLOAD_S / SEQUENCE_TOKENS / NUM_CLIENTS)
-    room = NUM_CLIENTS * 8 * 2000 // 10
+    room = NUM_CLIENTS * 8 * BATCH_TOKENS // 10
     sidecar = start_sidecar(
         *("--engine-arg", f"tokens_per_s={TOKENS_PER_S}"),
         *("--max-running-tokens", room // 2, "--max-queued-tokens", room // 2),
     )
-    arguments = [[sidecar.address, str(seed), str(num_sequences)] for seed in range(NUM_CLIENTS)]
+    arguments = [[sidecar.address, str(seed), str(num_sequences), str(BATCH_TOKENS)] for seed in range(NUM_CLIENTS)]
     clients = [
         subprocess.Popen(
             [sys.executable, "-c", CLIENT, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -88,7 +90,7 @@ def test_overload_at_ten_times_capacity_keeps_memory_bounded_loses_nothing_and_w
                 now = time.monotonic()
                 samples.append((now, state["jdistill_scored_tokens_total"], state["jdistill_queued_tokens"]))
                 time.sleep(0.1)
-                assert time.monotonic() - begin < 3 * OVERLOAD_S + 10, "it does not end"
+                assert time.monotonic() - begin < 6 * OVERLOAD_S + 10, "it does not end"
         took_s = max(json.loads(client.stdout.read())["took_s"] for client in clients)  # fails if numbers were wrong
         assert [client.returncode for client in clients] == [0] * NUM_CLIENTS
     finally:
@@ -113,7 +115,7 @@ def test_overload_at_ten_times_capacity_keeps_memory_bounded_loses_nothing_and_w
     assert grown_bytes < 40e6
     # Eight seconds on cores that others use too are a rough measure; the full length is held to what is promised.
     assert throughput > (0.9 if FULL else 0.7) * TOKENS_PER_S
-    assert took_s < 1.15 * total / TOKENS_PER_S + 5, "who was turned away came back late"
+    assert took_s < 1.15 * total / TOKENS_PER_S + 5, "clients that were turned away came back late"
     # Exactly the work that was asked for: nothing twice, nothing left.
     assert state["jdistill_scored_sequences_total"] == NUM_CLIENTS * num_sequences
     assert state["jdistill_open_calls"] == 0
@@ -167,7 +169,7 @@ def test_a_soak_leaves_memory_and_file_descriptors_as_they_were(start_sidecar):
         process.kill()
         process.wait()
         process.stdout.close()
-    assert len(samples) > 2 * soak_s, "it hardly did anything"
+    assert len(samples) > (2 * soak_s if FULL else 18), "it hardly did anything"
     # After a warm-up of a third; medians, so that a moment's peak counts on neither side.
     quarters = np.array_split(np.arange(len(samples)), 6)
     for name in samples[0]:

@@ -11,8 +11,7 @@ from google.rpc import error_details_pb2, status_pb2
 from jdistill.client import SequenceToScore
 from jdistill.wire import codec, errors, status
 from tests.client.factories import FakeTeacher
-from tests.faults.harness import FULL
-from tests.faults.test_requests import change_bytes
+from tests.faults.harness import FULL, change_bytes
 
 pytestmark = pytest.mark.timeout(3600 if FULL else 120)
 NUM_SEEDS = 1000 if FULL else 60
@@ -29,7 +28,7 @@ def teacher():
 
 
 def outcome(teacher, client, **options):
-    """ "right", or the name of the TeacherError; within the deadline and a little."""
+    """Returns "right" or the name of the TeacherError; fails if neither comes long after every deadline here."""
     begin = time.monotonic()
     try:
         got = client.score(ASKED, **options)
@@ -39,7 +38,7 @@ def outcome(teacher, client, **options):
         for sequence, scores in zip(ASKED, got, strict=True):
             teacher.assert_scores(scores, sequence, options.get("top_k", 0))
         found = "right"
-    assert time.monotonic() - begin < 5, "it hangs"
+    assert time.monotonic() - begin < 60, "it hangs"
     return found
 
 

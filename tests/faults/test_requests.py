@@ -10,7 +10,7 @@ import pytest
 from jdistill.wire import codec
 from jdistill.wire.v1 import teacher_pb2, teacher_pb2_grpc
 from tests.faults.bad_requests import BAD, MAX_LENGTH, VOCAB, assert_refused
-from tests.faults.harness import FULL, WATCHED, batch, expected, metrics
+from tests.faults.harness import FULL, WATCHED, batch, change_bytes, expected, metrics
 from tests.sidecar import processes
 
 pytestmark = pytest.mark.timeout(3600 if FULL else 120)
@@ -31,7 +31,7 @@ def check_still_good(channel, seed=0):
     """Right numbers for a request with everything in it."""
     sequences = batch(10, seed=seed, candidates=2)
     data = codec.encode_request(sequences, top_k=3, temperature=0.5)
-    scores = collect(channel, data, timeout=10)
+    scores = collect(channel, data, timeout=60)
     got = [scores[b] for b in range(len(sequences))]
     right = [expected(s, top_k=3, temperature=0.5, vocab_size=VOCAB) for s in sequences]
     for g, r in zip(got, right, strict=True):
@@ -66,10 +66,10 @@ def test_what_cannot_be_scored_is_refused_with_field_and_sequence_and_the_rest_g
         meanwhile = [pool.submit(check_still_good, channel, seed) for seed in range(40)]
         for name, (message, *_) in BAD.items():
             with pytest.raises(grpc.RpcError) as caught:
-                list(teacher_pb2_grpc.TeacherServiceStub(channel).ScoreSequences(message, timeout=10))
+                list(teacher_pb2_grpc.TeacherServiceStub(channel).ScoreSequences(message, timeout=60))
             assert_refused(caught.value, name)
         for future in meanwhile:
-            future.result(timeout=20)
+            future.result(timeout=60)
     assert server.process.poll() is None
     assert "Traceback" not in server.log
 
@@ -110,26 +110,6 @@ def change_a_field(rng, message):
             del value[place:]
 
 
-def change_bytes(rng, data):
-    """Bytes flipped, cut out, put in, doubled or cut off."""
-    changed = bytearray(data)
-    for _ in range(int(rng.integers(1, 4))):
-        place = int(rng.integers(len(changed) + 1))
-        end = place + int(rng.integers(1, 20))
-        how = rng.choice(5, p=[0.1, 0.1, 0.1, 0.1, 0.6])
-        if how == 0:
-            del changed[place:end]
-        elif how == 1:
-            changed[place:place] = rng.integers(0, 256, end - place, np.uint8).tobytes()
-        elif how == 2:
-            changed[place:place] = changed[place:end]
-        elif how == 3 and len(changed) > 1:
-            del changed[place:]
-        elif changed:
-            changed[place % len(changed)] ^= 1 << int(rng.integers(8))
-    return bytes(changed)
-
-
 @pytest.mark.parametrize("what", ["fields", "bytes", "bytes under a checksum"])
 def test_fuzzed_requests_are_refused_or_answered_rightly_and_harm_nobody(server, what):
     rng = np.random.default_rng(["fields", "bytes", "bytes under a checksum"].index(what))
@@ -147,7 +127,7 @@ def test_fuzzed_requests_are_refused_or_answered_rightly_and_harm_nobody(server,
                     data = codec.encode_request(codec.decode_request(data)[0], top_k=message.top_k)
                 data = change_bytes(rng, data)
             try:
-                found = collect(channel, data, timeout=10)
+                found = collect(channel, data, timeout=60)
             except grpc.RpcError as e:
                 code = e.code().name
                 assert code in REFUSALS or (code == "UNAVAILABLE" and "changed on its way" in e.details()), (e, data)
@@ -178,7 +158,7 @@ def test_fuzzed_requests_are_refused_or_answered_rightly_and_harm_nobody(server,
 def test_a_peer_that_does_not_speak_http2_harms_nobody(server):
     rng = np.random.default_rng(0)
     for _ in range(50):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=5) as peer:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as peer:
             preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" if rng.random() < 0.5 else b""
             peer.sendall(preface + rng.integers(0, 256, int(rng.integers(1, 2000)), np.uint8).tobytes())
     with grpc.insecure_channel(server.address) as channel:
