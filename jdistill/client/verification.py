@@ -1,7 +1,7 @@
-"""Is a reply the answer to what was asked? Every chunk is checked before a number of it is used.
+"""Verify that a reply answers the request; every chunk is checked before any of its numbers is used.
 
-The checks are passes over whole columns and one loop over entries: some numpy calls for each of 64 short sequences
-would cost more than all else.
+The checks are passes over whole columns and one loop over entries: a few numpy calls for each of 64 short sequences
+would cost more than everything else.
 
 Dimension key: B sequences of a call, E entries of a chunk, N scored positions of a chunk, P of a sequence, K top-k.
 """
@@ -19,13 +19,13 @@ from jdistill.wire.types import ModelInfo, SequenceToScore, TokenScores
 
 
 class Reply:
-    """Collects the chunks of one call into one TokenScores a sequence.
+    """Collects the chunks of one call into one TokenScores per sequence.
 
     Args:
-        sequences: what was asked, [B].
-        crcs: `codec.token_crc` of each, [B].
-        indexes: how errors call each, [B].
-        endpoint: how errors call the server.
+        sequences: the call's sequences, [B].
+        crcs: `codec.token_crc` of each sequence, [B].
+        indexes: index of each sequence in error messages, [B].
+        endpoint: name of the server in error messages.
         info: the model that must have scored them.
     """
 
@@ -50,8 +50,8 @@ class Reply:
         self._candidate_count = 0 if first is None else first.shape[1]
         self._num_scored_B = [s.num_scored for s in sequences]
         self._received_B = [0] * len(sequences)
-        # One array for all sequences of the call. For 128 KiB a sequence the kernel would give out pages of 4 KiB, one
-        # by one: a batch of 64 x 512 with top-64 took 14 ms so, and takes 5 in large arrays (huge pages).
+        # One array for all sequences of the call: for 128 KiB per sequence the kernel would hand out single pages of
+        # 4 KiB. A batch of 64 x 512 with top-64 took 14 ms that way, and takes 5 with large arrays (huge pages).
         self._stops_B = list(itertools.accumulate(self._num_scored_B))
         total = self._num_missing = self._stops_B[-1]
         self._columns: dict[str, np.ndarray] = {"logprobs": np.empty(total, np.float32)}
@@ -61,15 +61,15 @@ class Reply:
         if self._candidate_count:
             self._columns["candidate_logprobs"] = np.empty((total, self._candidate_count), np.float32)
         self._scores_B: list[TokenScores | None] = [None] * len(sequences)
-        self.blamed: int | None = None  # the sequence of the call that a VerificationError speaks of
+        self.blamed: int | None = None  # the sequence of the call that caused a VerificationError
 
     def add(self, data: bytes) -> None:
-        """Checks and takes one chunk.
+        """Checks and stores one chunk.
 
         Raises:
-            VerificationError: it is not the answer to what was asked; `blamed` says of which sequence, if of one.
-            CorruptedError: it was changed on its way.
-            FingerprintMismatchError: another model or tokenizer has answered.
+            VerificationError: the chunk does not answer the request; `blamed` is the sequence at fault, if one is.
+            CorruptedError: the chunk was changed in transit.
+            FingerprintMismatchError: another model or tokenizer scored it.
         """
         try:
             chunk = codec.decode_response(data, top_k=self._top_k, candidate_count=self._candidate_count)
@@ -95,7 +95,7 @@ class Reply:
         self._take(chunk)
 
     def finish(self) -> list[TokenScores]:
-        """All scores, once the stream has ended well. Raises VerificationError if any are missing."""
+        """Returns all scores after the stream has ended well; raises VerificationError if any are missing."""
         for b, (received, num_scored) in enumerate(zip(self._received_B, self._num_scored_B, strict=True)):
             if received != num_scored:
                 raise self._blame(b, f"the stream ended after {received} of {num_scored} scores: truncated")
@@ -103,11 +103,11 @@ class Reply:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all scores are there."""
+        """Whether all scores have arrived."""
         return self._num_missing == 0
 
     def complete(self, b: int) -> TokenScores | None:
-        """Scores of sequence `b` if all of them came, else None: what can be kept of a stream that broke."""
+        """Returns the scores of sequence `b` if all have arrived, else None; they stay valid if the stream breaks."""
         return self._scores(b) if self._received_B[b] == self._num_scored_B[b] else None
 
     def _scores(self, b: int) -> TokenScores:
@@ -125,9 +125,9 @@ class Reply:
         return scores
 
     def _take(self, chunk: codec.ScoreChunk) -> None:
-        """Puts the values of a chunk in their places, after a look at what its entries say they are."""
-        received_B = self._received_B.copy()  # becomes true when all is in its place
-        slabs: list[list[int]] = []  # [start in the chunk, start in the columns, length]: neighbours go together
+        """Checks a chunk's entries and copies its values into place."""
+        received_B = self._received_B.copy()  # assigned only after the whole chunk has passed
+        slabs: list[list[int]] = []  # [start in the chunk, start in the columns, length]; adjacent ones are merged
         start = 0
         for b, first, count, crc in zip(
             chunk.sequence_indexes.tolist(),
@@ -164,7 +164,7 @@ class Reply:
         self._num_missing -= start
 
     def _check_values(self, chunk: codec.ScoreChunk) -> None:
-        # Each comparison is written so that NaN fails it. A maximum is NaN if anything is.
+        # Each comparison is written so that NaN fails it; a maximum is NaN if any value is.
         for name in ("logprobs", "candidate_logprobs"):
             values = getattr(chunk, name)
             if values is not None and values.size and not values.max() <= 0:
@@ -172,11 +172,11 @@ class Reply:
         ids, top = chunk.top_ids, chunk.top_logprobs
         if ids is None or top is None or not ids.size:
             return
-        if not ids.view(np.uint32).max() < self._info.vocab_size:  # negative ids are large ones
+        if not ids.view(np.uint32).max() < self._info.vocab_size:  # as unsigned, negative ids are large
             good = (ids >= 0) & (ids < self._info.vocab_size)
             self._refuse_values(chunk, "top_ids", good, f", outside [0, {self._info.vocab_size})")
-        # The largest of each row comes first, so if it is at most 0 all others are too. One pass over neighbours
-        # in memory, where those of two rows do not count: seven times as fast as over a [N, K - 1] view.
+        # The largest value of each row comes first, so if it is at most 0 all others are too. One pass over adjacent
+        # values in memory, ignoring pairs that span two rows, is seven times as fast as one over a [N, K - 1] view.
         descending = top.ravel()[1:] <= top.ravel()[:-1]
         descending[self._top_k - 1 :: self._top_k] = True
         if not (top[:, 0].max() <= 0 and descending.all()):
@@ -186,7 +186,7 @@ class Reply:
             raise self._blame(b, f"top_logprobs at scored position {p} are not in descending order")
 
     def _refuse_values(self, chunk: codec.ScoreChunk, name: str, good: np.ndarray, rule: str) -> None:
-        """Raises for the first value that is not good, if any."""
+        """Raises VerificationError for the first value that is not good, if any."""
         if good.all():
             return
         values = getattr(chunk, name)
@@ -196,7 +196,7 @@ class Reply:
         raise self._blame(b, f"{name} has {value} at scored position {p}{rule}")
 
     def _locate(self, chunk: codec.ScoreChunk, n: int) -> tuple[int, int]:
-        """(sequence, scored position) of the n-th value of a chunk."""
+        """Returns (sequence, scored position) of the n-th value of a chunk."""
         stops_E = np.cumsum(chunk.target_counts)
         e = int(np.searchsorted(stops_E, n, side="right"))
         offset = n - int(stops_E[e] - chunk.target_counts[e])

@@ -1,11 +1,11 @@
-"""gRPC options that client and server must agree on: keepalive, message sizes; and the service config."""
+"""gRPC options on which client and server must agree (keepalive, message sizes), and the service config."""
 
 from __future__ import annotations
 
 import importlib.resources
 
-# A dead peer (pulled cable, stopped machine) is found within KEEPALIVE_TIME_S + KEEPALIVE_TIMEOUT_S. Measured: without
-# ping_timeout beside keepalive_timeout it takes a minute whatever the other two say; so all three, on both sides.
+# A dead peer (pulled cable, stopped machine) is detected within KEEPALIVE_TIME_S + KEEPALIVE_TIMEOUT_S. Measured:
+# unless ping_timeout is set too, it takes a minute whatever the other two say; so both sides set all three.
 KEEPALIVE_TIME_S = 20
 KEEPALIVE_TIMEOUT_S = 20
 MAX_MESSAGE_BYTES = 256 << 20  # gRPC's default of 4 MiB is less than one 8,193-token sequence with top-64
@@ -23,29 +23,29 @@ _SIZES = (
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     *_KEEPALIVE,
     *_SIZES,
-    # Without these the server answers a client's keepalive with GOAWAY "too many pings" (it allows one in 5 minutes).
+    # By default a server allows one ping in 5 minutes and answers keepalive with GOAWAY "too many pings".
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.so_reuseport", 0),  # a second teacher on the same port must fail, not share it in silence
+    ("grpc.so_reuseport", 0),  # a second teacher on the same port must fail, not share it silently
 )
 
 
 def service_config() -> str:
-    """service_config.json: retry policy and health checking as data, for gRPC clients in any language."""
+    """Reads service_config.json: retry policy and health checking as data, for gRPC clients in any language."""
     return importlib.resources.files("jdistill.wire").joinpath("service_config.json").read_text()
 
 
 def client_options() -> tuple[tuple[str, int | str], ...]:
-    """Options of the channels of TeacherClient."""
+    """Channel options of TeacherClient."""
     return (
         *_KEEPALIVE,
         *_SIZES,
         ("grpc.service_config", service_config()),
-        # TeacherClient retries itself, on another replica: gRPC's retry would only hide that this one is down.
+        # TeacherClient retries by itself, on another replica; gRPC's retries would hide that this one is down.
         ("grpc.enable_retries", 0),
         ("grpc.service_config_disable_resolution", 1),
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 2_000),  # gRPC's default lets a teacher that is back wait for two minutes
-        # Else two clients in one process share one connection, and its backoff.
+        ("grpc.max_reconnect_backoff_ms", 2_000),  # gRPC's default ignores a restarted teacher for up to two minutes
+        # Otherwise two clients in one process share a connection and its backoff.
         ("grpc.use_local_subchannel_pool", 1),
     )

@@ -1,13 +1,14 @@
 """Bytes of one message type <-> its scalars and its columns as numpy arrays, with one copy and no Python per element.
 
-A packed `repeated fixed32` or `repeated float` has, on the wire, the very bytes of a little-endian array. protobuf's
-Python API nevertheless hands such a field over element by element (150 ms for two million floats on the runtimes that
-vLLM still accepts), and copies it several times. So the wire format is written and read here, for messages that have
-nothing but such columns, strings, uint32, float and fixed32. What is written is protobuf's encoding to the byte.
+On the wire, a packed `repeated fixed32` or `repeated float` is exactly the bytes of a little-endian array. protobuf's
+Python API nevertheless converts such a field element by element (150 ms for two million floats on the runtimes that
+vLLM still accepts) and copies it several times. This module therefore writes and reads the wire format itself, for
+messages that consist only of such columns and of string, uint32, float and fixed32 fields. `encode` writes the same
+bytes as protobuf.
 
-Of what the format allows only that is read here which every encoder writes by itself. Anything else (a packed field in
-pieces or unpacked, a field twice or of a newer schema, bytes that are no message) is left to protobuf's own class,
-which is slower and always right.
+`decode` reads only the form that every encoder produces by default. It leaves everything else (a packed field in
+several pieces or unpacked, a repeated or unknown field, invalid bytes) to protobuf's own class, which is slower and
+always right.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ WORD = np.dtype("<u4")
 CRC_FIELD = "payload_crc"
 _FIELD = descriptor_pb2.FieldDescriptorProto
 _COLUMN, _STRING, _UINT32, _FLOAT, _FIXED32 = range(5)
-# kind, wire type, and what an absent field means.
+# kind, wire type, value of an absent field
 _SCALARS: dict[int, tuple[int, int, Any]] = {
     _FIELD.TYPE_STRING: (_STRING, 2, ""),
     _FIELD.TYPE_UINT32: (_UINT32, 0, 0),
@@ -38,11 +39,11 @@ class _Field(NamedTuple):
     name: str
     kind: int
     tag: bytes
-    absent: Any  # the value of a scalar that is not on the wire; None: it is unset
+    absent: Any  # value of a scalar that is not on the wire; None: unset
 
 
 class Decoded(NamedTuple):
-    """A message: the scalars by name (None: optional and unset), the columns as words, the CRC-32 that it has."""
+    """A message: its scalars by name (None: optional and unset), its columns as words, and its computed CRC-32."""
 
     scalars: dict[str, Any]
     columns: dict[str, np.ndarray]
@@ -50,7 +51,7 @@ class Decoded(NamedTuple):
 
 
 class MessageColumns:
-    """The codec of one message class, whose last field is `payload_crc`."""
+    """Codec of one message class, whose last field must be `payload_crc`."""
 
     def __init__(self, message_class: type[message.Message]):
         self.name = message_class.DESCRIPTOR.name
@@ -69,7 +70,7 @@ class MessageColumns:
         self._by_tag = {int.from_bytes(field.tag, "little"): field for field in self._fields}
 
     def encode(self, scalars: Mapping[str, Any], columns: Mapping[str, Sequence[np.ndarray]]) -> bytes:
-        """The message with its payload_crc. A column is given as one or several arrays of 4-byte elements."""
+        """Encodes the message with its payload_crc; each column is a sequence of arrays of 4-byte elements."""
         parts: list[Any] = []
         crc = 0
         for name, kind, tag, absent in self._fields[:-1]:
@@ -77,7 +78,7 @@ class MessageColumns:
                 arrays = [_words(array) for array in columns.get(name, ())]
                 num_bytes = sum([array.nbytes for array in arrays])
                 crc = zlib.crc32(struct.pack("<I", num_bytes), crc)
-                if num_bytes:  # protobuf leaves an empty packed field out
+                if num_bytes:  # protobuf omits an empty packed field
                     parts += (tag, _varint(num_bytes))
                     parts += arrays
                     for array in arrays:
@@ -87,7 +88,7 @@ class MessageColumns:
             content = _content(kind, value)
             crc = zlib.crc32(content, zlib.crc32(struct.pack("<I", len(content)), crc))
             if content == _content(kind, absent):
-                continue  # unset, or what an absent field means; by its bytes, since -0.0 is not 0.0
+                continue  # unset or the default; compared as bytes, since -0.0 is not 0.0
             if kind == _UINT32:
                 content = _varint(value)
             parts += (tag, _varint(len(content)), content) if kind == _STRING else (tag, content)
@@ -95,7 +96,11 @@ class MessageColumns:
         return b"".join(parts)
 
     def decode(self, data: bytes) -> Decoded:
-        """Reads a message; the arrays may be read-only. Raises google.protobuf.message.DecodeError: it is none."""
+        """Decodes a message; its arrays may be read-only.
+
+        Raises:
+            google.protobuf.message.DecodeError: `data` is not such a message.
+        """
         found = self._read(data)
         if found is None:
             whole = self._class.FromString(data)
@@ -117,7 +122,7 @@ class MessageColumns:
         return Decoded(scalars, columns, crc)
 
     def _read(self, data: bytes) -> dict[str, Any] | None:
-        """Values by name; None if there is anything in it that `encode` would not have written."""
+        """Returns the values by name; None if `data` contains anything that `encode` would not have written."""
         found: dict[str, Any] = {}
         position, end = 0, len(data)
         try:
@@ -156,12 +161,12 @@ class MessageColumns:
                 stop = position + number
                 if stop > end:
                     return None
-                # A copy, which lies at an address that numpy can read fast; a column in `data` lies anywhere.
+                # Copied to an aligned address, which numpy reads faster: inside `data` a column may start anywhere.
                 content = data[position:stop]
                 found[name] = content.decode() if kind == _STRING else np.frombuffer(content, WORD)
                 position = stop
         except (IndexError, KeyError, ValueError, struct.error):
-            return None  # protobuf finds out what it is
+            return None  # protobuf decides whether it is valid
         return found
 
 
@@ -175,7 +180,7 @@ def _varint(number: int) -> bytes:
 
 
 def _content(kind: int, value: Any) -> bytes:
-    """What a checksum covers of a scalar; all of its bytes on the wire too, but for a uint32's."""
+    """Returns the bytes of a scalar that the checksum covers; except for uint32 they are also its bytes on the wire."""
     if value is None:
         return b""
     if kind == _STRING:
@@ -184,7 +189,7 @@ def _content(kind: int, value: Any) -> bytes:
 
 
 def _words(array: np.ndarray) -> np.ndarray:
-    assert array.dtype.itemsize == 4, f"a column from {array.dtype}"
+    assert array.dtype.itemsize == 4, f"a column needs elements of 4 bytes, got {array.dtype}"
     if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and not np.little_endian):
         array = array.astype(array.dtype.newbyteorder("<"))
     return np.ascontiguousarray(array)

@@ -1,6 +1,6 @@
-"""TLS and token files, checked when they are read: gRPC itself says UNAVAILABLE to every mistake in them, much later.
+"""TLS and token files, checked when they are read: gRPC would report each mistake much later, as UNAVAILABLE.
 
-Standard library only (`ssl`), so that the client stays small. No message names a token.
+Uses only the standard library (`ssl`), to keep the client small. No message contains a token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import grpc
 DIAGNOSIS_TIMEOUT_S = 3.0
 
 _VALIDITY_CODES = (9, 10)  # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
-# What gRPC says of a failed handshake, and what to do.
+# Pattern of gRPC's description of a failed handshake, remedy.
 _HANDSHAKE_REMEDIES = (
     (
         r"wrong.version.number",
@@ -32,15 +32,15 @@ _HANDSHAKE_REMEDIES = (
     ),
     (
         r"certificate.verify.failed|unknown.ca|self.signed|issuer",
-        "its certificate is not signed by the authority in tls_ca: give the authority's file, of this very server",
+        "its certificate is not signed by the authority in tls_ca: pass the file of the authority that signed it",
     ),
-    (r"handshake failed|ssl_error|certificate", "are the TLS credentials those of this server?"),
+    (r"handshake failed|ssl_error|certificate", "do the TLS credentials belong to this server?"),
 )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Certificate:
-    """What people want to know of a certificate."""
+    """Subject and expiry of a certificate, for logs and `jdistill probe`."""
 
     subject: str
     expires: str  # ISO 8601, UTC
@@ -48,7 +48,7 @@ class Certificate:
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)  # no repr: it would show the token
 class Token:
-    """One bearer token; `expires` is None if it never does."""
+    """One bearer token; `expires` is None if it never expires."""
 
     text: str
     expires: datetime.datetime | None
@@ -57,15 +57,15 @@ class Token:
 def channel_credentials(
     *, ca: str | None = None, cert: str | None = None, key: str | None = None
 ) -> grpc.ChannelCredentials | None:
-    """What TeacherClient takes as `credentials`; None, which is plain text, if nothing is given.
+    """Makes the `credentials` of a TeacherClient; None (plain text) if no file is given.
 
     Args:
         ca: PEM file of the authorities that may have signed the server's certificate (for a public authority:
             the system's file, e.g. /etc/ssl/certs/ca-certificates.crt).
-        cert, key: PEM files of our own certificate and its private key, for a server that asks for one (mTLS).
+        cert, key: PEM files of the client's own certificate and private key, for a server that requires one (mTLS).
 
     Raises:
-        ValueError: a file cannot be read or used, or one is missing; says which and what to do.
+        ValueError: a file is missing, unreadable or unusable; names it and the remedy.
     """
     if ca is None and cert is None and key is None:
         return None
@@ -84,34 +84,35 @@ def channel_credentials(
 
 
 def read_authorities(path: str, name: str) -> bytes:
-    """The bytes of a PEM file of certificates that are trusted; `name` is the option's, for messages.
+    """Reads a PEM file of trusted certificates; messages call it by the option's `name`.
 
     Raises:
-        ValueError: unreadable, or no certificate in it.
+        ValueError: the file is unreadable or contains no certificate.
     """
     data = _read(path, name)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=data.decode("ascii"))
     except (ssl.SSLError, UnicodeDecodeError, ValueError) as e:
-        raise ValueError(f"{name} {path}: no certificate in PEM form is in it ({_reason(e)})") from None
+        raise ValueError(f"{name} {path}: it contains no certificate in PEM format ({_reason(e)})") from None
     return data
 
 
 def read_pair(cert: str, key: str, *, server: bool) -> tuple[bytes, bytes, Certificate]:
-    """(certificate chain, private key, facts) of two PEM files that belong together and are valid now.
+    """Reads a certificate and its private key; returns (certificate chain, private key, facts).
 
     Args:
-        server: whether a server shows it, else a client.
+        server: whether a server presents the certificate; otherwise a client does.
 
     Raises:
-        ValueError: unreadable, no PEM, encrypted, not a pair, expired or not valid yet; says what to do.
+        ValueError: a file is unreadable, not PEM or encrypted, they are not a pair, or the certificate is expired or
+            not valid yet; names the remedy.
     """
     chain, private_key = _read(cert, "tls_cert"), _read(key, "tls_key")
     try:
         facts = _inspect(cert, key, server)
     except ssl.SSLCertVerificationError as e:
         raise ValueError(
-            f"tls_cert {cert}: {e.verify_message}: get a new certificate for this key, or see to the machine's clock"
+            f"tls_cert {cert}: {e.verify_message}: get a new certificate for this key, or check the machine's clock"
         ) from None
     except ssl.SSLError as e:
         if e.reason == "KEY_VALUES_MISMATCH":
@@ -120,16 +121,16 @@ def read_pair(cert: str, key: str, *, server: bool) -> tuple[bytes, bytes, Certi
                 "file must be the one that was made for this key"
             ) from None
         raise ValueError(
-            f"tls_cert {cert} and tls_key {key}: not a certificate and its private key in PEM form ({_reason(e)})"
+            f"tls_cert {cert} and tls_key {key}: not a certificate and its private key in PEM format ({_reason(e)})"
         ) from None
     return chain, private_key, facts
 
 
 def read_token(path: str) -> str:
-    """The first token of a token file that has not expired; give TeacherClient `lambda: read_token(path)`.
+    """Returns the first unexpired token of a token file; pass `lambda: read_token(path)` to TeacherClient.
 
     Raises:
-        ValueError: unreadable, no token in it, or all have expired.
+        ValueError: the file is unreadable, contains no token, or all of its tokens have expired.
     """
     tokens = read_tokens(path)
     now = datetime.datetime.now(datetime.UTC)
@@ -140,17 +141,17 @@ def read_token(path: str) -> str:
 
 
 def read_tokens(path: str) -> list[Token]:
-    """All tokens of a file, see `parse_tokens`. Raises ValueError if it cannot be read or used."""
+    """Reads all tokens of a file, see `parse_tokens`; raises ValueError if the file is unreadable or malformed."""
     return parse_tokens(_read(path, "token_file"), path)
 
 
 def parse_tokens(data: bytes, path: str) -> list[Token]:
-    """The tokens of a file: one a line, then its expiry in ISO 8601 (UTC unless it says otherwise) if it has one.
+    """Parses a token file: one token per line, optionally followed by its expiry in ISO 8601 (default zone: UTC).
 
-    Empty lines and what follows a # at the beginning of a word are comments.
+    Empty lines are skipped; a # at the start of a word begins a comment.
 
     Raises:
-        ValueError: names file and line, never the token.
+        ValueError: a line is malformed, or there is no token; names file and line, never the token.
     """
     tokens = []
     for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), start=1):
@@ -168,19 +169,19 @@ def parse_tokens(data: bytes, path: str) -> list[Token]:
                 expires = datetime.datetime.fromisoformat(words[1])
             except ValueError:
                 raise ValueError(
-                    f"token_file {path}, line {number}: the second word is no time in ISO 8601, such as "
+                    f"token_file {path}, line {number}: the second word is not a time in ISO 8601, such as "
                     "2030-01-31T12:00:00Z"
                 ) from None
             if expires.tzinfo is None:
                 expires = expires.replace(tzinfo=datetime.UTC)
         tokens.append(Token(words[0], expires))
     if not tokens:
-        raise ValueError(f"token_file {path}: no token in it; expected one a line (openssl rand -hex 32)")
+        raise ValueError(f"token_file {path}: it contains no token; expected one per line (openssl rand -hex 32)")
     return tokens
 
 
 def handshake_remedy(details: str) -> str | None:
-    """What to do about a failed call whose `details` speak of TLS; None if they do not."""
+    """Returns the remedy for a failed call whose `details` mention TLS; None if they do not."""
     for pattern, remedy in _HANDSHAKE_REMEDIES:
         if re.search(pattern, details, re.IGNORECASE):
             return remedy
@@ -188,13 +189,13 @@ def handshake_remedy(details: str) -> str | None:
 
 
 def why_closed(endpoint: str, *, tls: bool) -> str | None:
-    """What is wrong with a server that takes connections and closes them at once, and what to do; None if unknown.
+    """Diagnoses a server that accepts connections and closes them at once; returns the remedy, None if unknown.
 
-    Plain text to a TLS server, and no client certificate to one that wants one, look the same to gRPC as a server that
-    is just ending ("Socket closed"), which is worth a retry. So we say hello to it in TLS, and look at what it answers.
+    gRPC reports plain text sent to a TLS server, and a missing client certificate, exactly like a server that is
+    shutting down ("Socket closed"), which is worth a retry. So this starts a TLS handshake and looks at the answer.
 
     Args:
-        endpoint: "host:port"; anything else is not looked at.
+        endpoint: "host:port"; other forms are not diagnosed.
         tls: whether the failed connection was TLS.
     """
     host, _, port = endpoint.rpartition(":")
@@ -202,7 +203,7 @@ def why_closed(endpoint: str, *, tls: bool) -> str | None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE  # we ask what it speaks, and tell it nothing
+    context.verify_mode = ssl.CERT_NONE  # nothing secret is sent: only the protocol is probed
     context.set_alpn_protocols(["h2"])
     shook = refused = False
     try:
@@ -212,8 +213,8 @@ def why_closed(endpoint: str, *, tls: bool) -> str | None:
         ):
             shook = True
             if tls:
-                # In TLS 1.3 a server says only after the handshake that it wanted a certificate: by an alert, or, as
-                # gRPC's does, by hanging up where another one would begin to speak HTTP/2.
+                # A TLS 1.3 server rejects a missing certificate only after the handshake: with an alert or, like
+                # gRPC's, by closing the connection where it would otherwise send its first HTTP/2 frame.
                 refused = secure.recv(1) == b""
     except ssl.SSLError as e:
         refused = "ALERT" in (e.reason or "")
@@ -222,17 +223,17 @@ def why_closed(endpoint: str, *, tls: bool) -> str | None:
     if tls and refused:
         return (
             "this server wants a client certificate that its --tls-client-ca has signed (tls_cert, tls_key): none was "
-            "given, or not such a one, or it has expired"
+            "given, it is signed by another authority, or it has expired"
         )
     if not tls and (shook or refused):
-        return "this server speaks TLS: give its authority's file (tls_ca)"
+        return "this server speaks TLS: pass the file of its authority (tls_ca)"
     return None
 
 
 def server_certificate(
     endpoint: str, *, ca: str, cert: str | None = None, key: str | None = None, timeout_s: float = DIAGNOSIS_TIMEOUT_S
 ) -> Certificate:
-    """The certificate that a TLS server shows. Raises OSError (ssl.SSLError is one) if it shows none that is valid."""
+    """Returns the certificate that a TLS server presents; raises OSError (ssl.SSLError is one) unless it is valid."""
     context = ssl.create_default_context(cafile=ca)
     context.set_alpn_protocols(["h2"])
     if cert is not None:
@@ -247,7 +248,7 @@ def server_certificate(
 
 
 def _inspect(cert: str, key: str, server: bool) -> Certificate:
-    """Shakes hands with itself in memory: the standard library reads no certificate but a peer's."""
+    """Reads a certificate by a handshake with itself in memory: `ssl` only parses a peer's certificate."""
     ours, theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     theirs.check_hostname = False
     theirs.verify_mode = ssl.CERT_NONE
@@ -260,7 +261,7 @@ def _inspect(cert: str, key: str, server: bool) -> Certificate:
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     end_s = ours.wrap_bio(to_server, to_client, server_side=True)
     end_c = theirs.wrap_bio(to_client, to_server)
-    for _ in range(4):  # flights of TLS 1.3: two, and one to spare each
+    for _ in range(4):  # a TLS 1.3 handshake takes two rounds
         for end in (end_c, end_s):
             try:
                 end.do_handshake()
@@ -269,13 +270,13 @@ def _inspect(cert: str, key: str, server: bool) -> Certificate:
             except ssl.SSLCertVerificationError as e:
                 if e.verify_code in _VALIDITY_CODES:
                     raise
-                return Certificate("not known", "not known")  # what gRPC and the peer think of it, they will say
+                return Certificate("not known", "not known")  # gRPC and the peer will report what is wrong with it
     return _facts((end_c if server else end_s).getpeercert())
 
 
 def _no_password() -> str:
     raise ValueError(
-        "tls_key is encrypted, and nobody is there to type its password: decrypt it (openssl pkey -in KEY -out PLAIN) "
+        "tls_key is encrypted, and a server cannot ask for its password: decrypt it (openssl pkey -in KEY -out PLAIN) "
         "into a file that only this user can read"
     )
 

@@ -1,16 +1,16 @@
-"""The error tree of everything that touches the network, rooted in TeacherError."""
+"""The error tree of everything that uses the network, rooted in TeacherError."""
 
 from __future__ import annotations
 
 
 class TeacherError(Exception):
-    """Any failure to get verified scores. `reason` is the upper-case word of google.rpc.ErrorInfo."""
+    """Any failure to get verified scores; `reason` is the upper-case word in google.rpc.ErrorInfo."""
 
     reason = "TEACHER_ERROR"
 
 
 class InvalidRequestError(TeacherError, ValueError):
-    """The request itself is wrong; retrying cannot help. `field` and `sequence` say where (None if nowhere special)."""
+    """The request itself is wrong, so a retry cannot help; `field` and `sequence` locate the mistake where known."""
 
     reason = "INVALID_REQUEST"
 
@@ -21,7 +21,7 @@ class InvalidRequestError(TeacherError, ValueError):
 
 
 class ModelNotFoundError(InvalidRequestError):
-    """The teacher serves no model of that name."""
+    """The teacher serves no model with the requested name."""
 
     reason = "MODEL_NOT_FOUND"
 
@@ -33,22 +33,22 @@ class UnsupportedError(TeacherError):
 
 
 class UnauthenticatedError(TeacherError):
-    """No token, a wrong or an expired one; retrying cannot help."""
+    """The token is missing, wrong or expired; a retry cannot help."""
 
     reason = "UNAUTHENTICATED"
 
 
 class FingerprintMismatchError(TeacherError):
-    """Another model, checkpoint or tokenizer than expected."""
+    """The teacher has another model, checkpoint or tokenizer than expected."""
 
     reason = "FINGERPRINT_MISMATCH"
 
 
 class UnavailableError(TeacherError):
-    """The teacher cannot be reached, is loading, draining or dead; worth a retry until the deadline."""
+    """The teacher is unreachable, loading, draining or dead; worth a retry until the deadline."""
 
     reason = "UNAVAILABLE"
-    retry_after_s: float | None = None  # when it is worth coming back, if the server knows
+    retry_after_s: float | None = None  # earliest useful retry; None: unknown to the server
 
 
 class OverloadedError(UnavailableError):
@@ -58,24 +58,24 @@ class OverloadedError(UnavailableError):
 
 
 class CorruptedError(UnavailableError):
-    """A message was changed on its way (its checksum says so); worth a retry."""
+    """A message does not match its checksum, so it was changed in transit; worth a retry."""
 
     reason = "CORRUPTED"
 
 
 class DeadlineError(TeacherError):
-    """No verified answer before the deadline; the message lists the attempts."""
+    """No verified answer arrived before the deadline; the message lists the attempts."""
 
     reason = "DEADLINE"
 
 
 class VerificationError(TeacherError):
-    """The teacher answered, but not to what was asked: other ids, too few or too many scores, NaN, above 0."""
+    """The reply does not answer the request: other ids, too few or too many scores, NaN or positive values."""
 
     reason = "VERIFICATION"
 
 
 class EngineDeadError(UnavailableError):
-    """The engine behind the service has died; the process will exit so that a supervisor restarts it."""
+    """The engine has died; the sidecar exits so that a supervisor restarts it."""
 
     reason = "ENGINE_DEAD"

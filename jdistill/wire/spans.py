@@ -72,7 +72,7 @@ def decode_spans(columns: Columns, lengths_B: np.ndarray, replaced_B: np.ndarray
             f"sequence {b} has no span: nothing to score; leave it out of the request", field="span_counts", sequence=b
         )
     owner = np.repeat(np.arange(len(counts_B)), counts_B)
-    # A span begins after the one before it in its own sequence has ended, and the first one at 1 or later.
+    # A span starts at or after the end of the previous span of its sequence; the first one starts at 1 or later.
     first = np.concatenate([[True], owner[1:] != owner[:-1]])
     floor = np.where(first, 1, np.concatenate([[1], ends[:-1]]))
     bad = np.flatnonzero((starts < floor) | (ends <= starts) | (ends > lengths_B[owner]))

@@ -1,7 +1,8 @@
-"""TeacherError <-> gRPC status: code, message, and google.rpc.Status details that survive the way.
+"""TeacherError <-> gRPC status: code, message, and google.rpc.Status details.
 
-Details: ErrorInfo (domain "jdistill", reason = the error's upper-case word, metadata field and sequence) always,
-BadRequest for a wrong request, RetryInfo where a retry makes sense. Any language reads them; nothing parses the text.
+Details: always ErrorInfo (domain "jdistill", reason = the error's upper-case word, metadata field and sequence),
+BadRequest for a wrong request, RetryInfo where a retry makes sense. Clients in any language read these; no client
+parses the message.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from jdistill.wire import errors
 DOMAIN = "jdistill"
 DETAILS_KEY = "grpc-status-details-bin"
 MAX_MESSAGE_CHARS = 1000
-# gRPC refuses a header block of over 8 KiB, now and then first, and always from 16 KiB on: then the whole status is
-# lost. The message goes over twice, percent-encoded and in the details; the rest is for what else is in them.
+# gRPC refuses some header blocks above 8 KiB and all above 16 KiB; the whole status is then lost. The message is sent
+# twice, percent-encoded and in the details; the remaining bytes are for the other details.
 MAX_MESSAGE_BYTES = 6000
 
-# Most special first; what is in none is INTERNAL.
+# Most specific first; errors of no listed type are INTERNAL.
 _CODES: tuple[tuple[type[errors.TeacherError], grpc.StatusCode], ...] = (
     (errors.ModelNotFoundError, grpc.StatusCode.NOT_FOUND),
     (errors.InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
@@ -55,9 +56,9 @@ _BY_REASON = {
         errors.EngineDeadError,
     )
 }
-# A connection that broke in mid-stream may come as INTERNAL or UNKNOWN, depending on who on the way noticed.
+# A connection that broke in mid-stream may be reported as INTERNAL or UNKNOWN, depending on which hop noticed.
 _BROKEN_STREAM = re.compile("RST_STREAM|Stream removed|Socket closed|GOAWAY|Connection reset", re.IGNORECASE)
-# For servers that send no ErrorInfo: a proxy, gRPC itself.
+# For statuses without ErrorInfo, from a proxy or from gRPC itself.
 _BY_CODE = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequestError,
     grpc.StatusCode.OUT_OF_RANGE: errors.InvalidRequestError,
@@ -66,7 +67,7 @@ _BY_CODE = {
     grpc.StatusCode.UNAUTHENTICATED: errors.UnauthenticatedError,
     grpc.StatusCode.PERMISSION_DENIED: errors.UnauthenticatedError,
     grpc.StatusCode.UNAVAILABLE: errors.UnavailableError,
-    grpc.StatusCode.CANCELLED: errors.UnavailableError,  # by gRPC: over 1,000 pending calls, a GOAWAY
+    grpc.StatusCode.CANCELLED: errors.UnavailableError,  # sent by gRPC: over 1,000 pending calls, a GOAWAY
     grpc.StatusCode.ABORTED: errors.UnavailableError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.OverloadedError,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineError,
@@ -75,16 +76,16 @@ _BY_CODE = {
 
 
 def code_of(error: BaseException) -> grpc.StatusCode:
-    """The status code of an error: of the TeacherError tree by table, of anything else INTERNAL."""
+    """Returns the status code of an error; INTERNAL unless it is a TeacherError in the table."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
 def to_status(error: BaseException) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
-    """(code, message, trailing metadata) to end a call with: `await context.abort(*to_status(error))`.
+    """Returns (code, message, trailing metadata) to end a call: `await context.abort(*to_status(error))`.
 
     Args:
-        error: a TeacherError; anything else is INTERNAL, and of its text only the type is told. RetryInfo says the
-            `retry_after_s` of an UnavailableError and its kind (default 0.5).
+        error: a TeacherError; anything else becomes INTERNAL, and only its type is revealed. RetryInfo carries the
+            `retry_after_s` of an UnavailableError or a subclass of it (default 0.5).
     """
     code = code_of(error)
     if isinstance(error, errors.TeacherError):
@@ -113,14 +114,14 @@ def to_status(error: BaseException) -> tuple[grpc.StatusCode, str, tuple[tuple[s
 
 
 def _cut(text: str) -> str:
-    text = text.encode(errors="replace").decode()  # half a surrogate pair, of a file's name, is no UTF-8
+    text = text.encode(errors="replace").decode()  # a lone surrogate, from a file name, is not UTF-8
     sizes = (len(quote(char)) + len(char.encode()) for char in text[:MAX_MESSAGE_CHARS])
     num_chars = sum(total <= MAX_MESSAGE_BYTES for total in itertools.accumulate(sizes))
     return text if num_chars == len(text) else text[: max(num_chars - 4, 0)] + " ..."
 
 
 def from_rpc_error(error: Any, endpoint: str) -> errors.TeacherError:
-    """The TeacherError of a failed call (AioRpcError, or an RpcError and Call); the text begins with `endpoint`."""
+    """Converts a failed call (AioRpcError, or RpcError and Call) into a TeacherError; its text starts with `endpoint`."""
     code, details = error.code(), error.details() or ""
     reason, metadata = _error_info(error)
     kind = _BY_REASON.get(reason) if reason is not None else None
@@ -130,7 +131,7 @@ def from_rpc_error(error: Any, endpoint: str) -> errors.TeacherError:
         kind = errors.UnavailableError if _BROKEN_STREAM.search(details) else _BY_CODE.get(code, errors.TeacherError)
         details = f"{code.name}: {details}"
     if kind is errors.OverloadedError and reason is None and "larger than max" in details:
-        # gRPC's own limit on one message: the next attempt would fail in the same way.
+        # gRPC's own limit on one message: a retry would fail in the same way.
         return errors.InvalidRequestError(
             f"{endpoint}: {details}; raise the limit of the proxy or server in between, or lower batch_tokens"
         )
@@ -146,7 +147,7 @@ def from_rpc_error(error: Any, endpoint: str) -> errors.TeacherError:
 
 
 def retry_delay_s(error: Any) -> float | None:
-    """RetryInfo's delay of a failed call, in seconds; None if it has none."""
+    """Returns the RetryInfo delay of a failed call in seconds; None if it has none."""
     for retry in _details(error, error_details_pb2.RetryInfo):
         return retry.retry_delay.ToMilliseconds() / 1000
     return None
@@ -160,10 +161,10 @@ def _error_info(error: Any) -> tuple[str | None, dict[str, str]]:
 
 
 def _details(error: Any, kind: type[message.Message]) -> Iterator[Any]:
-    """The details of that kind, up to where a proxy or the way there has made garbage of them."""
+    """Yields the details of that kind; stops where a proxy or the network has corrupted them."""
     for key, value in error.trailing_metadata() or ():
         if key == DETAILS_KEY:
-            with contextlib.suppress(message.DecodeError):  # the code alone must do
+            with contextlib.suppress(message.DecodeError):  # the code alone must suffice
                 for detail in status_pb2.Status.FromString(value).details:
                     found = kind()
                     if detail.Unpack(found):

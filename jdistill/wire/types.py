@@ -16,17 +16,17 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class SequenceToScore:
-    """One token sequence and which of its tokens to score.
+    """One token sequence, with the spans of tokens to score.
 
     Args:
         token_ids: int32 [S], S >= 2.
         spans: half-open spans (start, stop) of token positions, ascending and disjoint, 1 <= start < stop <= S.
             Empty means the whole sequence, ((1, S),).
-        candidate_ids: int32 [P, C], tokens to score at every scored position beside the token itself; or None.
-        teacher: which of the client's teachers scores it; "" is the only one. Not sent.
-        teacher_prefix: int32 [R], what the teacher sees in place of the first `num_replaced` tokens (privileged
-            context, another chat template); None: nothing is replaced. Spans stay positions of `token_ids`.
-        num_replaced: how many of the first tokens give way; no scored position may be among them.
+        candidate_ids: int32 [P, C], tokens to score at each scored position besides its own token; or None.
+        teacher: name of the client's teacher that scores it; "" if the client has only one. Not sent.
+        teacher_prefix: int32 [R], tokens that the teacher sees in place of the first `num_replaced` (privileged
+            context, another chat template); None: nothing is replaced. Spans remain positions of `token_ids`.
+        num_replaced: number of leading tokens that the prefix replaces; none of them may be scored.
     """
 
     token_ids: np.ndarray
@@ -42,15 +42,15 @@ class SequenceToScore:
 
     @property
     def num_scored(self) -> int:
-        """P, the number of scored positions."""
+        """Number of scored positions, P."""
         return sum(stop - start for start, stop in self.spans)
 
     def scored_positions(self) -> np.ndarray:
-        """int32 [P]: the token positions that are scored, ascending."""
+        """Returns the scored token positions, int32 [P], ascending."""
         return np.concatenate([np.arange(start, stop, dtype=np.int32) for start, stop in self.spans])
 
     def as_scored(self) -> SequenceToScore:
-        """The sequence that an engine sees: prefix in place, spans moved along; the same scored tokens."""
+        """Returns the sequence that an engine sees: prefix applied, spans shifted, the same scored tokens."""
         if self.teacher_prefix is None:
             return self
         moved_by = len(self.teacher_prefix) - self.num_replaced
@@ -64,14 +64,14 @@ class SequenceToScore:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class TokenScores:
-    """What the teacher says of the scored positions of one sequence; float32 nats, never NaN, never above 0.
+    """A teacher's scores of one sequence at its scored positions; float32 nats, never NaN, never above 0.
 
     Args:
-        logprobs: [P], of the tokens themselves.
-        top_ids: int32 [P, K], the teacher's most likely tokens, most likely first; None unless asked.
-        top_logprobs: [P, K]; None unless asked.
-        candidate_logprobs: [P, C], in the order of `candidate_ids`; None unless asked.
-        token_crc: CRC-32 of the token ids (little-endian int32 bytes) that the engine says it scored.
+        logprobs: [P], log-probabilities of the sequence's own tokens.
+        top_ids: int32 [P, K], the teacher's most likely tokens, most likely first; None unless requested.
+        top_logprobs: [P, K]; None unless requested.
+        candidate_logprobs: [P, C], in the order of `candidate_ids`; None unless requested.
+        token_crc: CRC-32 of the token ids (little-endian int32 bytes) that the engine reports to have scored.
     """
 
     logprobs: np.ndarray
@@ -83,7 +83,7 @@ class TokenScores:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a teacher serves; the fields of the proto's ModelInfo, with the same meanings."""
+    """A served model; the fields of the proto's ModelInfo, documented there."""
 
     model: str
     fingerprint: str
@@ -98,7 +98,7 @@ class ModelInfo:
 
 
 class ServerState(enum.IntEnum):
-    """Where a sidecar is in its life; the values of the proto's ServerState."""
+    """Lifecycle state of a sidecar; the values of the proto's ServerState."""
 
     LOADING = 1
     SERVING = 2
@@ -108,7 +108,7 @@ class ServerState(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What a sidecar says of itself; the fields of the proto's GetServerInfoResponse."""
+    """A sidecar's description of itself; the fields of the proto's GetServerInfoResponse, documented there."""
 
     server_version: str
     instance_id: str
@@ -123,5 +123,5 @@ class ServerInfo:
 
     @property
     def model(self) -> ModelInfo:
-        """The base model, which an empty name means."""
+        """The base model, selected by an empty model name."""
         return self.models[0]

@@ -1,6 +1,6 @@
-"""Check that a model can score a request: in the client before it is sent, and again in the service.
+"""Check that a model can score a request: in the client before sending, and again in the sidecar.
 
-The engines rely on it: a single token id outside the vocabulary kills a vLLM or SGLang engine.
+Engines rely on these checks: a single token id outside the vocabulary kills a vLLM or SGLang engine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from jdistill.wire.errors import InvalidRequestError, UnsupportedError
 from jdistill.wire.types import ModelInfo, SequenceToScore
 
-MIN_TEMPERATURE = 1e-3  # logits in the thousands, divided by less, overflow float32 to infinite scores
+MIN_TEMPERATURE = 1e-3  # below it, logits in the thousands overflow float32 to infinite scores
 
 
 def validate_request(
@@ -22,8 +22,8 @@ def validate_request(
     """Checks a whole request against a model.
 
     Raises:
-        InvalidRequestError: with the field, and the index of the sequence where there is one.
-        UnsupportedError: the engine behind this model cannot do it at all.
+        InvalidRequestError: the request is wrong; has the field and, where one is to blame, the sequence's index.
+        UnsupportedError: the engine of this model cannot do what is asked.
     """
     validate_options(info=info, top_k=top_k, temperature=temperature)
     for b, sequence in enumerate(sequences):
@@ -58,7 +58,7 @@ def validate_options(*, info: ModelInfo, top_k: int, temperature: float) -> None
 
 
 def validate_sequence(sequence: SequenceToScore, index: int, *, info: ModelInfo) -> None:
-    """Checks one sequence, `index` of its request; raises as `validate_request` does."""
+    """Checks one sequence, called `index` in messages; raises as `validate_request` does."""
     token_ids = np.asarray(sequence.token_ids)
     _check_integers(token_ids, 1, "token_ids", index)
     length = len(token_ids)

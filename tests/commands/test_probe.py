@@ -133,7 +133,7 @@ def test_with_credentials_it_tells_the_certificate_and_without_them_what_is_miss
         ([*argv, "--tls-ca", authority.ca, *own, "--token-file", str(wrong)], 1, "wrong token"),
         ([*argv, *own], 2, "tls_ca"),
         ([*argv, "--tls-ca", authority.ca, "--tls-cert", cert], 2, "tls_key is missing"),
-        ([*argv, "--tls-ca", str(tokens)], 2, "no certificate in PEM form"),
+        ([*argv, "--tls-ca", str(tokens)], 2, "no certificate in PEM format"),
         ([*argv, "--token-file", str(tmp_path / "none")], 2, "cannot be read"),
     ):
         assert cli.main(changed) == code, changed
