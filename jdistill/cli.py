@@ -9,16 +9,16 @@ from collections.abc import Sequence
 
 import jdistill
 
-# One line a command, in the order in which people need them. The module is imported only when its command is asked for,
-# so that `jdistill probe` works where neither jax nor vLLM is installed.
+# One line per command, in the order in which users need them. A command's module is imported only when that command
+# runs, so `jdistill probe` works where neither jax nor vLLM is installed.
 COMMANDS = {
     "demo": "watch a JAX student learn from a teacher behind gRPC, three ways, in a few minutes",
     "teacher": "serve a model's token log-probabilities over gRPC (vLLM, transformers, JAX)",
-    "probe": "what a running teacher is, whether it is healthy, how fast it answers",
+    "probe": "show what a running teacher serves, whether it is healthy, and how fast it answers",
     "score": "score token sequences from a JSONL file, with an engine in process or a running teacher",
     "train": "train a student: RL, on-policy distillation, both in one step, or supervised",
-    "plan": "the memory that a training run will take, from its configuration alone",
-    "eval": "accuracy of a checkpoint on a task's held-out problems",
+    "plan": "estimate the memory of a training run from its configuration alone",
+    "eval": "measure a checkpoint's accuracy on a task's held-out problems",
     "sample": "sample completions from a checkpoint",
     "export": "write a run's student as a Hugging Face checkpoint",
     "plot": "draw runs side by side (PNG and a self-contained HTML page)",
@@ -26,7 +26,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0 good, 1 the work failed, 2 the request was wrong, 130 Ctrl-C."""
+    """Runs one command; returns its exit code: 0 success, 1 the work failed, 2 the request was wrong, 130 Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="jdistill",
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _missing(name, e)
         subparser.set_defaults(run=module.run)
     args, rest = parser.parse_known_args(argv)
-    # argparse takes overrides in one run of words only; people also write `train a.yaml k=v --resume k=v`.
+    # argparse accepts overrides only in one run of words; users also write `train a.yaml k=v --resume k=v`.
     if rest and hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
         args.overrides += rest
     elif rest:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except ModuleNotFoundError as e:
         return _missing(args.command, e)
-    except (TeacherError, ValueError, FileNotFoundError) as e:  # a person's mistake or the network's: no traceback
+    except (TeacherError, ValueError, FileNotFoundError) as e:  # the user's mistake or the network's: no traceback
         print("\n".join([f"jdistill {args.command}: {e}", *getattr(e, "__notes__", [])]), file=sys.stderr)
         return 2 if isinstance(e, (ValueError, FileNotFoundError)) else 1
 
@@ -91,7 +91,7 @@ EXTRA_OF_MODULE = {
 def _missing(command: str, error: ModuleNotFoundError) -> int:
     root = (error.name or "").partition(".")[0]
     if root == "jdistill":
-        raise error  # ours: a bug, not an installation
+        raise error  # a bug of ours, not a missing package
     extra = EXTRA_OF_MODULE.get(root, "student")
     print(f"jdistill {command}: needs {root}, which is not installed: pip install 'jdistill[{extra}]'", file=sys.stderr)
     return 1

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from jdistill.config import TrainConfig
 
 DESCRIPTION = """\
-Watch a JAX student learn 3-digit addition on-policy from a teacher behind gRPC. The teacher is a process of its own
-(`jdistill teacher`); the student starts from the same checkpoint each time and samples the same number of tokens under:
+Watch a JAX student learn 3-digit addition on-policy from a teacher behind gRPC. The teacher is a separate process
+(`jdistill teacher`). In each arm the student starts from the same checkpoint and samples the same number of tokens:
   RL only               reward alone (GRPO)
   distillation only     reverse KL to the teacher over the student's own top-k
   RL + distillation     both in one loss
 
-It ends with a table, a picture (demo.png) and a self-contained page (demo.html) of held-out accuracy against sampled
-tokens.
+At the end it writes a table, a picture (demo.png) and a self-contained page (demo.html) of held-out accuracy against
+sampled tokens.
 Run it in a clone of the repository: it reads configs/demo.yaml and examples/addition.
 
 examples:
@@ -27,8 +27,8 @@ examples:
   jdistill demo --teacher vllm --teacher-python .venv-vllm/bin/python
   jdistill demo num_steps=200 eval.every=20 --seeds 0 1 2 --arms all --to runs/figure      # the README's picture"""
 
-# Arm -> what it changes in configs/demo.yaml. RL has its best rate of the grid (benchmarks/results/tune_addition.md).
-# The arms with distillation run at 6e-4: by T=1 accuracy 1e-3 is their best, but not by greedy accuracy.
+# Arm -> overrides of configs/demo.yaml. RL runs at the best rate of its grid (benchmarks/results/tune_addition.md). The
+# arms with distillation run at 6e-4: 1e-3 is their best rate by accuracy at temperature 1, but not by greedy accuracy.
 ARMS = {
     "RL only": ["objective.distill_loss_weight=0", "objective.rl_loss_weight=1", "optimizer.learning_rate=2e-4"],
     "distillation only": ["objective.rl_loss_weight=0"],
@@ -53,19 +53,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher-python", metavar="PATH", help="interpreter of the teacher's environment (default: this one)"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each arm a seed (default: 0)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="run each arm once per seed (default: 0)")
     parser.add_argument(
-        "--arms", default="main", choices=["main", "all"], help="all: RL + distillation at RL's learning rate too"
+        "--arms", default="main", choices=["main", "all"], help="all: also run RL + distillation at RL's learning rate"
     )
     parser.add_argument(
-        "--to", type=pathlib.Path, default=pathlib.Path("runs/demo"), metavar="DIR", help="default: runs/demo"
+        "--to",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/demo"),
+        metavar="DIR",
+        help="output directory (default: runs/demo)",
     )
     parser.add_argument("--picture", type=pathlib.Path, metavar="PNG", help="also copy the picture here")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for every arm, e.g. num_steps=30")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="overrides for every arm, e.g. num_steps=30"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the arms one after the other with one sidecar; returns the exit code."""
+    """Runs the arms one after another with one sidecar; returns the exit code."""
     config_path = pathlib.Path("configs/demo.yaml")
     if not config_path.exists():
         raise FileNotFoundError("no configs/demo.yaml here: run `jdistill demo` in a clone of the repository")
@@ -77,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        console = Console(stderr=True, highlight=False, width=120)  # a file has no width: the table needs this much
+        console = Console(stderr=True, highlight=False, width=120)  # a file has no width; the table needs 120
     began = time.monotonic()
     base = config.load(config.TrainConfig, config_path, args.overrides)
     assert base.teacher is not None and base.teacher.spawn is not None
@@ -123,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _teacher_accuracy(base: TrainConfig, path: str) -> dict[str, float]:
-    """The teacher's own held-out accuracy: what distillation could reach."""
+    """Measures the teacher's own held-out accuracy, the limit of distillation."""
     from flax import nnx
 
     from jdistill import models, tasks

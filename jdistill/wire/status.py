@@ -121,7 +121,7 @@ def _cut(text: str) -> str:
 
 
 def from_rpc_error(error: Any, endpoint: str) -> errors.TeacherError:
-    """Converts a failed call (AioRpcError, or RpcError and Call) into a TeacherError; its text starts with `endpoint`."""
+    """Converts a failed call (AioRpcError, or RpcError and Call) to a TeacherError; its text starts with `endpoint`."""
     code, details = error.code(), error.details() or ""
     reason, metadata = _error_info(error)
     kind = _BY_REASON.get(reason) if reason is not None else None
