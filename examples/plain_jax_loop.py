@@ -1,10 +1,10 @@
-"""On-policy distillation in plain JAX and optax, with a student of its own: of jdistill it uses TeacherClient alone.
+"""On-policy distillation in plain JAX and optax, with its own student; it uses only TeacherClient of jdistill.
 
   jdistill teacher --engine jax --model examples/addition/teacher --port 50051
   python examples/plain_jax_loop.py 127.0.0.1:50051
 
-The student writes answers to 3-digit additions; the teacher says how likely it finds those tokens that the student
-finds most likely there; the student moves towards it (reverse KL; the rest of the vocabulary is one more outcome).
+The student samples answers to 3-digit additions, the teacher scores the tokens that the student finds most likely at
+each position, and the student moves towards the teacher (reverse KL; the rest of the vocabulary is one more outcome).
 
 Dimension key: B sequences, S tokens, T = S - 1 targets (target t is token t + 1), V vocabulary, C candidates, W window.
 """
@@ -25,7 +25,7 @@ V, W, S, PROMPT, END = len(IDS), 24, 41, 8, IDS["<end>"]  # "850+636=" and 33 to
 
 
 def init(key):
-    """Parameters of an MLP that sees the last W tokens and its position."""
+    """Returns the parameters of an MLP that sees the last W tokens and its position."""
     keys = jax.random.split(key, 3)
     shapes = {"embed": (V + 1, 16), "hidden": (W * 16, 256), "out": (256, V)}
     params = {name: jax.random.normal(k, s) / s[0] ** 0.5 for k, (name, s) in zip(keys, shapes.items(), strict=True)}
@@ -33,14 +33,17 @@ def init(key):
 
 
 def predict(params, window_W, position):
-    """Log-probabilities [V] of the next token, given the last W tokens and how many came in all; any leading axes."""
+    """Log-probabilities [V] of the next token, given the last W tokens and the number of all tokens before it.
+
+    Both arguments may have leading dims.
+    """
     inputs = params["embed"][window_W].reshape(*window_W.shape[:-1], -1)
     hidden = jax.nn.gelu(inputs @ params["hidden"] + params["position"][position - 1])
     return jax.nn.log_softmax(hidden @ params["out"])
 
 
 def log_probs(params, tokens_BS):
-    """float32 [B, T, V]: of every token as the next one."""
+    """Log-probabilities of every token at every target, float32 [B, T, V]."""
     padded = jnp.pad(tokens_BS, ((0, 0), (W - 1, 0)), constant_values=V)
     windows_BTW = jnp.stack([padded[:, i : i + S - 1] for i in range(W)], axis=-1)
     return predict(params, windows_BTW, jnp.arange(1, S))
@@ -48,7 +51,7 @@ def log_probs(params, tokens_BS):
 
 @jax.jit
 def sample(params, prompts_BP, key):
-    """Tokens [B, S], and a mask [B, T] of those that the student has sampled, up to <end>."""
+    """Samples responses; returns tokens [B, S] and the mask [B, T] of sampled targets, up to and including <end>."""
 
     def step(t, padded):
         logprobs_BV = predict(params, jax.lax.dynamic_slice_in_dim(padded, t, W, axis=1), t)
@@ -61,10 +64,12 @@ def sample(params, prompts_BP, key):
 
 
 def reverse_kl(logprobs_BTC, teacher_logprobs_BTC):
-    """KL(student || teacher) [B, T] over the candidates and one more outcome: none of them."""
+    """KL(student || teacher) [B, T] over the candidates and one more outcome, all other tokens."""
 
     def with_tail(logprobs_BTC):
-        rest = jnp.maximum(1 - jnp.exp(logprobs_BTC).sum(-1, keepdims=True), 1e-6)  # of all 16 it is 0, or just below
+        rest = jnp.maximum(
+            1 - jnp.exp(logprobs_BTC).sum(-1, keepdims=True), 1e-6
+        )  # with all 16 tokens as candidates it is 0 or just below
         return jnp.concatenate([logprobs_BTC, jnp.log(rest)], axis=-1)
 
     own, teachers = with_tail(logprobs_BTC), with_tail(teacher_logprobs_BTC)
@@ -74,15 +79,15 @@ def reverse_kl(logprobs_BTC, teacher_logprobs_BTC):
 @jax.jit
 @jax.value_and_grad
 def loss_and_gradient(params, tokens_BS, mask_BT, candidate_ids_BTC, teacher_logprobs_BTC):
-    """Mean over the sampled tokens, in nats."""
+    """Mean reverse KL over the sampled tokens, in nats, and its gradient."""
     own_BTC = jnp.take_along_axis(log_probs(params, tokens_BS), candidate_ids_BTC, axis=-1)
-    # where() before the product: what was not scored is NaN in the teacher's array, lest it pass for a score.
+    # where() before the product: targets that were not scored are NaN, so that they cannot pass for scores.
     teacher_BTC = jnp.where(mask_BT[..., None], teacher_logprobs_BTC, own_BTC)
     return reverse_kl(own_BTC, teacher_BTC).mean(where=mask_BT)
 
 
 def train(teacher, params, *, num_steps=300, batch_size=64, num_candidates=4, seed=0, log=print):
-    """Returns the parameters after `num_steps`."""
+    """Trains for `num_steps` steps; returns the parameters."""
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3, b2=0.95))
     rng, state = np.random.default_rng(seed), optimizer.init(params)
     for step in range(num_steps):

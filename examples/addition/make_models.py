@@ -2,7 +2,7 @@
 
     python examples/addition/make_models.py DIR
 
-`jdistill train` with `objective.kind: supervised` and `model.init: random` then makes the weights.
+`jdistill train` with `objective.kind: supervised` and `model.init: random` then trains the weights.
 """
 
 import argparse
@@ -14,7 +14,7 @@ NUM_LAYERS = {"teacher": 4, "student": 2}
 
 
 def main() -> None:
-    """Parses the one argument and writes both directories."""
+    """Parses the argument and writes both directories."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", type=pathlib.Path)
     to = parser.parse_args().dir
