@@ -1,1 +1,1 @@
-"""`make bench-service`: the teacher service beside the engine in process, vLLM's HTTP server, and other wires."""
+"""`make bench-service`: the teacher service against the engine in process, vLLM's HTTP server, and other wires."""

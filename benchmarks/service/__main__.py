@@ -1,10 +1,10 @@
-"""The teacher service side by side with the engine in process, with AReaL's HTTP way and with other wires, in one run.
+"""Compare the teacher service with the engine in process, with AReaL's HTTP requests and with other wires, in one run.
 
     python -m benchmarks.service [--quick] [--only engine-bound service-bound wire service replicas] [--output FILE.md]
 
-Ways take turns within a round, in one order and then in the other, so that a machine that is busy for a while slows
-all of them; a ratio is the median over the rounds. All ways score the same sequences and are checked to give the same
-numbers. The last line printed is one JSON object.
+The ways take turns within a round, in one order and then in the reverse, so that a machine that is busy for a while
+slows all of them; a ratio is the median over the rounds. All ways score the same sequences, and their numbers are
+checked to be equal. The last printed line is one JSON object.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def one_workload(directory: pathlib.Path, workload: str, *, quick: bool) -> tuple[Table, dict[str, Any]]:
-    """One model, all ways of scoring with it."""
+    """All ways of scoring with one model."""
     count, rounds, pairs = (8, 2, 1) if quick else (64, 3, 2) if workload == "engine-bound" else (64, 6, 3)
     vocab_size = checkpoints.SHAPES[workload]["vocab_size"]
     model = directory / "model"
@@ -148,7 +148,7 @@ def one_workload(directory: pathlib.Path, workload: str, *, quick: bool) -> tupl
         added_ms = _added_latency(client, sidecar, response, 4 if quick else 15)
 
     def gain(slow: str, fast: str) -> list[float]:
-        """How many times faster, round by round."""
+        """Returns the speedup in each round."""
         if len(times[slow]) == len(times[fast]):
             return [s / f for s, f in zip(times[slow], times[fast], strict=True)]
         per_round = [len(times[name]) // len(at_load[1:]) for name in (slow, fast)]
@@ -158,7 +158,7 @@ def one_workload(directory: pathlib.Path, workload: str, *, quick: bool) -> tupl
         return (slows / fasts).tolist()
 
     def best(slow: str) -> float:
-        """How many times faster the sidecar is, by the fastest turn of each."""
+        """Returns the sidecar's speedup, from the fastest turn of each."""
         return min(times[slow]) / min(times["sidecar"])
 
     num_tokens = count * LENGTH
@@ -229,7 +229,7 @@ def one_workload(directory: pathlib.Path, workload: str, *, quick: bool) -> tupl
 
 
 def _check_equal(sums: dict[str, list[float]]) -> None:
-    """Every way has found the same log-probabilities, but for the rounding of float32."""
+    """Checks that all ways found the same log-probabilities up to float32 rounding."""
     reference = np.array(sums["bare"])
     for name, found in sums.items():
         worst = float(np.abs(np.array(found) / reference - 1).max())
@@ -240,7 +240,7 @@ def _check_equal(sums: dict[str, list[float]]) -> None:
 def _added_latency(
     client: TeacherClient, sidecar: processes.Sidecar, sequences: list[SequenceToScore], rounds: int
 ) -> tuple[float, float]:
-    """(p50, p90), ms: one sequence through the sidecar, less the median of the engine in process."""
+    """Returns (p50, p90) in ms of one sequence through the sidecar, minus the median of the engine in process."""
     alone, through = [], []
     count = min(8, len(sequences))
     for _ in range(rounds):
@@ -258,7 +258,7 @@ def _added_latency(
 
 
 def wire_alone(directory: pathlib.Path, *, quick: bool) -> tuple[Table, dict[str, Any]]:
-    """Batches/s of each wire, and of the whole service with an engine that has its answer ready."""
+    """Measures batches/s of each wire, and of the whole service with an engine whose answers are precomputed."""
     at_least_s = 0.5 if quick else 2.0
     sequences = work.sequences(64, vocab_size=VOCAB_SIZE, length=512, first_scored=1)
     described = {
@@ -322,7 +322,7 @@ def wire_alone(directory: pathlib.Path, *, quick: bool) -> tuple[Table, dict[str
 
 
 def service_costs(directory: pathlib.Path, *, quick: bool) -> tuple[Table, dict[str, Any]]:
-    """What the service costs where the engine costs nothing: CPU, bytes, latency."""
+    """Measures CPU, bytes and latency of the service with an engine that costs nothing."""
     sequences = work.sequences(64, vocab_size=VOCAB_SIZE, length=512, first_scored=1)
     num_scored = sum(s.num_scored for s in sequences)
     table = Table("What service and client cost, engine apart", ["", "top-0", "top-64"])
@@ -376,7 +376,7 @@ def _own_cpu_s() -> float:
 
 
 def many_replicas(directory: pathlib.Path, *, quick: bool) -> tuple[Table, dict[str, Any]]:
-    """1, 2 and 4 replicas, and a rollout that hides the scoring; with an engine that waits."""
+    """Measures 1, 2 and 4 replicas, and a rollout that hides the scoring, with an engine that only waits."""
     sequences = replicas.ragged(64 if quick else 512)
     speed = f"tokens_per_s={replicas.TOKENS_PER_S}"
     args = ("--engine", "waiting", "--model", directory, "--engine-arg", speed)

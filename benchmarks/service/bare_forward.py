@@ -1,4 +1,4 @@
-"""The engine's limit: PyTorch's forward pass and log-softmax of the same sequences on all cores, nothing around it.
+"""The engine's limit: PyTorch's forward pass and log-softmax of the same sequences on all cores, and nothing else.
 
 Each line on stdin scores once; the answer is the seconds and a sum for each sequence.
 """

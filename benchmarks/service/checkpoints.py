@@ -1,4 +1,4 @@
-"""The two models that are scored, written at benchmark time from a seed: Qwen3's shape with random weights, float32.
+"""Write the two models to score from a seed: Qwen3's architecture with random float32 weights.
 
 engine-bound: the projection onto 32,768 words is nearly all of the work, as with a large model.
 service-bound: 0.4 M parameters and 512 words, so that what surrounds the engine is a large part of the time.

@@ -1,4 +1,4 @@
-"""A TCP proxy that counts what passes, so that bytes on the wire are those of HTTP/2 and gRPC too."""
+"""A TCP proxy that counts bytes, so that the bytes on the wire include HTTP/2 and gRPC framing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines for measuring: one that has its answer ready, one that waits instead of computing, vLLM with a side door."""
+"""Engines to measure with: precomputed answers, waiting instead of computing, and vLLM that also scores in process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VOCAB_SIZE = 32768
 
 
 def prepared_scores(num_scored: int, top_k: int, *, seed: int = 2) -> TokenScores:
-    """Plausible scores; the checksum is still to be set."""
+    """Makes plausible scores; the caller sets the checksum."""
     rng = np.random.default_rng(seed)
     top = -np.sort(rng.exponential(3.0, (num_scored, top_k)).astype(np.float32), axis=1)
     return TokenScores(
@@ -36,7 +36,7 @@ def prepared_scores(num_scored: int, top_k: int, *, seed: int = 2) -> TokenScore
 
 
 class ReadyEngine(Engine):
-    """Answers at once with arrays that it has prepared: what is left is the service and the wire."""
+    """Answers at once with prepared arrays, which leaves only the cost of the service and the wire."""
 
     name = "ready"
     version = "1"
@@ -58,7 +58,7 @@ class ReadyEngine(Engine):
             yield index, self.answer(sequence, top_k)
 
     def answer(self, sequence: SequenceToScore, top_k: int) -> TokenScores:
-        """Views of the prepared arrays, and the checksum of the tokens that came."""
+        """Returns views of the prepared arrays with the checksum of the received tokens."""
         scores, part = self._scores[top_k], slice(sequence.num_scored)
         return TokenScores(
             logprobs=scores.logprobs[part],
@@ -73,7 +73,7 @@ class ReadyEngine(Engine):
 
 
 class WaitingEngine(ReadyEngine):
-    """Takes a time for each token (engine_args.tokens_per_s), one sequence after another, and no CPU."""
+    """Waits for each token's time (engine_args.tokens_per_s), one sequence after another, without using the CPU."""
 
     name = "waiting"
 
@@ -114,13 +114,13 @@ async def create_measured_vllm(config: TeacherServerConfig) -> Engine:
 
 
 class MeasuredVllm:
-    """What the table of engines names."""
+    """Factory for the table of engines."""
 
     create = staticmethod(create_measured_vllm)
 
 
 async def _score_in_process(engine: Any, way: str, count: int, one_by_one: bool, **kwargs: Any) -> dict[str, Any]:
-    """Scores as a program would that has the engine in its own process; returns seconds and what was found."""
+    """Scores like a program with the engine in its own process; returns seconds and scores."""
     from jdistill.sidecar.engines.vllm.ways import PlainWay
 
     sequences = work.sequences(count, vocab_size=engine.info.vocab_size, **kwargs)

@@ -1,4 +1,4 @@
-"""How trainers ask vLLM's OpenAI server today: completions with `prompt_logprobs: 1`, JSON, the whole prompt.
+"""Request scores from vLLM's OpenAI server as trainers do today: completions with `prompt_logprobs: 1`, in JSON.
 
 AReaL sends one request and waits for it before it sends the next; `connections` > 1 is the same with that many at once.
 """
@@ -18,7 +18,7 @@ from jdistill.wire.types import SequenceToScore
 def score(
     url: str, sequences: list[SequenceToScore], *, connections: int, prompt_logprobs: int = 1
 ) -> tuple[float, list[float]]:
-    """(seconds, sum of the scored log-probabilities of each sequence)."""
+    """Returns (seconds, sum of the scored log-probabilities of each sequence)."""
     return asyncio.run(_score(url, sequences, connections, prompt_logprobs))
 
 

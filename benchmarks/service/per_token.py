@@ -1,4 +1,4 @@
-"""A schema with a message for every token, as vLLM's own gRPC schema has it, made without a compiler."""
+"""A schema with one message per token, like vLLM's own gRPC schema, built without a compiler."""
 
 from __future__ import annotations
 

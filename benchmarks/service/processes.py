@@ -1,4 +1,4 @@
-"""The processes that are measured: started, waited for, and taken down however the benchmark ends."""
+"""Start the measured processes, wait for them, and end them however the benchmark ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[2]  # where `python -m benchmarks.service.
 
 
 class Process:
-    """A child in a session of its own, so that what it starts can be ended with it."""
+    """A child in its own session, so that its own children can be ended with it."""
 
     def __init__(self, command: list[str], log_path: pathlib.Path, *, env: dict[str, str] | None = None, **kwargs: Any):
         log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,12 +44,12 @@ class Process:
             time.sleep(0.05)
 
     def cpu_s(self) -> float:
-        """CPU seconds of the process alone, without its children."""
+        """CPU seconds of the process, without its children."""
         times = psutil.Process(self.popen.pid).cpu_times()
         return times.user + times.system
 
     def stop(self) -> None:
-        """SIGTERM, then SIGKILL to all of the session."""
+        """Sends SIGTERM, then SIGKILL to the whole session."""
         self.popen.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(20)
@@ -70,7 +70,7 @@ class Sidecar(Process):
 
     @property
     def endpoint(self) -> str:
-        """host:port."""
+        """The endpoint, host:port."""
         return f"127.0.0.1:{int(self._port_file.read_text())}"
 
     def in_process(self, **request: Any) -> dict[str, Any]:
@@ -85,14 +85,14 @@ class Sidecar(Process):
 
 @contextlib.contextmanager
 def sidecar(directory: pathlib.Path, name: str, *args: Any) -> Iterator[Sidecar]:
-    """A sidecar that serves."""
+    """Starts a sidecar; yields it once it serves."""
     with sidecars(directory, {name: args}) as (only,):
         yield only
 
 
 @contextlib.contextmanager
 def sidecars(directory: pathlib.Path, args_of: dict[str, tuple[Any, ...]]) -> Iterator[list[Sidecar]]:
-    """Several, started together."""
+    """Starts several sidecars at once; yields them once all serve."""
     with contextlib.ExitStack() as stack:
         started = []
         for name, args in args_of.items():

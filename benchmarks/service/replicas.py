@@ -1,4 +1,4 @@
-"""Many replicas, and a rollout that hides the teacher: an engine that waits instead of computing shows the rest."""
+"""Several replicas, and a rollout that hides the teacher, with an engine that waits instead of computing."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ TOKENS_PER_S = 100_000  # of one replica that waits
 
 
 def ragged(count: int) -> list[SequenceToScore]:
-    """Sequences of 64 to 1,088 tokens."""
+    """Makes sequences of 64 to 1,088 tokens."""
     rng = np.random.default_rng(5)
     ids = [rng.integers(0, VOCAB_SIZE, length).astype(np.int32) for length in rng.integers(64, 1089, count)]
     return [SequenceToScore(row) for row in ids]
 
 
 def tokens_per_s(endpoints: list[str], sequences: list[SequenceToScore]) -> float:
-    """Throughput of one batch over these replicas, by a client that has just met them."""
+    """Throughput of one batch over these replicas with a new client."""
     with TeacherClient(endpoints) as client:
         client.info()
         begin = time.perf_counter()
@@ -31,7 +31,7 @@ def tokens_per_s(endpoints: list[str], sequences: list[SequenceToScore]) -> floa
 
 
 def exposed_s(endpoint: str, *, count: int = 32, length: int = 4096) -> dict[str, float]:
-    """A rollout that yields sequences one by one, a little slower than the teacher scores one: what is not hidden."""
+    """Time not hidden by a rollout that yields sequences one by one, slightly slower than the teacher scores them."""
     sequences = work.sequences(count, vocab_size=VOCAB_SIZE, length=length, first_scored=1)
     one_s = length / TOKENS_PER_S
     with TeacherClient([endpoint]) as client:

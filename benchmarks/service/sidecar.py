@@ -1,4 +1,4 @@
-"""`jdistill teacher`, all of it, with the engines of the benchmark in its table."""
+"""The complete `jdistill teacher`, with the benchmark's engines in its table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wire alone, and the whole service with an engine that has its answer ready: batches of 64 x 512 tokens a second.
+"""The wire alone, and the whole service with precomputed answers: batches of 64 x 512 tokens per second.
 
 Client and server are separate processes. Each way ends with numpy arrays of the scores; what a way checks beside that
 is its own: this project's checks checksums, ids, counts, order and every value.
@@ -34,7 +34,7 @@ OPTIONS = [option for option in channel.client_options() if option[0] != "grpc.s
 
 
 class WireClient:
-    """The ways without a service around them, over one gRPC and one HTTP connection."""
+    """The wires without the service, over one gRPC and one HTTP connection."""
 
     def __init__(self, ports: dict[str, int], sequences: list[SequenceToScore]):
         self._ports = ports
@@ -45,7 +45,7 @@ class WireClient:
         self.sums: dict[tuple[str, int], float] = {}
 
     def batches_per_s(self, way: str, top_k: int, *, at_least_s: float, at_least: int = 3) -> float:
-        """Runs the way for a while, several calls in flight."""
+        """Runs one wire for a while, with several calls in flight."""
         return asyncio.run(self._run(way, top_k, at_least_s, at_least))
 
     async def _run(self, way: str, top_k: int, at_least_s: float, at_least: int) -> float:
@@ -103,7 +103,7 @@ class WireClient:
         return float(logprobs[-lengths[-1] + 1 :].sum())
 
     async def per_token(self, top_k: int) -> float:
-        """A message for every token."""
+        """One message per token."""
         request = codec.encode_request(self._sequences, top_k=top_k)
         async for data in self._channel.unary_stream(f"/{SERVICE}/per_token")(request):
             reply = PerTokenReply.FromString(data)
@@ -129,7 +129,7 @@ class WireClient:
 def service_batches_per_s(
     client: TeacherClient, sequences: list[SequenceToScore], top_k: int, at_least_s: float
 ) -> Any:
-    """(batches/s, sum): the whole service. Threads share the client, as a trainer's would, so that calls overlap."""
+    """Returns (batches/s, sum) of the whole service; threads share the client, like a trainer's, so calls overlap."""
     total = float(client.score(sequences, top_k=top_k)[-1].logprobs.sum())
     done, lock = 0, threading.Lock()
     begin = time.perf_counter()

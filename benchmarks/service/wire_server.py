@@ -1,4 +1,4 @@
-"""The server's side of the wire comparison: a bare gRPC server and an HTTP server, each way with the same numbers.
+"""The servers of the wire comparison: a bare gRPC server and an HTTP server, which send the same numbers.
 
 Every way gets the tokens, makes the checksums where its wire has them, and encodes the reply anew for each call.
 """
@@ -25,7 +25,7 @@ SERVICE = "benchmark.Wire"
 
 
 class Server:
-    """One method a way."""
+    """One method per wire."""
 
     def __init__(self) -> None:
         self._engine = ReadyEngine(TeacherServerConfig(engine="ready", model="ready"))
@@ -63,7 +63,7 @@ class Server:
         yield reply.SerializeToString()
 
     async def per_token(self, request: bytes, context: Any) -> Any:
-        """A message for every token, in one message for the batch."""
+        """One message per token, inside one message for the batch."""
         asked = teacher_pb2.ScoreSequencesRequest.FromString(request)
         scores = self._as_lists(asked.sequence_lengths[0] - 1, asked.top_k)
         reply = PerTokenReply()

@@ -1,4 +1,4 @@
-"""What is scored: sequences from a seed, so that every process makes the same ones."""
+"""The sequences to score, made from a seed so that every process makes the same ones."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def sequences(
     first_scored: int = PROMPT_TOKENS,
     seed: int = 1,
 ) -> list[SequenceToScore]:
-    """`count` sequences of `length` random tokens, scored from position `first_scored` on."""
+    """Makes `count` sequences of `length` random tokens, scored from position `first_scored` on."""
     ids = np.random.default_rng(seed).integers(2, vocab_size, (count, length)).astype(np.int32)
     return [SequenceToScore(row, ((first_scored, length),)) for row in ids]
