@@ -48,7 +48,7 @@ class Work:
     call: object
     index: int
     sequence: SequenceToScore
-    key: tuple[int, float, str, int]  # top_k, temperature, adapter, candidates a position
+    key: tuple[int, float, str, int]  # top_k, temperature, adapter, candidates per position
 
     @property
     def num_tokens(self) -> int:
@@ -83,9 +83,9 @@ def form_batch(waiting: Sequence[Work], max_batch_tokens: int, *, packed: bool =
 class BatchedEngine(Engine):
     """An engine that scores one batch at a time in its own thread.
 
-    A subclass implements `load` (blocking; sets `version`, `info`, and `packs` if it takes packed batches) and
-    `score_batch`, and `unload` if it holds something; all three run in the one worker thread. `await
-    SubClass.create(config)` makes it ready.
+    A subclass implements `load` (blocking; sets `version`, `info`, and `packs` if it takes packed batches),
+    `score_batch`, and `unload` if it has memory to free; all three run in the one worker thread. `await
+    SubClass.create(config)` returns a loaded engine.
     """
 
     packs = False
@@ -103,7 +103,7 @@ class BatchedEngine(Engine):
 
     @classmethod
     async def create(cls: type[E], config: TeacherServerConfig) -> E:
-        """Makes the engine and loads its model, without blocking the event loop.
+        """Creates the engine and loads its model without blocking the event loop.
 
         Raises:
             ValueError: the checkpoint or an entry of `config.engine_args` cannot be used.
@@ -124,10 +124,10 @@ class BatchedEngine(Engine):
     def score_batch(
         self, sequences: list[SequenceToScore], *, top_k: int, temperature: float, adapter: str
     ) -> list[TokenScores]:
-        """Scores a batch of form_batch, whose sequences all have the same number of candidates (or none); in order.
+        """Scores one batch in order; its sequences all have the same number of candidates, or none.
 
         Raises:
-            EngineDeadError: the engine is gone for good. Any other exception fails these sequences only.
+            EngineDeadError: the engine has died for good. Any other exception fails these sequences only.
         """
 
     def unload(self) -> None:
@@ -243,10 +243,10 @@ def split_scores(
     Args:
         sequences: B sequences.
         scored_ids: B arrays, the ids that went through the model (read them back from the batch that the engine built,
-            not from `sequences`: the checksum over them is how a client finds a mix-up).
-        logprobs_N: of the tokens at the scored positions, sequence after sequence, in nats.
-        top_ids_NK, top_logprobs_NK: most likely first; or None.
-        candidate_logprobs_NC: in the order of the sequences' candidates; or None.
+            not from `sequences`: by their checksum a client detects mixed-up sequences).
+        logprobs_N: log-probabilities of the tokens at the scored positions, sequence after sequence, in nats.
+        top_ids_NK, top_logprobs_NK: most likely first, or None.
+        candidate_logprobs_NC: in the order of the sequences' candidates, or None.
     """
     counts = [sequence.num_scored for sequence in sequences]
     if sum(counts) != len(logprobs_N):

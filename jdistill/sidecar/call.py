@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -164,7 +164,7 @@ class Call:
 
 
 class OpenCalls:
-    """The scoring calls that run or wait."""
+    """The scoring calls that are running or waiting."""
 
     def __init__(self) -> None:
         self._calls: set[Call] = set()
@@ -175,7 +175,7 @@ class OpenCalls:
         return len(self._calls)
 
     @contextlib.contextmanager
-    def holding(self, call: Call) -> Any:
+    def holding(self, call: Call) -> Iterator[None]:
         """Counts `call` as open inside the block."""
         self._calls.add(call)
         self._none.clear()
@@ -192,7 +192,7 @@ class OpenCalls:
             call.put(copy.copy(error))
 
     async def wait_until_none(self) -> None:
-        """Waits until no call runs or waits."""
+        """Waits until no call is open."""
         await self._none.wait()
 
 

@@ -204,9 +204,9 @@ class FairQueue:
         if excess <= 0:
             return
         error = OverloadedError(
-            f"{self.queued_tokens} tokens wait for the engine, {own} of them of client {client!r}; this call has {size}"
-            f" and the limit is {self._max_queued_tokens} for all {num_rivals + 1} clients (--max-queued-tokens); "
-            "retry later, or add replicas"
+            f"{self.queued_tokens} tokens wait for the engine, {own} of them from client {client!r}; this call has "
+            f"{size} and the limit is {self._max_queued_tokens} for all {num_rivals + 1} clients "
+            "(--max-queued-tokens); retry later, or add replicas"
         )
         error.retry_after_s = self._retry_after_s(min(excess, self.queued_tokens))
         self._knocking.pop(client, None)

@@ -15,12 +15,12 @@ from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram
 
 from jdistill.wire.types import ServerState
 
-# From a sequence of a tiny model to a batch that waits behind a full queue.
+# From one sequence of a tiny model to a batch behind a full queue.
 _BUCKETS_S = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
 class Metrics:
-    """The metrics of one sidecar; `registry` (default: a new one) holds them.
+    """The metrics of one sidecar, held in `registry` (default: a new one).
 
     Every method is cheap (microseconds) and may be called from any thread.
     """
@@ -32,11 +32,15 @@ class Metrics:
         prometheus_client.ProcessCollector(registry=self.registry)  # memory, CPU time, open files
         self._calls = Counter("jdistill_calls", "Calls that have ended.", ("method", "code"), **of)
         self._call_duration = Histogram(
-            "jdistill_call_duration_seconds", "From a call's arrival to its end.", ("method",), buckets=_BUCKETS_S, **of
+            "jdistill_call_duration_seconds",
+            "Time from a call's arrival to its end.",
+            ("method",),
+            buckets=_BUCKETS_S,
+            **of,
         )
         self._queue_duration = Histogram(
             "jdistill_queue_duration_seconds",
-            "How long a scoring call waited until the engine got the first of it.",
+            "Time that a scoring call waited until its first piece reached the engine.",
             buckets=_BUCKETS_S,
             **of,
         )
@@ -45,17 +49,17 @@ class Metrics:
         )
         self._sequences = Counter("jdistill_scored_sequences", "Sequences that the engine has scored.", **of)
         self._tokens = Counter(
-            "jdistill_scored_tokens", "Tokens of these sequences, the prompt and teacher prefix included.", **of
+            "jdistill_scored_tokens", "Tokens of these sequences, including prompt and teacher prefix.", **of
         )
-        self._positions = Counter("jdistill_scored_positions", "Positions of these sequences that got a score.", **of)
+        self._positions = Counter("jdistill_scored_positions", "Scored positions of these sequences.", **of)
         self._sent_bytes = Counter("jdistill_sent_bytes", "Bytes of scores sent, without gRPC's framing.", **of)
         self._engine_errors = Counter("jdistill_engine_errors", "Failures of the engine.", ("reason",), **of)
-        self._queued_tokens = Gauge("jdistill_queued_tokens", "Tokens that wait for the engine.", **of)
-        self._running_tokens = Gauge("jdistill_running_tokens", "Tokens that are in the engine.", **of)
-        self._open_calls = Gauge("jdistill_open_calls", "Scoring calls that wait or run.", **of)
+        self._queued_tokens = Gauge("jdistill_queued_tokens", "Tokens waiting for the engine.", **of)
+        self._running_tokens = Gauge("jdistill_running_tokens", "Tokens in the engine.", **of)
+        self._open_calls = Gauge("jdistill_open_calls", "Scoring calls that are waiting or running.", **of)
         self._state = Enum(
             "jdistill_state",
-            "Where the sidecar is in its life.",
+            "State of the sidecar.",
             states=[state.name.lower() for state in ServerState],
             **of,
         )
@@ -66,7 +70,7 @@ class Metrics:
         Raises:
             OSError: the address cannot be bound.
         """
-        assert self._http is None, "one address is enough"
+        assert self._http is None, "the metrics are served already"
         self._http = prometheus_client.start_http_server(port, addr=host, registry=self.registry)
         return self._http[0].server_port
 

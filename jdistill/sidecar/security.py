@@ -1,7 +1,7 @@
 """Refuses callers without a valid certificate or bearer token, and unsafe listening addresses. Never logs a token.
 
-Certificates and tokens are read again when their files change, so that a run of weeks outlives both: the
-certificate is looked up at each handshake, the tokens at each call.
+Certificates and tokens are read again when their files change, so that a run of weeks outlives both: the certificate
+is looked up at each handshake, the tokens at each call.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def check_exposure(config: TeacherServerConfig) -> None:
         raise ConfigError("tls_client_ca is for TLS: give --tls-cert and --tls-key too")
     if (config.tls_cert is None) != (config.tls_key is None):
         missing, given = ("tls_key", "tls_cert") if config.tls_key is None else ("tls_cert", "tls_key")
-        raise ConfigError(f"{missing} is missing: {given} is of no use without it; give both or none")
+        raise ConfigError(f"{missing} is missing: {given} needs it; give both or none")
     if is_loopback(config.host):
         return
     if config.tls_cert is not None:
@@ -129,7 +129,7 @@ class ServerTls:
         try:
             return self._load()
         except Exception as e:  # e.g. between the two writes of a new pair: keep the old one
-            logger.error("the certificate that was replaced on disk cannot be used, the one before is kept: %s", e)
+            logger.error("the new certificate on disk cannot be used, the previous one is kept: %s", e)
             return None
 
 
@@ -166,14 +166,14 @@ class BearerTokens:
         scheme, _, given = (authorization or "").strip().partition(" ")
         if scheme.lower() != "bearer" or not given.strip():
             raise UnauthenticatedError(
-                "no token: this teacher wants the metadata 'authorization: Bearer TOKEN' (--token-file of probe and "
+                "no token: this teacher requires the metadata 'authorization: Bearer TOKEN' (--token-file of probe and "
                 "score, token= of TeacherClient)"
             )
         # Digests have one length whatever the token's, and all are compared: the time reveals nothing.
         digest = hashlib.sha256(given.strip().encode()).digest()
         found = [t for t in self._tokens if hmac.compare_digest(digest, hashlib.sha256(t.text.encode()).digest())]
         if not found:
-            raise UnauthenticatedError("wrong token: this teacher does not know it (any more)")
+            raise UnauthenticatedError("wrong token: this teacher does not accept it, or no longer does")
         now = datetime.datetime.now(datetime.UTC)
         if not any(token.expires is None or token.expires > now for token in found):
             latest = max(token.expires for token in found if token.expires is not None)

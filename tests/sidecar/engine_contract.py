@@ -47,7 +47,7 @@ np.savez(out, **logits)
 
 
 def reference_logits(path: pathlib.Path, sequences: list[np.ndarray], out: pathlib.Path) -> list[np.ndarray]:
-    """Logits [S, V] of each sequence alone, from bare transformers."""
+    """Returns the logits [S, V] of each sequence alone, from bare transformers."""
     subprocess.run(
         [sys.executable, "-c", REFERENCE, str(path), str(out)],
         input=json.dumps([ids.tolist() for ids in sequences]).encode(),
@@ -59,7 +59,7 @@ def reference_logits(path: pathlib.Path, sequences: list[np.ndarray], out: pathl
 
 
 def expected_logprobs(logits_SV: np.ndarray, temperature: float) -> np.ndarray:
-    """Log-softmax [S, V] of logits / temperature, in float64."""
+    """Returns the log-softmax [S, V] of logits / temperature in float64."""
     scaled_SV = logits_SV.astype(np.float64) / temperature
     scaled_SV -= scaled_SV.max(axis=-1, keepdims=True)
     return scaled_SV - np.log(np.exp(scaled_SV).sum(axis=-1, keepdims=True))
@@ -88,7 +88,7 @@ async def score_all(engine: Engine, sequences: list[SequenceToScore], **options:
 
 
 def serve(name: str, path: pathlib.Path, tmp_path: pathlib.Path, **config: Any):
-    """Yields a Served for a fixture: sequences of 2 tokens, of the model's limit, and between."""
+    """Yields a Served for a fixture, with sequences from 2 tokens to the model's limit."""
     rng = np.random.default_rng(5)
     token_ids = [rng.integers(0, 512, size).astype(np.int32) for size in (2, 128, 37, 64, 9, 100)]
     logits = reference_logits(path, token_ids, tmp_path / "reference.npz")
@@ -104,7 +104,7 @@ def serve(name: str, path: pathlib.Path, tmp_path: pathlib.Path, **config: Any):
 
 @functools.cache
 def random_spans(length: int, seed: int) -> tuple[tuple[int, int], ...]:
-    """Ascending disjoint spans within [1, length), with holes where there is room."""
+    """Returns ascending disjoint spans within [1, length), with holes where there is room."""
     rng = np.random.default_rng(seed)
     mask = rng.random(length) < 0.5
     mask[0] = False
@@ -114,7 +114,7 @@ def random_spans(length: int, seed: int) -> tuple[tuple[int, int], ...]:
 
 
 class EngineContract:
-    """What every engine has to do; each test gets its expectation from the reference logits."""
+    """Tests for every engine; each gets its expectation from the reference logits."""
 
     def check(self, served: Served, index: int, spans, got: TokenScores, *, temperature=1.0, candidates=None):
         ids, logits = served.token_ids[index], served.logits[index]
@@ -128,7 +128,7 @@ class EngineContract:
         if got.top_ids is not None:
             assert got.top_ids.dtype == np.int32
             top_k = got.top_ids.shape[1]
-            # Values, not ids: two tokens closer than the tolerance may change places.
+            # Values, not ids: two tokens closer than the tolerance may swap.
             largest = -np.sort(-logprobs_PV, axis=-1)[:, :top_k]
             np.testing.assert_allclose(got.top_logprobs, largest, atol=TOLERANCE, rtol=0)
             np.testing.assert_allclose(
@@ -205,7 +205,7 @@ class EngineContract:
         for copy in (2, 8, 14):
             np.testing.assert_allclose(crowded[copy].logprobs, alone.logprobs, atol=2e-5, rtol=0)
 
-    def test_calls_that_run_at_once_with_other_options_do_not_mix(self, served):
+    def test_concurrent_calls_with_different_options_do_not_mix(self, served):
         async def both():
             return await asyncio.gather(
                 score_all(served.engine, [SequenceToScore(ids) for ids in served.token_ids], top_k=2),
@@ -219,7 +219,7 @@ class EngineContract:
             self.check(served, index, ((1, 2),), second[index])
             assert second[index].top_ids.shape == (1, 4)
 
-    def test_closing_early_cancels_the_rest_and_the_engine_goes_on(self, served):
+    def test_closing_early_cancels_the_rest_and_the_engine_continues(self, served):
         async def first_only():
             stream = served.engine.score([SequenceToScore(ids) for ids in served.token_ids * 20])
             async for _ in stream:
@@ -231,7 +231,7 @@ class EngineContract:
         (got,) = served.score([SequenceToScore(served.token_ids[4])])
         self.check(served, 4, (), got)
 
-    def test_bad_requests_are_refused_before_the_engine_which_goes_on(self, served):
+    def test_bad_requests_are_refused_before_the_engine_which_continues(self, served):
         info = served.engine.info
         ids = served.token_ids[4]
         bad = [
@@ -248,7 +248,7 @@ class EngineContract:
         (got,) = served.score([SequenceToScore(ids)])
         self.check(served, 4, (), got)
 
-    def test_a_healthy_engine_says_so(self, served):
+    def test_a_healthy_engine_passes_its_check(self, served):
         assert served.runner.run(served.engine.check()) is None
 
     def test_sleep_and_wake_bring_back_the_same_model_or_are_refused(self, served):
@@ -282,7 +282,7 @@ class EngineContract:
 
 
 def serve_adapters(name: str, directory: pathlib.Path, **config: Any):
-    """Like serve(), with two adapters, "math" and "code", of other ranks; each also merged, in NAME-merged."""
+    """Like serve(), with adapters "math" and "code" of different ranks; NAME-merged holds each merged checkpoint."""
     base = write_checkpoint(directory / "tiny")
     adapters = {
         adapter: str(write_adapter(directory / adapter, base, rank=rank, seed=rank))
@@ -292,11 +292,9 @@ def serve_adapters(name: str, directory: pathlib.Path, **config: Any):
 
 
 class AdapterContract:
-    """What every engine that serves adapters has to do; a subclass's fixture `with_adapters` is by serve_adapters()."""
+    """Tests for every engine with adapters; a subclass's fixture `with_adapters` uses serve_adapters()."""
 
-    def test_each_adapter_gives_the_numbers_of_the_checkpoint_it_is_merged_into_and_the_base_its_own(
-        self, with_adapters, tmp_path
-    ):
+    def test_each_adapter_scores_like_its_merged_checkpoint_and_the_base_like_itself(self, with_adapters, tmp_path):
         engine, ids = with_adapters.engine, with_adapters.token_ids[3]
         rng = np.random.default_rng(3)
         candidates = rng.integers(0, 512, (63, 3)).astype(np.int32)
@@ -316,7 +314,7 @@ class AdapterContract:
             served = dataclasses.replace(with_adapters, token_ids=[ids], logits=[logits[name]])
             EngineContract().check(served, 0, (), got, candidates=candidates)
 
-    def test_adapters_are_models_of_their_own(self, with_adapters):
+    def test_adapters_are_described_as_separate_models(self, with_adapters):
         engine = with_adapters.engine
         assert list(engine.adapters) == ["math", "code"]
         fingerprints = {info.fingerprint for info in (engine.info, *engine.adapters.values())}

@@ -1,4 +1,4 @@
-"""Real inference servers as processes of their own, for the engines in front of them."""
+"""Real inference servers in separate processes, for the engines in front of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def free_port() -> int:
 def running(
     command: list[str], *, port: int, log_path: pathlib.Path, health: str, timeout_s: float = 200, **env: str
 ) -> Iterator[str]:
-    """Starts `command`, waits until GET `health` answers 200, yields the URL, ends the whole process group."""
+    """Starts `command`, waits until GET `health` answers 200, yields the URL and finally kills the process group."""
     url = f"http://127.0.0.1:{port}"
     with log_path.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **env}, start_new_session=True)

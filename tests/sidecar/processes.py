@@ -14,7 +14,7 @@ NOT_SERVING, SERVING = health_pb2.HealthCheckResponse.NOT_SERVING, health_pb2.He
 
 
 def command(*args):
-    """The command line of `jdistill ARGS`."""
+    """Returns the command line of `jdistill ARGS`."""
     return [sys.executable, "-m", "jdistill.cli", *map(str, args)]
 
 
@@ -44,13 +44,13 @@ class Sidecar:
         self.port = int(self.port_file.read_text())
 
     def stop(self):
-        """SIGTERM; returns the exit code."""
+        """Sends SIGTERM and returns the exit code."""
         self.process.terminate()
         return self.process.wait(20)
 
 
 def launch(directory, *args, wait=True):
-    """Starts `jdistill teacher` with the fake engine on a free port; `args` come on top."""
+    """Starts `jdistill teacher ARGS` with the fake engine on a free port."""
     number = len(list(directory.glob("*.log")))
     port_file, log_path = directory / f"{number}.port", directory / f"{number}.log"
     defaults = ["--engine", "fake", "--model", directory, "--port-file", port_file]
@@ -65,7 +65,7 @@ def launch(directory, *args, wait=True):
 
 
 def health(address, service=SERVICE):
-    """What the standard health service says."""
+    """Returns the status that the standard health service reports."""
     with grpc.insecure_channel(address) as channel:
         request = health_pb2.HealthCheckRequest(service=service)
         return health_pb2_grpc.HealthStub(channel).Check(request, timeout=5, wait_for_ready=True).status

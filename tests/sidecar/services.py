@@ -1,4 +1,4 @@
-"""Factory for tests: a service in this process over the fake engine, requests to it, and what its answers say."""
+"""Factories for tests: a service in this process over the fake engine, requests, and readers of its replies."""
 
 import asyncio
 import contextlib
@@ -19,9 +19,10 @@ VOCAB = 64
 
 @contextlib.asynccontextmanager
 async def serving(engine=fake.FakeEngine, *, config=None, states=None, **engine_args):
-    """(service, engine, channel) of a service in this process on a loopback port.
+    """Yields (service, engine, channel) of a service in this process on a loopback port.
 
-    `engine` is one, or a class of them; `config` are further fields of TeacherServerConfig; `states` gets every state.
+    `engine` is an engine or its class; `config` has further fields of TeacherServerConfig; every state is added to
+    `states`.
     """
     config = TeacherServerConfig(
         engine="fake", model="some/tiny", engine_args=engine_args, max_sequence_length=4096, **(config or {})
@@ -67,14 +68,14 @@ class Gated(fake.FakeEngine):
 
 
 async def until(condition):
-    """Returns when `condition()` is true; for what the service does by itself."""
-    async with asyncio.timeout(5):
+    """Waits until `condition()` is true."""
+    async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(0.001)
 
 
 def run(main):
-    """asyncio.run, bounded."""
+    """Runs `main` like asyncio.run, for at most 30 s."""
 
     async def bounded():
         async with asyncio.timeout(30):
@@ -94,7 +95,7 @@ async def score(channel, message, **call):
 
 
 async def failure(channel, message, **call):
-    """(status code, message, ErrorInfo, BadRequest or None) of a call that must fail."""
+    """Returns (status code, message, ErrorInfo, BadRequest or None) of a call that must fail."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await score(channel, message, **call)
     return explain(caught.value)
@@ -116,7 +117,7 @@ def explain(error):
 
 
 def assemble(message, chunks):
-    """{sequence: (logprobs, top_ids, top_logprobs, candidate_logprobs)} by the proto's own words, loop by loop."""
+    """Decodes {sequence: (logprobs, top_ids, top_logprobs, candidate_logprobs)} as the proto's comments describe."""
     found = {}
     for chunk in chunks:
         assert len(chunk.sequence_indexes) == len(chunk.first_targets) == len(chunk.target_counts)

@@ -68,7 +68,7 @@ def test_what_the_engine_cannot_do_is_unimplemented_with_the_remedy():
     run(main)
 
 
-def test_a_request_without_sequences_is_answered_and_stands_in_nobodys_way():
+def test_a_request_without_sequences_gets_an_empty_reply():
     async def main():
         async with serving() as (_, _, channel):
             assert await score(channel, request()) == []
@@ -77,7 +77,7 @@ def test_a_request_without_sequences_is_answered_and_stands_in_nobodys_way():
     run(main)
 
 
-def test_over_the_limit_a_call_is_turned_away_at_once_with_a_delay_and_what_waits_is_served():
+def test_a_call_over_the_limit_is_refused_with_a_retry_delay_and_waiting_calls_are_served():
     async def main():
         config = {"max_running_tokens": 100, "max_queued_tokens": 150}
         async with serving(Gated, config=config) as (service, engine, channel):

@@ -1,4 +1,4 @@
-"""Batches are formed fairly, within the budget, the same way every time; a failure stays with its own call."""
+"""Batches are formed fairly, within the budget and reproducibly; a failure affects only its own call."""
 
 import asyncio
 import threading
@@ -13,6 +13,7 @@ from jdistill.sidecar.batching import LENGTH_FLOOR, BatchedEngine, Work, form_ba
 from jdistill.wire.codec import token_crc
 from jdistill.wire.errors import EngineDeadError, TeacherError, UnavailableError
 from jdistill.wire.types import SequenceToScore, TokenScores
+from tests.sidecar.services import until
 
 
 def sequence(length, *, first=0, candidates=0):
@@ -79,7 +80,7 @@ works = st.lists(
 
 @settings(deadline=None, max_examples=200)
 @given(works, st.integers(1, 8192), st.booleans())
-def test_every_batch_fits_the_budget_and_is_alike_and_everything_is_scored_once(items, budget, packed):
+def test_every_batch_fits_the_budget_with_similar_lengths_and_each_sequence_is_scored_once(items, budget, packed):
     calls = sorted({call for _, call, _ in items})
     waiting = [
         Work(calls.index(call), i, sequence(length), key)
@@ -117,7 +118,7 @@ def test_a_single_call_is_cut_into_batches_of_similar_length_longest_first():
     assert batches == [[(1000, 0), (990, 0)], [(310, 0), (300, 0)], [(120, 0), (100, 0)]]
 
 
-def test_a_packed_batch_is_filled_in_order_of_arrival_past_what_has_no_room():
+def test_a_packed_batch_is_filled_in_order_of_arrival_skipping_sequences_that_do_not_fit():
     waiting = [Work(0, i, sequence(n), (0, 1.0, "", 0)) for i, n in enumerate([100, 1000, 300, 990, 310, 120])]
     batches = []
     while waiting:
@@ -133,7 +134,7 @@ def test_concurrent_calls_share_a_batch_and_each_gets_its_own_scores():
         calls = []
         for c in range(4):
             calls.append(asyncio.create_task(collect(engine, [sequence(5, first=10 * c) for _ in range(2)])))
-            await asyncio.sleep(0.02)
+            await until(lambda c=c: engine.batches and len(engine._waiting) == 2 * c)
         engine.gate.set()
         results = await asyncio.gather(*calls)
         for c, scores in enumerate(results):
@@ -141,7 +142,7 @@ def test_concurrent_calls_share_a_batch_and_each_gets_its_own_scores():
                 np.testing.assert_array_equal(
                     scores[index].logprobs, -np.arange(10 * c + 1, 10 * c + 5, dtype=np.float32)
                 )
-        # The first call had the engine for itself; the other three came while it was busy.
+        # The first call had the engine to itself; the other three arrived while it was busy.
         assert [len(batch) for batch in engine.batches] == [2, 6]
         assert engine.threads == {engine.load_thread}
 
@@ -175,7 +176,7 @@ def test_a_failing_batch_fails_only_its_own_calls():
     run_with_engine(test)
 
 
-def test_a_dead_engine_fails_what_waits_and_what_comes():
+def test_a_dead_engine_fails_waiting_and_later_calls():
     async def test(engine):
         dying = asyncio.create_task(collect(engine, [sequence(50, first=777)]))
         waiting = asyncio.create_task(collect(engine, [sequence(3)], top_k=1))
@@ -193,10 +194,10 @@ def test_work_of_a_closed_call_never_reaches_the_engine():
     async def test(engine):
         engine.gate = threading.Event()
         running = asyncio.create_task(collect(engine, [sequence(9, first=1)]))
-        await asyncio.sleep(0.05)
+        await until(lambda: engine.batches)
         cancelled = asyncio.create_task(collect(engine, [sequence(9, first=2)]))
         after = asyncio.create_task(collect(engine, [sequence(9, first=3)]))
-        await asyncio.sleep(0.05)
+        await until(lambda: len(engine._waiting) == 2)
         cancelled.cancel()
         await asyncio.gather(cancelled, return_exceptions=True)
         engine.gate.set()
@@ -206,21 +207,20 @@ def test_work_of_a_closed_call_never_reaches_the_engine():
     run_with_engine(test)
 
 
-def test_closing_fails_what_waits_and_frees_in_the_worker():
+def test_closing_fails_waiting_calls_and_frees_in_the_worker():
     async def test(engine):
         engine.gate = threading.Event()
         running = asyncio.create_task(collect(engine, [sequence(9)]))
-        await asyncio.sleep(0.05)
+        await until(lambda: engine.batches)
         waiting = asyncio.create_task(collect(engine, [sequence(9)]))
-        await asyncio.sleep(0.05)
+        await until(lambda: engine._waiting)
         closing = asyncio.create_task(engine.close())
-        await asyncio.sleep(0.05)
+        with pytest.raises(UnavailableError, match="closed"):
+            await waiting
         assert not engine.unloaded, "freed while a batch ran"
         engine.gate.set()
         await closing
         assert list(await running) == [0]
-        with pytest.raises(UnavailableError, match="closed"):
-            await waiting
         with pytest.raises(UnavailableError, match="closed"):
             await collect(engine, [sequence(9)])
         assert engine.unloaded

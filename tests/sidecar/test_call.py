@@ -34,15 +34,16 @@ def test_chunks_hold_about_a_megabyte_and_many_small_sequences_share_one():
 
 def test_a_finished_sequence_does_not_wait_for_a_slow_one():
     async def main():
-        async with serving(delay_s=0.2) as (_, _, channel):
-            begin, times = asyncio.get_running_loop().time(), []
-            async for _ in teacher_pb2_grpc.TeacherServiceStub(channel).ScoreSequences(request(5, 5, 5)):
-                times.append(asyncio.get_running_loop().time() - begin)
-            return times
+        async with serving(hang_on_token=63) as (service, _, channel):
+            message = Req(sequence_lengths=[5, 5, 5], token_ids=[63] * 5 + [1] * 5 + [2] * 5)
+            call = teacher_pb2_grpc.TeacherServiceStub(channel).ScoreSequences(message)
+            finished = set()
+            while len(finished) < 2:
+                finished.update((await call.read()).sequence_indexes)
+            assert finished == {1, 2} and len(service.open_calls) == 1
+            call.cancel()
 
-    times = run(main)
-    assert len(times) == 3
-    assert times[0] < 0.35 and times[2] >= 0.6
+    run(main)
 
 
 def test_an_unexpected_exception_is_internal_and_the_log_has_its_traceback_but_no_tokens(caplog):
@@ -55,7 +56,7 @@ def test_an_unexpected_exception_is_internal_and_the_log_has_its_traceback_but_n
             assert (code, info.reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
             assert "RuntimeError" in text and "log" in text
             await failure(channel, Req(sequence_lengths=[4], token_ids=[1, 77_777, 90_000, 2]))
-            # The next request is answered as if nothing had been.
+            # The next request is answered as usual.
             assert await score(channel, Req(sequence_lengths=[4], token_ids=[1, 77_777, 34, 2]))
 
     run(main)
@@ -64,22 +65,23 @@ def test_an_unexpected_exception_is_internal_and_the_log_has_its_traceback_but_n
 
 
 @pytest.mark.parametrize("how", ["cancelled", "deadline", "client gone"])
-def test_a_call_that_nobody_waits_for_closes_the_engines_iterator_at_once(how):
+def test_an_abandoned_call_closes_the_engines_iterator_at_once(how):
     async def main():
         async with serving(delay_s=0.05) as (service, engine, channel):
             stub = teacher_pb2_grpc.TeacherServiceStub(channel)
-            call = stub.ScoreSequences(request(*[5] * 200), timeout=0.2 if how == "deadline" else None)
-            await call.read()
+            call = stub.ScoreSequences(request(*[5] * 200), timeout=1 if how == "deadline" else None)  # 10 s of work
             if how == "cancelled":
+                await call.read()
                 call.cancel()
             elif how == "client gone":
+                await call.read()
                 await channel.close()
             else:
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     while await call.read() is not grpc.aio.EOF:
                         pass
                 assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-            await asyncio.wait_for(service.open_calls.wait_until_none(), 1)
+            await asyncio.wait_for(service.open_calls.wait_until_none(), 5)
             assert engine.num_cancelled == 1
 
     run(main)
@@ -87,7 +89,7 @@ def test_a_call_that_nobody_waits_for_closes_the_engines_iterator_at_once(how):
 
 @given(st.lists(st.integers(2, 90), min_size=1, max_size=30), st.integers(0, 3))
 @settings(max_examples=15, deadline=None)
-def test_a_call_reaches_the_engine_as_one_or_as_the_same_pieces_each_time_with_the_same_scores(lengths, seed):
+def test_a_call_is_cut_into_the_same_pieces_every_time_and_pieces_do_not_change_scores(lengths, seed):
     async def main():
         message = request(*lengths, seed=seed, top_k=2)
         answers, works = [], []
@@ -106,7 +108,7 @@ def test_a_call_reaches_the_engine_as_one_or_as_the_same_pieces_each_time_with_t
     run(main)
 
 
-def test_a_sequence_that_is_scored_makes_room_before_its_call_is_over():
+def test_a_scored_sequence_makes_room_before_its_call_ends():
     async def main():
         async with serving(hang_on_token=63, config={"max_running_tokens": 30}) as (service, _, channel):
             # The last one first; the other never ends.
@@ -120,7 +122,7 @@ def test_a_sequence_that_is_scored_makes_room_before_its_call_is_over():
     run(main)
 
 
-def test_clients_share_by_the_name_they_give_and_without_one_by_address():
+def test_clients_share_the_queue_by_name_or_else_by_address():
     async def main():
         async with serving(Gated, config={"max_running_tokens": 30}) as (service, engine, channel):
             calls = []
@@ -149,7 +151,7 @@ def test_a_call_whose_deadline_passes_in_the_queue_never_reaches_the_engine():
             running = asyncio.create_task(score(channel, request(30)))
             await until(lambda: engine.calls == [[30]])
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await score(channel, request(20), timeout=0.1)
+                await score(channel, request(20), timeout=0.5)
             assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
             await until(lambda: len(service.open_calls) == 1)
             assert service.queue.queued_tokens == 0
@@ -164,7 +166,7 @@ def test_a_call_whose_deadline_passes_in_the_queue_never_reaches_the_engine():
 
 
 @pytest.mark.parametrize("how", ["cancelled", "client gone"])
-def test_a_vanished_client_leaves_queue_and_engine_within_milliseconds(how):
+def test_a_vanished_client_leaves_queue_and_engine_at_once(how):
     async def main():
         async with serving(Gated, config={"max_running_tokens": 30}) as (service, engine, channel):
             async with grpc.aio.insecure_channel(f"127.0.0.1:{service.port}") as doomed:
@@ -178,7 +180,7 @@ def test_a_vanished_client_leaves_queue_and_engine_within_milliseconds(how):
                 else:
                     await doomed.close()
                 await service.open_calls.wait_until_none()
-                assert asyncio.get_running_loop().time() - begin < 0.5, "measured: 5 ms"
+                assert asyncio.get_running_loop().time() - begin < 5, "measured: 5 ms"
                 await asyncio.gather(*calls, return_exceptions=True)
             assert service.queue.running_tokens == service.queue.queued_tokens == 0
             assert engine.num_cancelled == len(engine.calls)
@@ -190,12 +192,12 @@ def test_a_vanished_client_leaves_queue_and_engine_within_milliseconds(how):
     run(main)
 
 
-def test_a_client_that_leaves_with_all_of_its_scores_has_cancelled_nothing(monkeypatch):
+def test_a_client_that_leaves_with_all_its_scores_does_not_count_as_cancelled(monkeypatch):
     send = call_module._send
 
     async def send_and_dawdle(*args):
         await send(*args)
-        await asyncio.sleep(60)  # the loop is busy, or the client far away: the end of the stream is not there yet
+        await asyncio.sleep(60)  # as with a busy loop or a distant client: the stream's end has not arrived
 
     monkeypatch.setattr(call_module, "_send", send_and_dawdle)
 
@@ -212,7 +214,7 @@ def test_a_client_that_leaves_with_all_of_its_scores_has_cancelled_nothing(monke
     run(main)
 
 
-def test_a_client_that_does_not_read_gets_no_further_pieces_and_keeps_nobody_else_waiting(monkeypatch):
+def test_a_slow_reader_gets_no_further_pieces_and_does_not_delay_other_clients(monkeypatch):
     monkeypatch.setattr(call_module, "MAX_UNSENT_BYTES", 1 << 20)
 
     async def main():
@@ -236,7 +238,7 @@ def test_a_client_that_does_not_read_gets_no_further_pieces_and_keeps_nobody_els
 
 
 @pytest.mark.parametrize("ends_with", ["overload", "invalid", "engine error", "cancelled"])
-def test_the_memory_of_a_call_that_fails_is_free_without_the_garbage_collector(ends_with):
+def test_the_memory_of_a_failed_call_is_freed_without_the_garbage_collector(ends_with):
     def requests_in_memory():
         objects = gc.get_objects()
         # type() rather than isinstance(), which asks every object for __class__: some of other libraries warn then.
@@ -261,8 +263,7 @@ def test_the_memory_of_a_call_that_fails_is_free_without_the_garbage_collector(e
                     with pytest.raises((grpc.aio.AioRpcError, TimeoutError)):
                         await asyncio.wait_for(score(channel, message), 0.05 if ends_with == "cancelled" else 5)
                 await until(lambda: len(service.open_calls) == busy)
-                await asyncio.sleep(0.01)  # gRPC lets go of the last one
-                assert requests_in_memory() <= 1
+                await until(lambda: requests_in_memory() <= 1)  # gRPC releases the last one slightly later
             finally:
                 gc.enable()
             for call in running:
@@ -272,7 +273,7 @@ def test_the_memory_of_a_call_that_fails_is_free_without_the_garbage_collector(e
     run(main)
 
 
-def test_each_call_leaves_one_record_with_its_fields_and_no_secret(caplog):
+def test_each_call_writes_one_log_record_with_its_fields_and_no_secrets(caplog):
     caplog.set_level(logging.DEBUG, "jdistill.sidecar.call")
 
     async def main():

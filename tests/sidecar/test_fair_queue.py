@@ -1,4 +1,4 @@
-"""The queue before the engine, on an event loop whose time passes only when nothing else is left to do."""
+"""The queue in front of the engine, on an event loop whose clock advances only when all tasks wait."""
 
 import asyncio
 import selectors
@@ -12,7 +12,7 @@ from jdistill.wire.errors import DeadlineError, OverloadedError, UnavailableErro
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """Instead of waiting it moves its clock; to wait for nothing is an error rather than a hang."""
+    """Advances its clock instead of waiting; waiting without a timer is an error rather than a hang."""
 
     def __init__(self):
         super().__init__(_Selector(self))
@@ -30,7 +30,7 @@ class _Selector(selectors.DefaultSelector):
     def select(self, timeout=None):
         events = super().select(0)
         if not events:
-            assert timeout is not None, "everyone waits for something that nobody will do"
+            assert timeout is not None, "deadlock: every task waits, and there is no timer"
             self._virtual.now += timeout
         return events
 
@@ -40,17 +40,17 @@ def run(main):
         return runner.run(main)
 
 
-def admission(max_running=100, max_queued=1000):
+def make_queue(max_running=100, max_queued=1000):
     return FairQueue(max_running_tokens=max_running, max_queued_tokens=max_queued)
 
 
 def started(entry):
-    """Numbers of the pieces that have been started and not ended."""
+    """Returns the numbers of the pieces that have started and not ended."""
     return list(entry.running)
 
 
 def finish(entry, piece=0):
-    """The engine scores all of a running piece."""
+    """Scores a running piece completely and ends it."""
     entry.scored(piece, entry.running[piece])
     entry.done(piece)
 
@@ -67,27 +67,27 @@ sizes_of_sequences = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 
 @given(sizes_of_sequences, st.integers(1, 80))
-def test_pieces_are_consecutive_lose_nothing_and_are_one_if_it_fits(sizes, max_running):
-    pieces = admission(max_running).cut(sizes)
+def test_pieces_are_consecutive_and_complete_and_only_one_if_the_call_fits(sizes, max_running):
+    pieces = make_queue(max_running).cut(sizes)
     assert [i for piece in pieces for i in piece] == list(range(len(sizes)))
     if sum(sizes) <= max_running:
         assert len(pieces) == 1
     for piece in pieces:
         assert len(piece) >= 1
         assert len(piece) == 1 or sum(sizes[i] for i in piece) <= max_running
-    assert admission(max_running).cut(sizes) == pieces, "the same call is the same work, whatever else there was"
+    assert make_queue(max_running).cut(sizes) == pieces, "the same call is always cut the same way"
 
 
 def test_a_call_that_fits_is_started_before_enter_returns():
     async def main():
-        queue = admission()
+        queue = make_queue()
         first, second = queue.enter("a", [60]), queue.enter("b", [40])
         assert started(first) == started(second) == [0]
         assert (queue.running_tokens, queue.queued_tokens) == (100, 0)
         third = queue.enter("c", [1])
         assert started(third) == [] and queue.queued_tokens == 1
         first.scored(0, 10)  # one of its sequences
-        assert started(third) == [0], "a sequence that is done makes room before its call is over"
+        assert started(third) == [0], "a scored sequence makes room before its call ends"
         assert queue.running_tokens == 91
 
     run(main())
@@ -95,7 +95,7 @@ def test_a_call_that_fits_is_started_before_enter_returns():
 
 def test_a_call_larger_than_every_limit_is_served_if_nothing_waits():
     async def main():
-        queue = admission(max_running=100, max_queued=50)
+        queue = make_queue(max_running=100, max_queued=50)
         huge = queue.enter("a", [5000])
         assert started(huge) == [0]
         also_huge = queue.enter("a", [7000])
@@ -108,9 +108,9 @@ def test_a_call_larger_than_every_limit_is_served_if_nothing_waits():
     run(main())
 
 
-def test_a_large_call_is_not_overtaken_for_ever_by_small_ones():
+def test_a_large_call_is_not_overtaken_forever_by_small_ones():
     async def main():
-        queue = admission(max_running=100)
+        queue = make_queue(max_running=100)
         running = [queue.enter("small", [30]) for _ in range(3)]
         large = queue.enter("large", [100])
         for _ in range(20):
@@ -130,8 +130,8 @@ def test_a_large_call_is_not_overtaken_for_ever_by_small_ones():
 @settings(deadline=None)
 def test_clients_that_always_wait_get_equal_tokens_whatever_the_size_of_their_calls(calls_of_clients, max_running):
     async def main():
-        queue = admission(max_running, max_queued=10**9)
-        # Who comes first gets nothing more: the engine is busy with somebody else's.
+        queue = make_queue(max_running, max_queued=10**9)
+        # The engine is busy with another client, so that the order of arrival gives no advantage.
         plug = queue.enter("plug", [max_running])
         entries = [
             (client, size, queue.enter(str(client), [size]))
@@ -148,7 +148,7 @@ def test_clients_that_always_wait_get_equal_tokens_whatever_the_size_of_their_ca
                     in_engine.append(item)
                     served[item[0]] += item[1]
             if len({client for client, _, _ in waiting}) < len(served):
-                return  # one of them has nothing left to wait for
+                return  # one client has no waiting calls left
             # Start-time fair queueing: no further apart than one call of each.
             assert max(served) - min(served) <= 200
             finish(in_engine.pop(0)[2])
@@ -158,7 +158,7 @@ def test_clients_that_always_wait_get_equal_tokens_whatever_the_size_of_their_ca
 
 def test_a_client_that_was_away_gets_no_credit_for_it():
     async def main():
-        queue = admission(max_running=10, max_queued=10**6)
+        queue = make_queue(max_running=10, max_queued=10**6)
         busy = [queue.enter("busy", [10]) for _ in range(100)]
         for entry in busy[:50]:
             finish(entry)
@@ -173,9 +173,9 @@ def test_a_client_that_was_away_gets_no_credit_for_it():
     run(main())
 
 
-def test_an_overloaded_queue_says_when_there_will_be_room_and_idleness_does_not_spoil_it():
+def test_the_retry_delay_follows_the_throughput_and_ignores_idle_time():
     async def main():
-        queue = admission(max_running=100, max_queued=100)
+        queue = make_queue(max_running=100, max_queued=100)
 
         async def busy(seconds):
             for _ in range(seconds * 10):
@@ -193,15 +193,15 @@ def test_an_overloaded_queue_says_when_there_will_be_room_and_idleness_does_not_
             queue.enter("a", [80])
         assert caught.value.retry_after_s == pytest.approx(0.05, abs=1e-3)  # 50 tokens too many
         with pytest.raises(OverloadedError) as caught:
-            queue.enter("a", [800])  # more than ever fits: welcome once nothing waits
+            queue.enter("a", [800])  # more than the limit: accepted once the queue is empty
         assert caught.value.retry_after_s == pytest.approx(0.07, abs=1e-3)
 
     run(main())
 
 
-def test_before_anything_is_measured_the_delay_is_a_guess_and_later_it_is_bounded():
+def test_the_retry_delay_has_a_default_before_any_measurement_and_is_bounded_after():
     async def main():
-        queue = admission(max_running=10, max_queued=1)
+        queue = make_queue(max_running=10, max_queued=1)
         running, _ = queue.enter("a", [10]), queue.enter("a", [10**9])
         with pytest.raises(OverloadedError) as caught:
             queue.enter("a", [1])
@@ -218,7 +218,7 @@ def test_before_anything_is_measured_the_delay_is_a_guess_and_later_it_is_bounde
 
 def test_a_client_that_floods_the_queue_does_not_keep_others_out():
     async def main():
-        queue = admission(max_running=100, max_queued=1000)
+        queue = make_queue(max_running=100, max_queued=1000)
         live, polite, refused = [], [], 0
 
         def flood():
@@ -232,42 +232,42 @@ def test_a_client_that_floods_the_queue_does_not_keep_others_out():
         for _ in range(60):
             await asyncio.sleep(0.1)
             finish(next(e for e in live + polite if started(e)))
-            flood()  # it is always the first to come back
+            flood()  # always the first to retry
             try:
                 polite.append(queue.enter("polite", [100]))
             except OverloadedError:
                 refused += 1
-        assert len(polite) >= 25, f"let in {len(polite)} times, turned away {refused} times"
+        assert len(polite) >= 25, f"accepted {len(polite)} times, refused {refused} times"
 
     run(main())
 
 
-def test_whoever_was_turned_away_once_and_stays_away_restricts_nobody_for_long():
+def test_a_refused_client_that_stays_away_soon_stops_restricting_others():
     async def main():
-        queue = admission(max_running=10, max_queued=100)
+        queue = make_queue(max_running=10, max_queued=100)
         queue.enter("a", [10])
         waiting = [queue.enter("a", [10]) for _ in range(10)]
         with pytest.raises(OverloadedError):
             queue.enter("b", [10])
         waiting.pop().leave()
         with pytest.raises(OverloadedError):
-            queue.enter("a", [10])  # there is room, for b
+            queue.enter("a", [10])  # there is room, but it is for b
         await asyncio.sleep(60)
         queue.enter("a", [10])
 
     run(main())
 
 
-def test_names_of_clients_do_not_pile_up():
+def test_client_names_do_not_accumulate():
     async def main():
-        queue = admission(max_running=10, max_queued=10)
+        queue = make_queue(max_running=10, max_queued=10)
         queue.enter("first", [10])
         queue.enter("second", [10])
         for i in range(5 * MAX_KNOCKING):
             with pytest.raises(OverloadedError):
                 queue.enter(f"refused {i}", [1])
         assert len(queue._knocking) <= MAX_KNOCKING
-        queue = admission(max_running=10, max_queued=10**6)
+        queue = make_queue(max_running=10, max_queued=10**6)
         entries = [queue.enter(f"served {i}", [10]) for i in range(500)]
         for entry in entries:
             finish(entry)
@@ -276,17 +276,17 @@ def test_names_of_clients_do_not_pile_up():
     run(main())
 
 
-def test_a_deadline_that_passes_in_the_queue_takes_exactly_that_call_out():
+def test_a_passed_deadline_removes_exactly_that_call_from_the_queue():
     async def main():
         loop = asyncio.get_running_loop()
-        queue = admission(max_running=10)
+        queue = make_queue(max_running=10)
         running = queue.enter("a", [10], deadline=5.0)
         late, patient = queue.enter("a", [10], deadline=3.0), queue.enter("a", [10], deadline=100.0)
         error = await outcome(late)
         assert isinstance(error, DeadlineError) and loop.time() == 3.0
         assert queue.queued_tokens == 10
         await asyncio.sleep(10)
-        assert started(running) == [0], "what runs is not the queue's to end"
+        assert started(running) == [0], "the queue does not end running pieces"
         finish(running)
         assert started(late) == [] and started(patient) == [0]
         late.leave()
@@ -296,9 +296,9 @@ def test_a_deadline_that_passes_in_the_queue_takes_exactly_that_call_out():
     run(main())
 
 
-def test_of_a_call_that_has_begun_the_pieces_that_wait_leave_at_the_deadline():
+def test_waiting_pieces_of_a_started_call_leave_at_the_deadline():
     async def main():
-        queue = admission(max_running=10)
+        queue = make_queue(max_running=10)
         entry = queue.enter("a", [10, 10, 10], deadline=3.0)
         assert isinstance(await outcome(entry, 2), DeadlineError)
         assert started(entry) == [0] and queue.queued_tokens == 0
@@ -308,10 +308,10 @@ def test_of_a_call_that_has_begun_the_pieces_that_wait_leave_at_the_deadline():
     run(main())
 
 
-def test_a_thousand_deadlines_at_once_are_no_recursion_and_a_late_timer_starts_nothing():
+def test_thousands_of_deadlines_at_once_do_not_recurse_and_a_late_timer_starts_nothing():
     async def main():
         loop = asyncio.get_running_loop()
-        queue = admission(max_running=10, max_queued=10**6)
+        queue = make_queue(max_running=10, max_queued=10**6)
         running = queue.enter("a", [10])
         entries = [queue.enter(f"c{i % 7}", [10], deadline=3.0) for i in range(3000)]
         loop.now = 4.0  # the loop was busy: no timer has fired
@@ -325,7 +325,7 @@ def test_a_thousand_deadlines_at_once_are_no_recursion_and_a_late_timer_starts_n
 
 def test_a_call_that_leaves_makes_room_in_queue_and_engine():
     async def main():
-        queue = admission(max_running=10)
+        queue = make_queue(max_running=10)
         running, waiting, after = (queue.enter("a", [10, 10]) for _ in range(3))
         waiting.leave()
         assert queue.queued_tokens == 30
@@ -337,10 +337,10 @@ def test_a_call_that_leaves_makes_room_in_queue_and_engine():
     run(main())
 
 
-def test_what_stood_behind_a_large_call_goes_on_when_that_leaves_or_fails_with_it_when_all_fail():
+def test_calls_behind_a_large_one_start_when_it_leaves_and_fail_when_all_fail():
     async def main():
         for leaves in (True, False):
-            queue = admission(max_running=100)
+            queue = make_queue(max_running=100)
             queue.enter("a", [60])
             large, small = queue.enter("b", [100]), queue.enter("c", [30])
             assert started(small) == []
@@ -355,9 +355,9 @@ def test_what_stood_behind_a_large_call_goes_on_when_that_leaves_or_fails_with_i
     run(main())
 
 
-def test_pause_lets_a_call_that_has_begun_come_to_its_end_and_starts_no_other():
+def test_pause_lets_started_calls_finish_and_starts_no_others():
     async def main():
-        queue = admission(max_running=10)
+        queue = make_queue(max_running=10)
         begun, waiting = queue.enter("a", [10, 10]), queue.enter("b", [10])
         queue.pause()
         empty = asyncio.ensure_future(queue.wait_until_nothing_runs())
@@ -374,9 +374,9 @@ def test_pause_lets_a_call_that_has_begun_come_to_its_end_and_starts_no_other():
     run(main())
 
 
-def test_what_has_been_scored_still_runs_until_the_engines_iterator_is_closed():
+def test_a_scored_piece_counts_as_running_until_the_engines_iterator_is_closed():
     async def main():
-        queue = admission(max_running=10)
+        queue = make_queue(max_running=10)
         entry = queue.enter("a", [10])
         queue.pause()
         entry.scored(0, 10)
@@ -389,15 +389,15 @@ def test_what_has_been_scored_still_runs_until_the_engines_iterator_is_closed():
     run(main())
 
 
-def test_to_fail_what_waits_spares_what_has_begun_and_starts_nothing():
+def test_fail_waiting_spares_started_calls_and_starts_nothing():
     async def main():
-        queue = admission(max_running=10)
+        queue = make_queue(max_running=10)
         begun = queue.enter("a", [10, 10])
         waiting = [queue.enter(client, [10]) for client in "abcabc"]
         queue.fail_waiting(UnavailableError("asleep"))
         errors = [await outcome(entry) for entry in waiting]
         assert all(isinstance(e, UnavailableError) and str(e) == "asleep" for e in errors)
-        assert len({id(e) for e in errors}) == len(errors), "each its own: an error holds the frames of who raises it"
+        assert len({id(e) for e in errors}) == len(errors), "a shared error would keep the frames of every raiser"
         assert queue.queued_tokens == 10 and started(begun) == [0]
         finish(begun)
         assert started(begun) == [1] and not any(started(entry) for entry in waiting)
@@ -405,9 +405,9 @@ def test_to_fail_what_waits_spares_what_has_begun_and_starts_nothing():
     run(main())
 
 
-def test_a_call_that_is_held_keeps_only_its_own_client_waiting():
+def test_a_held_call_delays_only_its_own_client():
     async def main():
-        queue = admission(max_running=10)
+        queue = make_queue(max_running=10)
         slow = queue.enter("slow reader", [10, 10])
         behind, other = queue.enter("slow reader", [10]), queue.enter("other", [10])
         slow.hold(True)
@@ -433,11 +433,11 @@ OPERATIONS = st.one_of(
 
 @given(st.lists(OPERATIONS, max_size=60))
 @settings(max_examples=300, deadline=None)
-def test_whatever_happens_limits_order_and_counts_hold_and_everything_ends(operations):
+def test_limits_order_and_counts_hold_under_any_operations_and_everything_ends(operations):
     max_running, max_queued = 50, 120
 
     async def main():
-        queue = admission(max_running, max_queued)
+        queue = make_queue(max_running, max_queued)
         loop = asyncio.get_running_loop()
         entries, fates, begun, paused, largest_wait = [], {}, [], False, 0
 
@@ -454,10 +454,10 @@ def test_whatever_happens_limits_order_and_counts_hold_and_everything_ends(opera
             assert running <= max_running or len(in_engine) == 1
             assert waiting <= max(max_queued, largest_wait)
             if waiting and not paused and not any(entry.held for entry in entries):
-                assert running, "the engine is idle and somebody waits"
+                assert running, "the engine is idle while calls wait"
             if not waiting:
                 largest_wait = 0
-            # Within a client the oldest first, and of a call its pieces in order.
+            # Within a client the oldest call first, and within a call its pieces in order.
             for client in range(4):
                 order = [(entries.index(e), piece) for e, piece in begun if e.client == str(client)]
                 assert order == sorted(order)
@@ -500,7 +500,7 @@ def test_whatever_happens_limits_order_and_counts_hold_and_everything_ends(opera
                 elif name == "end":
                     entry.done(piece)
             look()
-        # Then all that is left is let go, and comes to its end.
+        # Finally release and finish all remaining calls.
         for entry in entries:
             entry.hold(False)
         queue.resume()
@@ -520,7 +520,7 @@ def test_whatever_happens_limits_order_and_counts_hold_and_everything_ends(opera
             assert pieces == list(range(len(pieces)))
             given_up = [turn for turn in entry._turns[len(pieces) :]]
             assert all(turn.cancelled() or turn.exception() for turn in given_up), (
-                "a piece is lost: nobody ends its wait"
+                "a piece is lost: its wait never ends"
             )
 
     run(main())

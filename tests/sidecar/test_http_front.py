@@ -1,4 +1,4 @@
-"""Engines in front of an HTTP server: a fake one that answers as vLLM's does, or lies as told."""
+"""Engines in front of an HTTP server: a fake one that answers like vLLM's, or with injected faults."""
 
 import asyncio
 import base64
@@ -22,12 +22,13 @@ from jdistill.wire.types import SequenceToScore
 from tests.sidecar.checkpoints import write_checkpoint
 from tests.sidecar.engine_contract import random_spans
 from tests.sidecar.http_server import free_port
+from tests.sidecar.services import until
 
 VOCAB = 512
 
 
 def bigrams(seed: int) -> np.ndarray:
-    """log p(column | row), [V, V]: the fake server's model."""
+    """Returns log p(column | row) [V, V], the fake server's model."""
     logits_VV = np.random.default_rng(seed).standard_normal((VOCAB, VOCAB)) * 3
     return logits_VV - np.log(np.exp(logits_VV).sum(axis=-1, keepdims=True))
 
@@ -42,7 +43,7 @@ class FakeVllm:
         self.url = f"http://127.0.0.1:{self.port}"
         self.num_scored = self.running = self.most_running = self.cancelled = 0
         self.healthy = True
-        self.change = None  # reply -> reply, to lie
+        self.change = None  # reply -> reply, injects faults
         self.status = None  # of every scoring request
         self.gate = asyncio.Event()
         self.gate.set()
@@ -184,7 +185,7 @@ def check(table_VV, sequence, scores):
         ({"scale_out": False}, "completions"),
     ],
 )
-def test_the_best_way_that_the_server_has_open_is_taken_and_gives_the_model_s_numbers(path, server, way):
+def test_the_best_way_that_the_server_supports_is_used_and_gives_the_models_scores(path, server, way):
     async def run():
         fake = FakeVllm(path, **server)
         async with running(fake), engine_for(path, fake) as engine:
@@ -206,7 +207,7 @@ def test_the_best_way_that_the_server_has_open_is_taken_and_gives_the_model_s_nu
     asyncio.run(run())
 
 
-def test_a_way_that_gives_other_numbers_than_plain_completions_is_not_taken(path):
+def test_a_way_that_disagrees_with_completions_is_not_used(path):
     def shifted(reply):
         text = reply.get("prompt_token_id_logprobs")
         if text is None:
@@ -252,8 +253,8 @@ LIES = [
     ("cannot read", set_all("much")),
     ("39 rows of prompt_logprobs for 40 tokens", rows_change(lambda rows: rows.pop())),
     ("no rows of prompt_logprobs", edited(lambda choice: choice.update(prompt_logprobs=None))),
-    ("not aligned as vLLM's", rows_change(lambda rows: rows.insert(0, rows.pop()))),
-    ("scored other token ids", edited(lambda choice: choice["prompt_token_ids"].reverse())),
+    ("not aligned like vLLM's", rows_change(lambda rows: rows.insert(0, rows.pop()))),
+    ("scored other token ids than requested", edited(lambda choice: choice["prompt_token_ids"].reverse())),
     ("no log-probability of token", rows_change(lambda rows: rows.__setitem__(slice(1, None), [{}] * 39))),
     (
         "of the 2 most likely",
@@ -267,7 +268,7 @@ LIES = [
 
 
 @pytest.mark.parametrize(("words", "lie"), LIES)
-def test_a_reply_that_cannot_be_true_is_an_error_and_never_a_number(path, words, lie):
+def test_an_impossible_reply_is_an_error_and_never_a_score(path, words, lie):
     async def run():
         fake = FakeVllm(path, scale_out=False)
         async with running(fake), engine_for(path, fake) as engine:
@@ -283,7 +284,7 @@ def test_a_reply_that_cannot_be_true_is_an_error_and_never_a_number(path, words,
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(("lie", "words"), [("too few", "expected"), ("NaN", "NaN"), ("pickle", "is no array")])
+@pytest.mark.parametrize(("lie", "words"), [("too few", "expected"), ("NaN", "NaN"), ("pickle", "is not an array")])
 def test_a_bad_array_of_candidates_is_an_error(path, lie, words):
     def bad(reply):
         array = np.load(io.BytesIO(base64.b64decode(reply["prompt_token_id_logprobs"])))
@@ -309,14 +310,13 @@ def test_several_urls_are_refused_with_the_remedy(path):
         asyncio.run(VllmHttpEngine.create(config))
 
 
-def test_a_server_that_stops_under_way_is_unavailable_until_it_answers_again(path):
+def test_a_server_that_stops_while_scoring_is_unavailable_until_it_answers_again(path):
     async def run():
         server = FakeVllm(path)
         async with running(server), engine_for(path, server) as engine:
             server.gate.clear()
             scoring = asyncio.ensure_future(score_all(engine, sequences_of(12), top_k=1))
-            while server.running < 12:
-                await asyncio.sleep(0.01)
+            await until(lambda: server.running == 12)
             await server.stop()
             with pytest.raises(UnavailableError, match=server.url):
                 await asyncio.wait_for(scoring, 10)
@@ -339,8 +339,7 @@ def test_connections_are_bounded(path):
         async with running(server), engine_for(path, server, engine_args={"max_connections": 3}) as engine:
             server.gate.clear()
             scoring = asyncio.ensure_future(score_all(engine, sequences_of(9)))
-            while server.running != 3:
-                await asyncio.sleep(0.01)
+            await until(lambda: server.running == 3)
             server.gate.set()
             await asyncio.wait_for(scoring, 10)
             assert server.most_running == 3
@@ -348,7 +347,7 @@ def test_connections_are_bounded(path):
     asyncio.run(run())
 
 
-def test_an_unhealthy_server_s_500_is_unavailable_and_a_healthy_one_s_is_an_error(path):
+def test_an_unhealthy_servers_500_is_unavailable_and_a_healthy_ones_is_an_error(path):
     async def run():
         server = FakeVllm(path)
         async with running(server), engine_for(path, server) as engine:
@@ -367,7 +366,7 @@ def test_an_unhealthy_server_s_500_is_unavailable_and_a_healthy_one_s_is_an_erro
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("failure", ["under way", "in a pause"])
+@pytest.mark.parametrize("failure", ["while scoring", "in a pause"])
 def test_a_server_that_comes_back_with_other_weights_is_refused(path, monkeypatch, failure):
     if failure == "in a pause":
         monkeypatch.setattr(http_front, "TRUSTED_S", 0.0)
@@ -376,7 +375,7 @@ def test_a_server_that_comes_back_with_other_weights_is_refused(path, monkeypatc
         server = FakeVllm(path)
         async with running(server), engine_for(path, server) as engine:
             await score_all(engine, sequences_of(2))
-            if failure == "under way":
+            if failure == "while scoring":
                 server.status = 503
                 with pytest.raises(UnavailableError, match="503"):
                     await score_all(engine, sequences_of(1))
@@ -400,14 +399,12 @@ def test_closing_the_iterator_ends_the_requests_at_the_server(path):
             fake.gate.clear()
             stream = engine.score(sequences_of(5))
             first = asyncio.ensure_future(anext(stream))
-            while fake.running < 5:
-                await asyncio.sleep(0.01)
+            await until(lambda: fake.running == 5)
             first.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await first
             await stream.aclose()
-            while fake.running:
-                await asyncio.sleep(0.01)
+            await until(lambda: not fake.running)
             assert fake.cancelled == 5
 
     asyncio.run(run())
@@ -462,7 +459,7 @@ def test_a_server_that_returns_logits_is_refused(path, kind):
     asyncio.run(run())
 
 
-def test_the_key_is_sent_and_an_adapter_is_asked_by_its_name(path, tmp_path):
+def test_the_key_is_sent_and_an_adapter_is_requested_by_its_name(path, tmp_path):
     (tmp_path / "key").write_text("secret\n")
     asked = []
 

@@ -40,7 +40,7 @@ def served(tmp_path_factory):
 
 
 class TestJaxEngine(EngineContract):
-    def test_batch_mates_change_not_one_bit(self, served):
+    def test_batch_mates_do_not_change_a_single_bit(self, served):
         alone = [served.score([SequenceToScore(ids)], top_k=3)[0] for ids in served.token_ids]
         order = np.random.default_rng(0).permutation(np.repeat(np.arange(6), 4))
         crowded = served.score([SequenceToScore(served.token_ids[i]) for i in order], top_k=3)
@@ -92,7 +92,7 @@ def test_what_cannot_be_served_is_refused_with_the_remedy(tmp_path, config, mess
         asyncio.run(JaxEngine.create(TeacherServerConfig(engine="jax", model=str(path), **config)))
 
 
-def test_an_architecture_that_is_not_ours_is_refused_with_the_engines_that_take_it(tmp_path):
+def test_an_unknown_architecture_is_refused_with_the_engines_that_support_it(tmp_path):
     path = write_checkpoint(tmp_path / "tiny")
     text = (path / "config.json").read_text().replace('"qwen3"', '"falcon_h1"')
     (path / "config.json").write_text(text)

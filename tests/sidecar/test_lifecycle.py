@@ -43,9 +43,9 @@ def test_a_dead_engine_is_unavailable_for_good():
     run(main)
 
 
-def test_before_the_engine_is_there_and_while_it_drains_calls_are_unavailable_with_a_delay_to_retry():
+def test_a_draining_service_refuses_new_calls_and_can_fail_running_ones():
     async def main():
-        async with serving(delay_s=0.05) as (service, engine, channel):
+        async with serving(Gated) as (service, engine, channel):
             await service.lifecycle.refuse(UnavailableError("teacher 'tiny' is shutting down"))
             code, text, info, _ = await failure(channel, request(5))
             assert (code, info.reason) == (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
@@ -55,7 +55,7 @@ def test_before_the_engine_is_there_and_while_it_drains_calls_are_unavailable_wi
             assert info.state == teacher_pb2.SERVER_STATE_DRAINING and info.models[0].model == "tiny"
             await service.lifecycle.serve(engine)
             running = asyncio.create_task(score(channel, request(*[5] * 10)))
-            await asyncio.sleep(0.2)
+            await until(lambda: engine.calls)
             service.open_calls.fail(UnavailableError("teacher 'tiny' has shut down before it finished"))
             with pytest.raises(grpc.aio.AioRpcError, match="before it finished"):
                 await running
@@ -81,7 +81,7 @@ def test_sleep_and_wake_change_the_state_once_however_often_they_are_called():
     assert states == [ServerState.SERVING, ServerState.SLEEPING, ServerState.SERVING]
 
 
-def test_what_cannot_sleep_says_so_and_what_is_no_request_is_an_invalid_argument():
+def test_an_engine_that_cannot_sleep_is_unimplemented_and_garbage_is_an_invalid_argument():
     async def main():
         async with serving() as (service, _, channel):
             for call in control_of(channel):
@@ -109,7 +109,7 @@ def test_many_scores_that_arrive_in_sleep_wake_the_engine_once_and_are_answered(
 
 
 @pytest.mark.parametrize("config", [OFFLOAD, REFUSE], ids=["wake", "refuse"])
-def test_sleep_waits_for_all_pieces_of_what_runs_and_what_waits_wakes_it_or_is_refused(config):
+def test_sleep_waits_for_running_calls_and_waiting_calls_wake_it_or_are_refused(config):
     async def main():
         async with serving(Gated, config={**config, "max_running_tokens": 30}) as (service, engine, channel):
             sleep, wake = control_of(channel)
@@ -162,7 +162,7 @@ def test_sleep_does_not_wait_for_a_client_that_reads_slowly():
     run(main)
 
 
-def test_a_client_that_gives_up_on_sleep_or_wake_leaves_no_engine_half_way():
+def test_a_client_that_gives_up_on_sleep_or_wake_leaves_no_engine_half_asleep():
     class Slow(fake.FakeEngine):
         def __init__(self, config):
             super().__init__(config)
@@ -232,8 +232,8 @@ def test_sleep_wake_and_scores_may_race_and_no_score_meets_a_sleeping_engine():
     run(main)
 
 
-@pytest.mark.parametrize("at", ["waiting for what runs", "falling asleep", "waking"])
-def test_draining_is_for_good_whatever_was_under_way(at):
+@pytest.mark.parametrize("at", ["waiting for running calls", "falling asleep", "waking"])
+def test_draining_is_final_whatever_transition_is_in_progress(at):
     states = []
 
     class Slow(Gated):
@@ -259,7 +259,7 @@ def test_draining_is_for_good_whatever_was_under_way(at):
         ):
             sleep, wake = control_of(channel)
             scoring = []
-            if at == "waiting for what runs":
+            if at == "waiting for running calls":
                 scoring = [asyncio.create_task(score(channel, request(10))) for _ in range(2)]
                 await until(lambda: len(service.open_calls) == 2)
             if at == "waking":
@@ -276,7 +276,7 @@ def test_draining_is_for_good_whatever_was_under_way(at):
                 code, text, _, _ = await control_failure(call)
                 assert code == grpc.StatusCode.UNAVAILABLE and "shutting down" in text
             for one in scoring:
-                assert await one, "what was taken on is finished"
+                assert await one, "accepted calls are finished"
             assert engine.asleep == (at == "falling asleep")
             for one in (sleep(), wake()):
                 code, text, _, _ = await control_failure(one)
@@ -289,7 +289,7 @@ def test_draining_is_for_good_whatever_was_under_way(at):
     assert states[-1] is ServerState.DRAINING and states.count(ServerState.DRAINING) == 1
 
 
-def test_scores_that_wait_for_a_wake_are_sent_elsewhere_when_the_server_drains():
+def test_scores_that_wait_for_a_wake_are_unavailable_when_the_server_drains():
     class NeverWakes(fake.FakeEngine):
         async def wake(self):
             await asyncio.Event().wait()
@@ -307,7 +307,7 @@ def test_scores_that_wait_for_a_wake_are_sent_elsewhere_when_the_server_drains()
 
 
 @pytest.mark.parametrize("by", ["wake", "score"])
-def test_an_engine_that_wakes_with_other_weights_is_never_asked_again(by):
+def test_an_engine_that_wakes_with_other_weights_is_dead(by):
     async def main():
         async with serving(config=OFFLOAD, wakes_as="other") as (service, _, channel):
             sleep, wake = control_of(channel)
@@ -350,8 +350,8 @@ def test_an_engine_that_fails_to_sleep_or_to_wake_is_dead(step, error):
     run(main)
 
 
-@pytest.mark.parametrize("while_", ["nobody scores", "a call hangs", "it sleeps", "it drains"])
-def test_an_engine_that_dies_is_noticed_and_ends_what_runs_and_what_waits(monkeypatch, while_):
+@pytest.mark.parametrize("while_", ["idle", "a call hangs", "it sleeps", "it drains"])
+def test_an_engines_death_is_noticed_and_ends_running_and_waiting_calls(monkeypatch, while_):
     monkeypatch.setattr(lifecycle_module, "CHECK_EVERY_S", 0.01)
 
     async def main():
@@ -380,7 +380,7 @@ def test_an_engine_that_dies_is_noticed_and_ends_what_runs_and_what_waits(monkey
     run(main)
 
 
-def test_a_check_that_fails_otherwise_kills_nothing_and_is_logged_once(monkeypatch, caplog):
+def test_an_inconclusive_check_of_the_engine_is_logged_once_and_ends_nothing(monkeypatch, caplog):
     monkeypatch.setattr(lifecycle_module, "CHECK_EVERY_S", 0.005)
 
     class Flaky(fake.FakeEngine):

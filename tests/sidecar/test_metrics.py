@@ -1,4 +1,4 @@
-"""The metrics as Prometheus reads them: over HTTP, as text."""
+"""The metrics as Prometheus reads them: text over HTTP."""
 
 import re
 import urllib.request
@@ -12,7 +12,7 @@ from jdistill.wire.types import ServerState
 
 @pytest.fixture
 def scrape():
-    """`scrape(metrics)`: {(name, labels): value} and {family: its HELP}, by a real HTTP request."""
+    """Returns `scrape(metrics)` -> {(name, labels): value}, {family: its HELP}, by a real HTTP request."""
     served = []
 
     def get(metrics):
@@ -32,7 +32,7 @@ def scrape():
         metrics.close()
 
 
-def test_every_count_arrives_under_its_name_with_its_unit_and_a_help_text(scrape):
+def test_every_metric_is_exported_under_its_name_with_unit_and_help_text(scrape):
     metrics = Metrics()
     metrics.watch(queued_tokens=lambda: 7, running_tokens=lambda: 11, open_calls=lambda: 2)
     metrics.call_ended("ScoreSequences", "OK", 0.03)
@@ -84,7 +84,7 @@ def test_two_services_in_one_process_count_apart():
     assert second.registry.get_sample_value("jdistill_sent_bytes_total") == 0
 
 
-def test_the_port_of_metrics_that_were_closed_is_free_and_one_in_use_is_an_error():
+def test_closing_frees_the_metrics_port_and_a_port_in_use_is_an_error():
     first, second = Metrics(), Metrics()
     port = first.serve("127.0.0.1", 0)
     with pytest.raises(OSError, match="in use"):

@@ -23,7 +23,7 @@ from tests.sidecar.services import VOCAB, failure, request, run, serving
         ("candidate_logprobs", lambda x: x * np.float32("nan")),
     ],
 )
-def test_what_an_engine_returns_is_checked_before_it_leaves(field, spoil):
+def test_impossible_scores_are_an_engine_error(field, spoil):
     class Spoiled(fake.FakeEngine):
         def _score(self, sequence, top_k, temperature, adapter):
             scores = super()._score(sequence, top_k, temperature, adapter)
@@ -40,7 +40,7 @@ def test_what_an_engine_returns_is_checked_before_it_leaves(field, spoil):
 
 
 @pytest.mark.parametrize("order", [[0, 1, 1], [0, 1], [0, 1, 2, 3]])
-def test_an_engine_that_scores_twice_too_little_or_too_much_is_found_out(order):
+def test_a_sequence_scored_twice_never_or_unrequested_is_an_engine_error(order):
     class Miscounting(fake.FakeEngine):
         async def score(self, sequences, *, top_k=0, temperature=1.0, adapter=""):
             for index in order:

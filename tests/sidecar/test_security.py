@@ -1,4 +1,4 @@
-"""Who gets in (TLS, client certificates, tokens) and what the others are told. Real sidecars and TeacherClients."""
+"""TLS, client certificates and tokens between real sidecars and TeacherClients; refusals name the remedy."""
 
 import datetime
 import os
@@ -24,7 +24,7 @@ from jdistill.wire.v1 import teacher_pb2, teacher_pb2_grpc
 from tests.sidecar.certificates import EXPIRED, Authority
 
 SECRET = "correct-horse-battery-staple"
-FAST_S = 5.0  # an error that no wait can heal comes long before DEADLINE_S
+FAST_S = 5.0  # an error that no retry can fix is raised long before DEADLINE_S
 DEADLINE_S = 60.0
 
 
@@ -47,7 +47,7 @@ def assert_fails_fast(sidecar, message, **arguments):
     begin = time.monotonic()
     with client_of(sidecar, **arguments) as client, pytest.raises(TeacherError, match=message) as caught:
         score(client)
-    assert time.monotonic() - begin < FAST_S, "waited although nobody could put it right meanwhile"
+    assert time.monotonic() - begin < FAST_S, "waited for an error that no retry can fix"
     assert sidecar.address in str(caught.value)
     return caught.value
 
@@ -84,7 +84,7 @@ def test_a_certificate_for_another_host_is_refused_with_the_remedy(start_sidecar
     assert_fails_fast(sidecar, "not for the host", tls=credentials.channel_credentials(ca=authority.ca))
 
 
-def test_mtls_serves_only_who_shows_a_certificate_of_its_authority(start_sidecar, authority, tmp_path):
+def test_mtls_serves_only_clients_with_a_certificate_of_its_authority(start_sidecar, authority, tmp_path):
     sidecar = start_sidecar(*authority.server_flags(), "--tls-client-ca", authority.ca)
     cert, key = authority.pair("trainer", file="client")
     with client_of(sidecar, tls=credentials.channel_credentials(ca=authority.ca, cert=cert, key=key)) as client:
@@ -101,10 +101,10 @@ def test_a_certificate_that_is_replaced_on_disk_is_used_without_a_restart(start_
     sidecar = start_sidecar("--tls-cert", cert, "--tls-key", key)
     with client_of(sidecar, tls=credentials.channel_credentials(ca=authority.ca)) as client:
         score(client)
-        # First a certificate without its key, as anybody sees it who looks between two writes: the old pair serves on.
+        # First a certificate without its key, as between two writes: the old pair stays in use.
         os.replace(Authority(tmp_path, "half").pair()[0], cert)
         assert credentials.server_certificate(sidecar.address, ca=authority.ca).subject == "127.0.0.1, localhost"
-        assert "the one before is kept" in sidecar.log
+        assert "the previous one is kept" in sidecar.log
         successor = Authority(tmp_path, "successor")
         for new, old in zip(successor.pair("127.0.0.1", "renewed.example.org"), (cert, key), strict=True):
             os.replace(new, old)
@@ -123,7 +123,7 @@ def test_credentials_that_cannot_work_are_refused_at_start_with_the_remedy(tmp_p
     command = ["openssl", "pkey", "-in", key, "-aes256", "-passout", "pass:x", "-out", str(locked)]
     subprocess.run(command, check=True, capture_output=True)
     empty = tmp_path / "empty"
-    empty.write_text("# nobody yet\n")
+    empty.write_text("# no tokens yet\n")
     for fields, message in (
         ({"tls_cert": cert}, "tls_key is missing"),
         ({"tls_key": key}, "tls_cert is missing"),
@@ -155,7 +155,7 @@ BEYOND = {"engine": "fake", "model": "m", "host": "0.0.0.0"}
         ({"token_file": "t"}, "the tokens could be read on the way.*--tls-cert and --tls-key.*--insecure"),
     ],
 )
-def test_beyond_loopback_it_wants_tls_or_insecure(fields, message):
+def test_listening_beyond_loopback_requires_tls_or_insecure(fields, message):
     with pytest.raises(ConfigError, match=message):
         security.check_exposure(TeacherServerConfig(**BEYOND, **fields))
     security.check_exposure(TeacherServerConfig(**BEYOND, **fields, insecure=True))
@@ -173,7 +173,7 @@ def test_tls_without_client_authentication_is_a_warning(fields, warns, caplog):
 # ---- tokens ----
 
 
-def test_only_a_valid_token_is_served_and_the_others_are_told_which_of_three_it_is(start_sidecar, tmp_path):
+def test_an_invalid_token_is_refused_as_missing_wrong_or_expired(start_sidecar, tmp_path):
     path = token_file(tmp_path, "# trainers", "", f"{SECRET}  # Ann", "old-token-of-bob 2020-01-31T12:00:00Z")
     sidecar = start_sidecar("--token-file", path)
     with client_of(sidecar, token=SECRET) as client:
@@ -210,7 +210,7 @@ def test_tokens_never_appear_in_logs_whatever_happens(start_sidecar, tmp_path):
     assert SECRET not in repr(config) and SECRET not in repr(credentials.parse_tokens(SECRET.encode(), path))
 
 
-def test_every_method_but_health_wants_the_token(start_sidecar, tmp_path):
+def test_every_method_but_health_requires_the_token(start_sidecar, tmp_path):
     sidecar = start_sidecar("--token-file", token_file(tmp_path, SECRET))
     request = teacher_pb2.ScoreSequencesRequest(sequence_lengths=[2], token_ids=[1, 2])
     listing = reflection_pb2.ServerReflectionRequest(list_services="")
@@ -292,7 +292,7 @@ def test_tokens_are_rotated_without_a_restart_and_without_a_failed_call(start_si
             score(client)
 
 
-def test_a_file_that_cannot_be_used_any_more_leaves_the_tokens_as_they_were(start_sidecar, tmp_path):
+def test_an_unusable_token_file_keeps_the_previous_tokens(start_sidecar, tmp_path):
     path = token_file(tmp_path, SECRET)
     sidecar = start_sidecar("--token-file", path)
     for damage in (lambda: token_file(tmp_path), lambda: os.unlink(path), lambda: token_file(tmp_path, "a b c")):
@@ -314,7 +314,7 @@ def test_a_token_that_expires_in_mid_run_fails_the_next_call_at_once(start_sidec
         assert time.monotonic() - begin < FAST_S
 
 
-def test_a_token_expires_at_its_second_though_its_file_does_not_change(tmp_path):
+def test_a_token_expires_on_time_although_its_file_does_not_change(tmp_path):
     expires = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=0.3)
     tokens = security.BearerTokens(token_file(tmp_path, f"{SECRET} {expires.isoformat()}"))
     while True:
@@ -353,7 +353,7 @@ def test_an_expiry_is_iso_8601_and_utc_unless_it_says_otherwise(line, expires):
 
 
 @pytest.mark.parametrize("line", ["t tomorrow", "t 2030-01-31T12:00:00Z x", "schlüssel", "t 31.1.2030"])
-def test_a_line_that_is_no_token_is_named_without_what_it_says(line):
+def test_an_invalid_token_line_is_named_by_number_without_its_content(line):
     with pytest.raises(ValueError, match="token_file file, line 2") as caught:
         credentials.parse_tokens(f"good\n{line}\n".encode(), "file")
     assert line.split()[0] not in str(caught.value).split() and "good" not in str(caught.value)
@@ -367,17 +367,17 @@ def test_a_client_takes_the_first_token_that_has_not_expired(tmp_path):
         credentials.read_token(str(path))
 
 
-def test_a_probe_of_a_server_that_is_no_tls_mistake_says_nothing(start_sidecar, authority):
+def test_why_closed_reports_tls_mistakes_only(start_sidecar, authority):
     plain, secure = start_sidecar(), start_sidecar(*authority.server_flags())
     assert credentials.why_closed(plain.address, tls=False) is None
     assert credentials.why_closed(plain.address, tls=True) is None
     assert credentials.why_closed(secure.address, tls=True) is None
     assert "speaks TLS" in credentials.why_closed(secure.address, tls=False)
-    for nobody in ("127.0.0.1:1", "unix:/no/such/socket", "no.such.host.invalid:1"):
-        assert credentials.why_closed(nobody, tls=False) is None
+    for unreachable in ("127.0.0.1:1", "unix:/no/such/socket", "no.such.host.invalid:1"):
+        assert credentials.why_closed(unreachable, tls=False) is None
 
 
-def test_the_certificate_of_a_server_is_the_one_that_any_tls_client_sees(start_sidecar, authority):
+def test_server_certificate_returns_what_any_tls_client_sees(start_sidecar, authority):
     sidecar = start_sidecar(*authority.server_flags())
     seen = credentials.server_certificate(sidecar.address, ca=authority.ca)
     shown = ssl.get_server_certificate(("127.0.0.1", sidecar.port), ca_certs=authority.ca)

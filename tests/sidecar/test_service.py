@@ -19,7 +19,7 @@ from tests.sidecar.services import VOCAB, assemble, explain, failure, request, r
 
 
 @pytest.mark.parametrize("max_chunk_bytes", [0, 700])
-def test_scores_are_the_models_own_for_spans_with_holes_top_k_candidates_and_temperature(max_chunk_bytes):
+def test_scores_equal_the_models_for_spans_with_holes_top_k_candidates_and_temperature(max_chunk_bytes):
     message = request(
         5, 300, 2, top_k=3, candidate_count=2, temperature=0.7, max_chunk_bytes=max_chunk_bytes,
         span_counts=[2, 1, 1], span_starts=[2, 4, 1, 1], span_ends=[3, 5, 300, 2],
@@ -74,7 +74,7 @@ def test_the_engines_checksum_is_passed_on_and_not_computed_from_the_request():
     assert list(chunk.token_crcs) == [12345]
 
 
-def test_what_is_no_request_at_all_is_an_invalid_argument_without_pythons_words():
+def test_unparsable_bytes_are_an_invalid_argument_without_python_text():
     async def main():
         async with serving() as (_, _, channel):
             for method in (codec.SCORE_METHOD, codec.INFO_METHOD):

@@ -1,7 +1,7 @@
-"""The engines around SGLang: a real server, started by the engine itself; the other one in front of the same server.
+"""The engines around SGLang: one starts a real server, the other stands in front of the same server.
 
-The server runs two pipeline stages, adapters, prompts in pieces of 80 tokens and the prefix cache: none of them may
-change a number. What is stood in for are the GPU libraries that it imports (sglang_stubs).
+The server has adapters, prompts chunked to 80 tokens, the prefix cache and (make test-full) two pipeline stages; none
+of them may change a number. The GPU libraries that it imports are replaced by sglang_stubs.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ def stubs():
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    """The checkpoint's directory, and those of two adapters by name."""
+    """Returns the checkpoint's directory, and the directories of two adapters by name."""
     directory = tmp_path_factory.mktemp("sglang")
     path = write_checkpoint(directory / "qwen3-tiny")
     ranks = {"math": 4, "code": 9}
@@ -107,7 +107,7 @@ class TestNestedListsAndCandidatesInManyPieces(EngineContract):
         return in_front
 
 
-def test_each_adapter_gives_the_numbers_of_the_checkpoint_it_is_merged_into(owned, adapters, tmp_path):
+def test_each_adapter_scores_like_its_merged_checkpoint(owned, adapters, tmp_path):
     engine = owned.engine
     sequence = SequenceToScore(owned.token_ids[5], ((40, 100),), np.full((60, 2), 7, np.int32))
 
@@ -130,7 +130,7 @@ def test_each_adapter_gives_the_numbers_of_the_checkpoint_it_is_merged_into(owne
 
 
 @pytest.mark.parametrize("max_entries", [1, 40, 1000, 10**6])
-def test_pieces_hold_every_position_once_and_no_more_entries_than_they_may(max_entries):
+def test_pieces_hold_every_position_once_and_at_most_max_entries(max_entries):
     rng = np.random.default_rng(2)
     spans = ((3, 9), (20, 21), (30, 64))
     sequence = SequenceToScore(rng.integers(0, 512, 70).astype(np.int32), spans, rng.integers(0, 99, (41, 3)))
@@ -175,7 +175,7 @@ def test_a_closed_iterator_aborts_the_requests_in_the_server(owned):
     assert duration_s < 10  # 68,000 tokens would take 20 s at least; what is being computed is finished
 
 
-def test_sleep_is_refused_where_it_was_not_asked_for(owned):
+def test_sleep_is_refused_without_offload(owned):
     assert not owned.engine.can_sleep
     with pytest.raises(UnsupportedError, match="was not started with offload"):
         owned.runner.run(owned.engine.sleep())
@@ -192,7 +192,7 @@ def test_sleep_is_refused_where_it_was_not_asked_for(owned):
         ({"adapters": {"math": "/nowhere"}}, "is no LoRA adapter"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_remedy_before_anything_starts(owned, change, words):
+def test_an_impossible_configuration_is_refused_with_the_remedy_before_anything_starts(owned, change, words):
     fields = {"engine": "sglang", "model": str(owned.path), **change}
     with pytest.raises(ValueError, match=words):
         owned.runner.run(create_engine(TeacherServerConfig(**fields)))
@@ -203,7 +203,7 @@ def test_what_cannot_be_is_refused_with_the_remedy_before_anything_starts(owned,
     [
         ({"adapters": {"physics": "/x"}}, "has no 'physics'; it has loaded math, code|code, math"),
         ({"max_sequence_length": 500}, "the limit of the server"),
-        ({"engine": "vllm-http"}, "do not answer as vLLM's do|answers 404"),
+        ({"engine": "vllm-http"}, "do not answer like vLLM's|answers 404"),
     ],
 )
 def test_a_server_that_contradicts_the_configuration_is_refused(owned, change, words):
@@ -223,8 +223,8 @@ def test_several_ranks_on_a_cpu_share_its_cores_unless_told_otherwise(monkeypatc
     assert "SGLANG_CPU_OMP_THREADS_BIND" not in _environment(config, True)
 
 
-def test_a_server_that_dies_is_an_engine_that_is_dead(owned):
-    """The last test of the shared server: it ends it."""
+def test_the_engine_is_dead_when_its_server_dies(owned):
+    """Must be the last test of the shared server: it kills it."""
     sequences = [SequenceToScore(np.arange(1, 120, dtype=np.int32)) for _ in range(400)]
 
     async def kill_in_mid_scoring():

@@ -1,4 +1,4 @@
-"""The transformers engine: the contract, and what is its own."""
+"""The transformers engine: the contract of all engines, packing, memory, refusals."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class TestTransformersEngine(EngineContract):
         assert sum(columns for _, columns in shapes) == sum(map(len, served.token_ids))
         assert len(shapes) == 2  # 300 tokens at most: 2 + 128 + 37 + 64 + 9, 100
 
-    def test_only_the_scored_positions_meet_the_vocabulary_and_a_chunk_at_a_time(self, served):
+    def test_only_scored_positions_are_projected_onto_the_vocabulary_in_chunks(self, served):
         shapes = shapes_through(served.engine._head)
         served.score([SequenceToScore(ids, ((1, 2),)) for ids in served.token_ids], top_k=5)
         served.score([SequenceToScore(served.token_ids[1], ((100, 128),))])
@@ -91,7 +91,7 @@ def with_adapters(tmp_path_factory):
 
 
 class TestTransformersAdapters(AdapterContract):
-    def test_they_wake_with_the_model(self, with_adapters):
+    def test_adapters_wake_with_the_model(self, with_adapters):
         sequence = SequenceToScore(with_adapters.token_ids[2])
         (before,) = with_adapters.score([sequence], adapter="code")
         with_adapters.runner.run(with_adapters.engine.sleep())
@@ -101,7 +101,7 @@ class TestTransformersAdapters(AdapterContract):
 
 
 def shapes_through(module):
-    """A list that the first two dimensions of each input to `module` will be put in."""
+    """Returns a list to which the first two dimensions of each input to `module` are added."""
     shapes = []
     module.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(tuple((args[0] if args else kwargs["input_ids"]).shape[:2])),
@@ -120,7 +120,7 @@ def create(path, **config):
 
 
 def check_against_reference(path, tmp_path, *, packs):
-    """Scores two sequences in one batch, compares them with each alone in bare transformers."""
+    """Compares two sequences scored in one batch with each alone in bare transformers."""
     rng = np.random.default_rng(1)
     token_ids = [rng.integers(0, 512, size).astype(np.int32) for size in (30, 90)]
     logits = reference_logits(path, token_ids, tmp_path / "reference.npz")
@@ -139,20 +139,18 @@ def check_against_reference(path, tmp_path, *, packs):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
-def test_other_families_tied_and_grouped_give_transformers_numbers(tmp_path, model_type):
+def test_other_families_with_tied_embeddings_and_grouped_queries_equal_transformers(tmp_path, model_type):
     path = write_checkpoint(tmp_path / "tiny", model_type=model_type, tie_word_embeddings=True, seed=3)
     check_against_reference(path, tmp_path, packs=True)
 
 
-def test_a_model_that_does_not_look_at_all_tokens_gets_padded_batches(tmp_path):
+def test_a_model_that_does_not_attend_to_all_tokens_gets_padded_batches(tmp_path):
     window = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}  # the second of two layers
     check_against_reference(write_checkpoint(tmp_path / "tiny", **window), tmp_path, packs=False)
 
 
 @pytest.mark.parametrize("wrong", [{"sequence_lengths": None}, {"softcap": 30.0}])
-def test_a_model_whose_packed_sequences_see_each_other_or_that_wants_more_gets_padded_batches(
-    served, monkeypatch, wrong
-):
+def test_a_model_whose_packed_sequences_leak_or_need_more_attention_gets_padded_batches(served, monkeypatch, wrong):
     right = module.packed_sdpa
     monkeypatch.setattr(module, "packed_sdpa", lambda *args, **kwargs: right(*args, **{**kwargs, **wrong}))
 
@@ -206,10 +204,10 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary_and_sleep_gives_the_w
     path = write_checkpoint(tmp_path / "wide", vocab_size=V, hidden_size=D, tokenizer=False)
     done = subprocess.run([sys.executable, "-c", MEMORY, str(path)], check=True, timeout=240, stdout=subprocess.PIPE)
     memory = json.loads(done.stdout)
-    # The embedding, as large, is mapped from the file: only the rows that are used are in memory.
+    # The embedding is as large but mapped from the file: only the rows in use are in memory.
     head_mib, all_logits_mib = V * D * 4 / 2**20, 16 * 127 * V * 4 / 2**20
     assert (round(head_mib), round(all_logits_mib)) == (98, 775)
-    # Logits of a chunk are 49 MiB; they, their exponentials and what is in use for the top-k exist at once.
+    # Logits of a chunk are 49 MiB; they, their exponentials and buffers of the top-k exist at once.
     assert memory["scoring"] < 0.4 * all_logits_mib, memory
     assert memory["awake"] - memory["asleep"] > 0.9 * head_mib, memory
 

@@ -1,4 +1,4 @@
-"""The vLLM engine: the contract by every way of scoring that runs here, and what is its own. Real vLLM, one engine."""
+"""The vLLM engine: the contract for every way of scoring that runs here, and its own tests. One real vLLM engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.sidecar.engine_contract import EngineContract, expected_logprobs, sco
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.filterwarnings("default"),  # vLLM's own imports warn of what other libraries deprecate
+    pytest.mark.filterwarnings("default"),  # vLLM's imports raise deprecation warnings of other libraries
 ]
 
 
@@ -43,7 +43,7 @@ def vllm_module():
 
 @pytest.fixture(scope="module")
 def extension(tmp_path_factory, vllm_module):
-    """One real engine. Prompts come in pieces, and the prefix cache is on: neither may change a number."""
+    """One real engine. Prompts are chunked and the prefix cache is on: neither may change a number."""
     tmp_path = tmp_path_factory.mktemp("vllm")
     yield from serve(
         "vllm",
@@ -54,7 +54,7 @@ def extension(tmp_path_factory, vllm_module):
 
 
 def by_way(served, way):
-    """The same vLLM, another way of scoring."""
+    """Returns the same vLLM with another way of scoring."""
     config = TeacherServerConfig(engine="vllm", model=str(served.path))
     engine = type(served.engine)(served.engine._llm, served.engine.info, way, config)
     return dataclasses.replace(served, engine=engine)
@@ -74,7 +74,7 @@ class TestPlainWayWithAllOfASmallVocabulary(EngineContract):
 
 
 class TestPlainWayWithALargeVocabulary(EngineContract):
-    """As if the vocabulary were too large to be asked for whole: top-k up to vLLM's limit, nothing else."""
+    """As with a vocabulary too large to request whole: top-k up to vLLM's limit, no candidates or temperatures."""
 
     @pytest.fixture
     def served(self, extension, vllm_module):
@@ -109,7 +109,7 @@ def test_early_closing_leaves_no_request_in_vllm(extension):
     assert after == 0
 
 
-def test_a_way_that_gives_other_numbers_is_not_taken(extension, vllm_module):
+def test_a_way_that_disagrees_with_the_plain_way_is_not_used(extension, vllm_module):
     class Shifted(vllm_module.ways.ExtensionWay):
         def read(self, output, sequence, *, top_k, temperature):
             scores = super().read(output, sequence, top_k=top_k, temperature=temperature)
@@ -136,8 +136,8 @@ def test_the_fields_way_is_refused_by_name_where_vllm_lacks_its_runner(extension
     assert engine.way == "plain"
 
 
-def test_the_fields_way_asks_what_vllms_scorer_takes_and_reads_what_it_gives(extension, vllm_module):
-    """Against vLLM's own code behind these fields, whose runner needs Triton; only the projection is stood in for."""
+def test_the_fields_way_agrees_with_vllms_own_scorer(extension, vllm_module):
+    """Runs vLLM's own code behind these fields, whose runner needs Triton; only the projection is replaced."""
     import torch
     from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
@@ -151,7 +151,7 @@ def test_the_fields_way_asks_what_vllms_scorer_takes_and_reads_what_it_gives(ext
     params.verify(extension.engine._llm.model_config, None, None, None)
     assert params.prompt_logprob_start == 3 and params.skip_reading_prefix_cache
     logprobs_SV = expected_logprobs(logits, 1.0)
-    # In this mode vLLM gathers what the projection returns as it is, without its Triton kernel.
+    # In this mode vLLM gathers the projection's values unchanged, without its Triton kernel.
     worker = PromptLogprobsWorker(4, torch.device("cpu"), logprobs_mode="raw_logits")
     worker.add_request("a", 0, params)
     scores = {}
@@ -230,7 +230,7 @@ def test_a_cpu_gets_all_its_cores_and_a_cache_of_the_right_size_unless_set(tmp_p
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "3"
 
 
-def test_workers_end_with_a_sidecar_that_was_killed_even_before_anyone_waits_for_it():
+def test_workers_end_with_a_killed_sidecar_even_before_it_is_reaped():
     sleep = [sys.executable, "-c", "import time; time.sleep(120)"]
     sidecar, engine_core = subprocess.Popen(sleep), subprocess.Popen(sleep)
     watch = f"import os; from {vllm_worker.__name__} import _end_with; print(1, flush=True); "
@@ -249,7 +249,7 @@ def test_workers_end_with_a_sidecar_that_was_killed_even_before_anyone_waits_for
 
 
 class Sleeper:
-    """Real vLLM, whose sleep mode needs a GPU, with that stood in for: it records what is asked."""
+    """Wraps real vLLM and replaces its sleep mode, which needs a GPU, by a record of the calls."""
 
     def __init__(self, llm):
         self._llm, self.asked, self._asleep = llm, [], False
@@ -279,7 +279,7 @@ class Sleeper:
         (2, [("sleep", 2), ("wake", "weights"), ("rpc", "reload_weights"), ("wake", "kv_cache")]),
     ],
 )
-def test_sleep_and_wake_are_vllms_own_and_the_numbers_are_compared_after_it(extension, vllm_module, level, asked):
+def test_sleep_and_wake_call_vllms_own_and_compare_the_probe_afterwards(extension, vllm_module, level, asked):
     config = TeacherServerConfig(
         engine="vllm", model=str(extension.path), offload=True, engine_args={"sleep_level": level}
     )
@@ -298,11 +298,11 @@ def test_sleep_and_wake_are_vllms_own_and_the_numbers_are_compared_after_it(exte
     assert engine._llm.asked == asked
     assert engine.info == extension.engine.info
     engine._at_start = dataclasses.replace(engine._at_start, logprobs=engine._at_start.logprobs - 0.1)
-    with pytest.raises(EngineDeadError, match="woke with other numbers than it began with"):
+    with pytest.raises(EngineDeadError, match=r"scores the probe differently after waking \(by up to 0\.1"):
         extension.runner.run(twice())
 
 
-def test_a_dead_engine_says_so_now_and_later(extension):
+def test_a_dead_engine_raises_now_and_later(extension):
     """The last test: it kills vLLM's engine process."""
     (process,) = extension.engine._llm.engine_core.resources.engine_manager.processes
 
@@ -310,7 +310,8 @@ def test_a_dead_engine_says_so_now_and_later(extension):
         running = asyncio.create_task(
             score_all(extension.engine, [SequenceToScore(ids) for ids in extension.token_ids * 200])
         )
-        await asyncio.sleep(0)  # its requests are made
+        while not extension.engine._llm.output_processor.get_num_unfinished_requests():
+            await asyncio.sleep(0)
         await extension.engine.check()
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(EngineDeadError, match="has died"):

@@ -1,4 +1,4 @@
-"""The engine in front of vLLM's own server, which runs for real."""
+"""The engine in front of a real vLLM server."""
 
 import asyncio
 import dataclasses
@@ -68,8 +68,8 @@ class TestCompletions(EngineContract):
         return completions
 
 
-def test_the_fields_way_asks_as_the_engine_in_process_does_and_reads_vllm_s_own_reply(generate, monkeypatch):
-    """By vLLM's own schemas: its second model runner, which would answer, needs a GPU."""
+def test_the_fields_way_requests_the_same_as_in_process_and_reads_vllms_own_reply(generate, monkeypatch):
+    """Checked against vLLM's own schemas, because its second model runner needs a GPU."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest, GenerateTokensResponse
@@ -142,7 +142,7 @@ def test_a_closed_iterator_aborts_the_requests_in_the_server(way, url, request):
         ({"engine_args": {"max_conections": 3}}, "max_connections"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_remedy(generate, url, change, words):
+def test_an_impossible_configuration_is_refused_with_the_remedy(generate, url, change, words):
     fields = {"engine": "vllm-http", "model": str(url[1]), "urls": [url[0]], **change}
     with pytest.raises(ConfigError, match=words):
         generate.runner.run(create_engine(TeacherServerConfig(**fields)))

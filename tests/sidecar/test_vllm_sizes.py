@@ -1,4 +1,4 @@
-"""vLLM with adapters, and over several workers: each an engine of its own, real, on the CPU."""
+"""vLLM with adapters, and over several workers: separate real engines on the CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
 @pytest.mark.full  # two processes load vLLM, three times
 @pytest.mark.parametrize("size", ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"])
-def test_two_workers_give_the_numbers_of_one(tmp_path, size):
+def test_two_workers_score_like_one(tmp_path, size):
     served_by_two = serve("vllm", write_checkpoint(tmp_path / "tiny"), tmp_path, **{size: 2})
     served = next(served_by_two)
     try:

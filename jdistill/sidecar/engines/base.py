@@ -26,7 +26,7 @@ class Engine(abc.ABC):
     @classmethod
     @abc.abstractmethod
     async def create(cls, config: TeacherServerConfig) -> Engine:
-        """Loads the model without blocking the event loop for long: health checks are answered meanwhile.
+        """Loads the model without blocking the event loop, so that health checks are answered meanwhile.
 
         Raises:
             ValueError: the checkpoint or an entry of `config.engine_args` cannot be used; the message has the remedy.
@@ -43,14 +43,14 @@ class Engine(abc.ABC):
 
         Raises:
             UnsupportedError: the engine cannot do this.
-            EngineDeadError: the engine is gone for good.
+            EngineDeadError: the engine has died for good.
         """
 
     async def check(self) -> None:  # noqa: B027  (most engines cannot die apart from their process)
         """Checks cheaply that the engine is alive; called about once per second.
 
         Raises:
-            EngineDeadError: it is gone for good.
+            EngineDeadError: it has died for good.
         """
 
     async def sleep(self) -> None:
@@ -66,4 +66,4 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     async def close(self) -> None:
-        """Frees everything; idempotent."""
+        """Frees all resources; idempotent."""

@@ -60,9 +60,7 @@ class HttpFrontEngine(Engine):
 
     max_candidate_count = 0
     options_class: type[HttpOptions] = HttpOptions
-    ways: tuple[str, ...] = (
-        "plain",
-    )  # of scoring, the best first; the last is the one that the others must agree with
+    ways: tuple[str, ...] = ("plain",)  # of scoring, best first; the last is the one that the others must agree with
 
     def __init__(self, config: TeacherServerConfig, url: str):
         self._config = config
@@ -274,8 +272,8 @@ class HttpFrontEngine(Engine):
         mass = np.exp(self._expected.top_logprobs.astype(np.float64)).sum(axis=-1).max() if top_k else 1.0
         if not mass <= 1.01:
             raise ServerRefusedError(
-                f"the {top_k} most likely tokens have a probability of {mass:.3g} together: it returns something else "
-                "than log-probabilities of the raw logits (vLLM: start it with --logprobs-mode raw_logprobs)"
+                f"the {top_k} most likely tokens have a total probability of {mass:.3g}: it does not return "
+                "log-probabilities of the raw logits (vLLM: start it with --logprobs-mode raw_logprobs)"
             )
         reasons = []
         for way in self.ways:
@@ -302,7 +300,7 @@ class HttpFrontEngine(Engine):
         info = adapter_info(self.info, name, path)
         if (pathlib.Path(path) / "adapter_config.json").is_file():
             return info
-        # Its files are with the server only: all that tells it from another is what it is called.
+        # Its files are only at the server: the name is all that identifies it.
         known = f"{self.info.fingerprint} {name} {path}"
         return dataclasses.replace(info, fingerprint=hashlib.sha256(known.encode()).hexdigest())
 

@@ -1,4 +1,4 @@
-"""From a server's reply to TokenScores: refuses other token ids than asked for, and values that are no log-probability.
+"""Builds TokenScores from a server's reply; refuses wrong token ids and values that are no log-probabilities.
 
 Dimension key: P scored positions of one sequence, K top-k, C candidates.
 """
@@ -24,7 +24,7 @@ def token_scores(
     """Builds TokenScores from a reply; raises ServerRefusedError unless the server scored the sequence's own ids."""
     expected_P = sequence.token_ids[sequence.scored_positions()]
     if not np.array_equal(np.asarray(scored_ids), expected_P):
-        raise ServerRefusedError("the server scored other tokens than it was asked for")
+        raise ServerRefusedError("the server scored other tokens than requested")
     return TokenScores(
         logprobs=_clamp(logprobs_P),
         top_ids=None if top is None else _ids(top[0]),
@@ -35,7 +35,7 @@ def token_scores(
 
 
 def _clamp(values: Any) -> np.ndarray:
-    """float32; rounding can leave a log-probability a few 1e-7 above 0. What cannot be one is refused."""
+    """Converts to float32 and clamps at 0, since rounding can exceed it by a few 1e-7; refuses impossible values."""
     array = np.asarray(values, np.float32)  # None becomes NaN
     if not (array <= 1e-4).all():  # also NaN
         raise ServerRefusedError(
@@ -48,5 +48,5 @@ def _clamp(values: Any) -> np.ndarray:
 def _ids(values: Any) -> np.ndarray:
     array = np.asarray(values, np.int64)
     if ((array < 0) | (array > np.iinfo(np.int32).max)).any():
-        raise ServerRefusedError("the server returned a token id that cannot be one")
+        raise ServerRefusedError("the server returned a token id that is negative or above int32")
     return array.astype(np.int32)

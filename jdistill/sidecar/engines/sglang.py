@@ -49,7 +49,7 @@ RESERVED = {
     "served_model_name": "served_name",
     "tp_size": "tensor_parallel_size",
 }
-# engine_args that are ours and not the server's.
+# engine_args for the sidecar, not for the server.
 OWN_ARGS = frozenset(SglangHttpOptions.model_fields) - {"api_key_file"}
 # With a context of n tokens, SGLang accepts inputs of up to n - 7 (0.5.23).
 SPARE_POSITIONS = 8
@@ -58,7 +58,7 @@ IDLE_TIMEOUT_S = 30.0  # for cancelled requests to leave SGLang
 
 
 class SglangEngine(SglangHttpEngine):
-    """See the module; engine_args go to SGLang's server by name (`chunked_prefill_size`, ...)."""
+    """Starts and owns SGLang's server; engine_args go to it by name (`chunked_prefill_size`, ...)."""
 
     name = "sglang"
 
@@ -121,7 +121,7 @@ class SglangEngine(SglangHttpEngine):
         try:
             return await super()._score_one(sequence, top_k, adapter)
         except UnavailableError as e:
-            # The connection breaks a moment before the process is known to be gone.
+            # The connection breaks slightly before the process is known to have ended.
             with contextlib.suppress(TimeoutError):
                 if self._process is not None:
                     await asyncio.wait_for(self._process.wait(), 1.0)
@@ -157,7 +157,7 @@ class SglangEngine(SglangHttpEngine):
         try:
             await self._verify()
         except FingerprintMismatchError as e:
-            raise EngineDeadError(f"SGLang {self.version} has not come back from sleep as it was: {e}") from e
+            raise EngineDeadError(f"SGLang {self.version} woke with another model than it fell asleep with: {e}") from e
 
     async def close(self) -> None:
         """See Engine.close."""
@@ -170,7 +170,7 @@ class SglangEngine(SglangHttpEngine):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its schedulers too
+            os.killpg(process.pid, signal.SIGKILL)  # including its schedulers
         await process.wait()
 
     async def _try_to_sleep(self) -> None:
@@ -202,7 +202,7 @@ class SglangEngine(SglangHttpEngine):
                     return
                 text = await reply.text()
         except (aiohttp.ClientError, TimeoutError, OSError) as e:
-            raise EngineDeadError(f"SGLang does not answer to {path} ({type(e).__name__}: {e})") from None
+            raise EngineDeadError(f"SGLang does not answer {path} ({type(e).__name__}: {e})") from None
         raise EngineDeadError(f"SGLang answers {reply.status} to {path}: {text[:300]}")
 
     async def _wait_until_healthy(self, port: int) -> None:
@@ -236,7 +236,7 @@ def _look_at_sglang() -> tuple[set[str], bool]:
             f"engine 'sglang' needs {e.name}, which is not installed for this Python: pip install 'jdistill[sglang]', "
             "or use the interpreter of an environment that has it"
         ) from None
-    # A dataclass in some versions, another kind of record in others: annotated all the same.
+    # A dataclass in some versions, another kind of record in others; always annotated.
     fields = {name for kind in ServerArgs.__mro__ for name in inspect.get_annotations(kind)}
     return fields, torch.accelerator.is_available()
 
@@ -244,17 +244,16 @@ def _look_at_sglang() -> tuple[set[str], bool]:
 def _environment(config: TeacherServerConfig, on_cpu: bool) -> dict[str, str]:
     """Returns variables that SGLang reads from the environment only; those already set are left out."""
     values = {
-        # A context of the longest sequence and the spare positions may be above the checkpoint's limit; no token is
-        # ever scored there.
+        # The longest sequence and the spare positions may exceed the checkpoint's limit; no token is scored there.
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
-        "SGLANG_REQUEST_STATE_WAIT_TIMEOUT": "1",  # s between two looks at closed connections; 4 unless set
+        "SGLANG_REQUEST_STATE_WAIT_TIMEOUT": "1",  # s between two checks for closed connections; default 4
     }
     if on_cpu:
         values["SGLANG_USE_CPU_ENGINE"] = "1"
         num_ranks = config.tensor_parallel_size * config.pipeline_parallel_size * config.data_parallel_size
         cores = sorted(os.sched_getaffinity(0))
         share = len(cores) // num_ranks
-        if num_ranks > 1 and share:  # else SGLang gives each rank a NUMA node, and refuses more ranks than nodes
+        if num_ranks > 1 and share:  # otherwise SGLang gives each rank a NUMA node, and refuses more ranks than nodes
             shares = [cores[rank * share : (rank + 1) * share] for rank in range(num_ranks)]
             values["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, s)) for s in shares)
     return {name: value for name, value in values.items() if name not in os.environ}
@@ -263,10 +262,10 @@ def _environment(config: TeacherServerConfig, on_cpu: bool) -> dict[str, str]:
 def _command(
     config: TeacherServerConfig, dtype: str, max_length: int, port: int, args: dict[str, Any], on_cpu: bool
 ) -> list[str]:
-    # Its usual log has a line for every request and every batch.
+    # SGLang's default log level writes a line for every request and every batch.
     values: dict[str, Any] = {"skip_server_warmup": True, "log_level": "warning"}
     if on_cpu:
-        # The kernels for a CPU's matrix units are not in every build; PyTorch's own attention is.
+        # Not every build has the kernels for CPU matrix units; every build has PyTorch's attention.
         values |= {"device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True}
     values |= args
     values |= {

@@ -1,14 +1,14 @@
 """In front of a running SGLang server: /generate with token ids and `return_logprob`.
 
 SGLang starts its log-probabilities at `logprob_start_len`, where the first entry is always null, so a score that begins
-at token position t asks from t - 1. Every entry names the token that it speaks of, and each is compared. Top-k comes as
-packed arrays where the version has them (`flat`), else as nested lists (`plain`).
+at token position t requests from t - 1. Every entry names its token, and each is compared. Top-k comes as packed arrays
+where the version supports them (`flat`), otherwise as nested lists (`plain`).
 
-Candidates: SGLang takes one list of ids for all positions, so the union of several positions' candidates is asked and
-picked from. Positions x union grows with the square of the positions: a sequence is asked in pieces of at most
-MAX_ENTRIES entries, one after the other, whose common beginning is in SGLang's prefix cache.
+Candidates: SGLang takes one list of ids for all positions, so the union of all positions' candidates is requested and
+then selected from. Positions x union grows with the square of the positions, so a sequence is requested in consecutive
+pieces of at most MAX_ENTRIES entries, whose common beginning is in SGLang's prefix cache.
 
-Dimension key: P scored positions of one request, U ids asked at each of them, K top-k, C candidates.
+Dimension key: P scored positions of one request, U ids requested at each of them, K top-k, C candidates.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from jdistill.wire.codec import token_crc
 from jdistill.wire.errors import FingerprintMismatchError
 from jdistill.wire.types import SequenceToScore, TokenScores
 
-MAX_ENTRIES = 65_536  # [log-probability, id] pairs of one request: 2 MB of JSON
+MAX_ENTRIES = 65_536  # [log-probability, id] pairs per request: 2 MB of JSON
 
 
 class SglangHttpOptions(HttpOptions):
     """The engine_args of sglang-http."""
 
     max_top_k: int = pydantic.Field(256, ge=0)  # SGLang has no limit of its own
-    max_candidates: int = pydantic.Field(64, ge=0)  # a position
+    max_candidates: int = pydantic.Field(64, ge=0)  # per position
 
 
 class SglangHttpEngine(HttpFrontEngine):
-    """Sampled tokens, top-k and candidates at temperature 1: SGLang's input log-probabilities know no other."""
+    """Scores sampled tokens, top-k and candidates; temperature 1 only, like SGLang's input log-probabilities."""
 
     name = "sglang-http"
     options: SglangHttpOptions
@@ -54,10 +54,12 @@ class SglangHttpEngine(HttpFrontEngine):
         """See HttpFrontEngine.identify."""
         try:
             info = await self.connection.get("/server_info")
-        except ConfigError:  # its name before 0.5.6
+        except ConfigError:  # the path before 0.5.6
             info = await self.connection.get("/get_server_info")
         if not isinstance(info, dict) or not isinstance(info.get("max_req_input_len"), int):
-            raise ConfigError(f"{self.connection.url} is no SGLang server: its /server_info has no max_req_input_len")
+            raise ConfigError(
+                f"{self.connection.url} is not an SGLang server: its /server_info has no max_req_input_len"
+            )
         loaded = []
         for adapter in info.get("lora_paths") or []:
             loaded.append(adapter.get("lora_name") if isinstance(adapter, dict) else str(adapter).partition("=")[0])
@@ -68,7 +70,7 @@ class SglangHttpEngine(HttpFrontEngine):
         return {
             "version": info.get("version", "unknown"),
             "model": info.get("served_model_name"),
-            "max_length": info["max_req_input_len"] - 1,  # it refuses an input of exactly that (0.5.23)
+            "max_length": info["max_req_input_len"] - 1,  # an input of exactly that length is refused (0.5.23)
             "root": info.get("model_path"),
             "revision": info.get("weight_version"),
         }
@@ -121,11 +123,11 @@ class SglangHttpEngine(HttpFrontEngine):
         return dataclasses.replace(scores[-1], **joined, token_crc=token_crc(sequence.token_ids))
 
     def _asked_ids(self, sequence: SequenceToScore) -> np.ndarray:
-        """The ids to score at all positions beside the tokens themselves, ascending."""
+        """Returns the ids to score at all positions in addition to the tokens themselves, ascending."""
         candidates = np.empty(0, np.int32) if sequence.candidate_ids is None else sequence.candidate_ids.ravel()
         last = self.info.vocab_size - 1
         if last in sequence.token_ids[sequence.scored_positions()]:
-            # SGLang (0.5.23) says id 0 where the vocabulary's last id stands. Asked for by id, there is no doubt.
+            # SGLang (0.5.23) reports id 0 in place of the vocabulary's last id; a score requested by id is unambiguous.
             candidates = np.append(candidates, np.int32(last))
         return np.unique(candidates)
 
@@ -144,7 +146,7 @@ class SglangHttpEngine(HttpFrontEngine):
         if asked.size:
             entries = _entries(meta, "input_token_ids_logprobs", len(rows), positions_P, len(asked))
             if not (np.array([[entry[1] for entry in row] for row in entries]) == asked).all():
-                raise ServerRefusedError("the server scored other candidates than it was asked for")
+                raise ServerRefusedError("the server scored other candidates than requested")
             values_PU = np.array([[entry[0] for entry in row] for row in entries], np.float32)
         last = self.info.vocab_size - 1
         zeroed = (expected_ids == last) & (scored_ids == 0)
@@ -152,19 +154,19 @@ class SglangHttpEngine(HttpFrontEngine):
         for p in np.flatnonzero(zeroed[positions_P]):
             logprobs_P[p] = values_PU[p, -1]
         if not np.array_equal(scored_ids, expected_ids):
-            raise ServerRefusedError("the server scored other tokens than it was asked for")
+            raise ServerRefusedError("the server scored other tokens than requested")
         top = _top(meta, len(rows), positions_P, top_k) if top_k else None
         candidates_PC = None
         if sequence.candidate_ids is not None:
             candidates_PC = np.take_along_axis(values_PU, np.searchsorted(asked, sequence.candidate_ids), axis=1)
-        # What the server repeats are the ids from `start` on; those before it are as they were sent.
+        # The server returns the ids from `start` on; those before are taken as sent.
         whole = np.concatenate([sequence.token_ids[:start], scored_ids]).astype(np.int32)
         return token_scores(
             sequence, whole[sequence.scored_positions()], logprobs_P, top, candidates_PC, token_crc(whole)
         )
 
     def _check_revision(self, meta: dict[str, Any]) -> None:
-        """Every reply names the version of the weights, which may have been replaced in the running server."""
+        """Raises FingerprintMismatchError if the reply names other weights: a running server's may be replaced."""
         before = None if self._identity is None else self._identity["revision"]
         now = meta.get("weight_version")
         if before is not None and now is not None and now != before:
@@ -175,9 +177,9 @@ class SglangHttpEngine(HttpFrontEngine):
 
 
 def pieces(sequence: SequenceToScore, max_entries: int) -> Iterator[SequenceToScore]:
-    """Cuts a sequence with candidates into sequences of at most `max_entries` entries (rows x different candidates).
+    """Cuts a sequence with candidates into pieces of at most `max_entries` entries (rows x different candidates).
 
-    A piece ends after its last scored token and is scored from its first one on; one position is a piece at least.
+    A piece ends after its last scored token, and its rows begin at its first one; it has at least one scored position.
     """
     assert sequence.candidate_ids is not None
     positions_P = sequence.scored_positions()
@@ -211,16 +213,16 @@ def _entries(meta: dict[str, Any], name: str, count: int, positions_P: np.ndarra
     chosen = [rows[i] for i in positions_P]
     for row in chosen:
         if not isinstance(row, list) or len(row) != width:
-            raise ServerRefusedError(f"{name} has not {width} entries at each position")
+            raise ServerRefusedError(f"{name} does not have {width} entries at each position")
     return chosen
 
 
 def _top(meta: dict[str, Any], count: int, positions_P: np.ndarray, top_k: int) -> tuple[Any, Any]:
-    """Ids and log-probabilities [P, K], packed or nested, as the server has it."""
+    """Returns ids and log-probabilities [P, K] from packed arrays or nested lists."""
     if "input_top_logprobs_shape" not in meta:
         entries = _entries(meta, "input_top_logprobs", count, positions_P, top_k)
         return [[entry[1] for entry in row] for row in entries], [[entry[0] for entry in row] for row in entries]
-    prefix = meta["input_top_logprobs_null_prefix"]  # rows without numbers: the first
+    prefix = meta["input_top_logprobs_null_prefix"]  # number of rows without values: the first row
     if prefix != 1 or meta["input_top_logprobs_shape"] != [count - 1, top_k]:
         raise ServerRefusedError(
             f"input_top_logprobs has {prefix} null rows and shape {meta['input_top_logprobs_shape']}, expected 1 and "

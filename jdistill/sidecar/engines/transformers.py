@@ -2,8 +2,8 @@
 
 A batch is one row of concatenated sequences in which no token attends to another sequence. transformers supports that
 with flash attention; with `sdpa` it builds a mask over the whole row, which costs 5 times the padding that it saves (16
-sequences of 64 to 512 tokens), so here each sequence gets its own call of PyTorch's causal attention. Models
-whose packed sequences score differently than alone (a probe at start), or that do not attend to all tokens, get padded
+sequences of 64 to 512 tokens), so here each sequence gets its own call of PyTorch's causal attention. Models whose
+packed sequences score differently than alone (a probe at start), or that do not attend to all tokens, get padded
 batches.
 
 Only the scored positions are projected onto the vocabulary, in chunks, so that no [tokens, vocabulary] array of a whole
@@ -33,17 +33,17 @@ from jdistill.wire.types import SequenceToScore, TokenScores
 
 logger = logging.getLogger(__name__)
 
-# What `engine_args` may name, with the default.
+# Names in `engine_args`, with their defaults.
 ENGINE_ARGS: dict[str, Any] = {
-    "device": "auto",  # auto: cuda where there is one, else cpu; or any name that PyTorch knows
+    "device": "auto",  # auto: cuda if available, otherwise cpu; or any name that PyTorch knows
     "attn_implementation": None,  # None: the model's own choice; or sdpa, eager, flash_attention_2, ...
     "trust_remote_code": False,  # run Python code from the checkpoint
-    "chunk_tokens": None,  # positions whose logits exist at once; None: as many as make CHUNK_LOGITS
+    "chunk_tokens": None,  # positions whose logits exist at once; None: CHUNK_LOGITS / vocabulary
     "packing": True,  # batches without padding, where the model allows it; False: padded
 }
 CHUNK_LOGITS = 64 << 20  # 256 MiB in float32
 PACKED_SDPA = "jdistill_packed_sdpa"
-# Packed against alone, relative to the largest hidden state. A leak between sequences is of the order of 1.
+# Error of packed sequences relative to the largest hidden state. A leak between sequences is of the order of 1.
 PACKING_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.03}
 
 
@@ -65,7 +65,7 @@ def packed_sdpa(
     """
     more = [name for name in ("softcap", "s_aux", "position_bias", "cache") if kwargs.get(name) is not None]
     if attention_mask is not None or dropout or kwargs.get("is_causal") is False or more:
-        raise NotImplementedError(f"{type(module).__name__} asks for more than causal attention ({', '.join(more)})")
+        raise NotImplementedError(f"{type(module).__name__} needs more than causal attention ({', '.join(more)})")
     grouped = query_BHMF.shape[1] != key_BHMF.shape[1]
     lengths = list(sequence_lengths or (query_BHMF.shape[2],))
     parts = zip(*(x.split(lengths, dim=2) for x in (query_BHMF, key_BHMF, value_BHMF)), strict=True)
@@ -134,10 +134,10 @@ class TransformersEngine(BatchedEngine):
         text = self._model.config.get_text_config()
         own = text._attn_implementation or ""
         if not sees_all_tokens(text, self.info.max_sequence_length):
-            logger.info("batches are padded: not all layers of %s see all tokens", self.config.model)
+            logger.info("batches are padded: not all layers of %s attend to all tokens", self.config.model)
             return False
         if own != "sdpa" and not own.startswith("flash_attention"):
-            logger.info("batches are padded: no packing with attention by %s", own)
+            logger.info("batches are padded: %s attention does not support packing", own)
             return False
         size, longest = self.info.vocab_size, self.info.max_sequence_length
         ids = [torch.arange(first, first + min(length, longest)) for first, length in ((3, 5), (1, 9), (7, 2))]
@@ -162,11 +162,11 @@ class TransformersEngine(BatchedEngine):
     def _load_adapters(self) -> None:
         self.adapters = {name: adapter_info(self.info, name, path) for name, path in self.config.adapters.items()}
         self._adapter: str | None = None
-        # By number: a name for PyTorch has no dots.
+        # Numbered, because a PyTorch module name must not contain dots.
         self._modules = {name: f"adapter{number}" for number, name in enumerate(self.adapters)}
         for name, path in self.config.adapters.items():
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are meant
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended
                 loaded = self._model.load_adapter(path, self._modules[name])
             # PEFT initialises adapters as no-ops and leaves them so where a name does not match.
             missing = [key for key in loaded.missing_keys if self._modules[name] in key.split(".")]
@@ -193,14 +193,14 @@ class TransformersEngine(BatchedEngine):
         logits_SV = self._head(self._hidden(probe_BS)[0]).float()
         if logits_SV.shape[-1] != self.info.vocab_size:
             raise ValueError(
-                f"{self.config.model}: config.json says vocab_size {self.info.vocab_size}, "
-                f"the output projection has {logits_SV.shape[-1]} rows"
+                f"{self.config.model}: config.json has vocab_size {self.info.vocab_size}, but the output projection "
+                f"has {logits_SV.shape[-1]} rows"
             )
         tolerance = 1e-3 if self.info.dtype == "float32" else 0.1
         if not torch.allclose(logits_SV, expected_SV, atol=tolerance, rtol=tolerance):
             raise ValueError(
                 f"{self.config.model}: {type(self._model).__name__} changes its logits after the output projection "
-                "(a soft cap or a scale), which the transformers engine does not do; use the vllm engine"
+                "(a soft cap or a scale), which the transformers engine does not support; use the vllm engine"
             )
 
     def _hidden(self, tokens_BS: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor:
@@ -211,12 +211,12 @@ class TransformersEngine(BatchedEngine):
             ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(self._device)
             packed = {
                 "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(self._device),
-                "sequence_lengths": tuple(lengths),  # for packed_sdpa; the others for flash attention
+                "sequence_lengths": tuple(lengths),  # for packed_sdpa; the others are for flash attention
                 **{"cu_seq_lens_q": ends, "cu_seq_lens_k": ends},
                 **{"max_length_q": max(lengths), "max_length_k": max(lengths)},
             }
-        # No attention mask: padding is on the right, where causal attention never looks from a real token, and without
-        # a mask attention takes its fast causal path.
+        # No attention mask: padding is on the right, where no real token attends to, and without a mask attention takes
+        # its fast causal path.
         return self._model.base_model(input_ids=tokens_BS, use_cache=False, **packed).last_hidden_state
 
     @torch.inference_mode()
@@ -244,7 +244,7 @@ class TransformersEngine(BatchedEngine):
         try:
             self._use_adapter(adapter)
             hidden_MD = self._hidden(tokens_BS, lengths if self.packs else None).flatten(0, 1)
-            # The logits at position t - 1 speak of token t.
+            # The logits at position t - 1 predict token t.
             hidden_ND = hidden_MD[(places_N - 1).to(self._device)]
             del hidden_MD
             results = self._log_probabilities(hidden_ND, targets_N, candidates_NC, top_k, temperature)
@@ -306,7 +306,7 @@ class TransformersEngine(BatchedEngine):
 
 
 def _to_numpy(logprobs: torch.Tensor) -> np.ndarray:
-    """float32; logit - normalizer can round to a few 1e-7 above 0, hence the clamp."""
+    """Clamps float32 log-probabilities at 0, since logit - normalizer can round to a few 1e-7 above it."""
     return logprobs.clamp_(max=0.0).cpu().numpy()
 
 

@@ -1,13 +1,13 @@
-"""In front of vLLM's own server: token ids in, log-probabilities out, by the best way that this server has open.
+"""In front of a running vLLM server: scores token ids in the best way that the server supports.
 
 fields       /inference/v1/generate with `prompt_logprob_token_ids` and `prompt_logprob_start`: candidates, and only the
-             positions that are asked. A server of 0.32 or newer, on a GPU, started with --enable-scale-out.
-generate     the same path with `prompt_logprobs`: all positions, no text is decoded (2.3 times as fast with top-20).
-completions  /v1/completions with `prompt_logprobs`, everywhere.
+             requested positions. Needs vLLM 0.32 or newer, on a GPU, started with --enable-scale-out.
+generate     the same path with `prompt_logprobs`: all positions; no text is decoded (2.3 times as fast with top-20).
+completions  /v1/completions with `prompt_logprobs`; works everywhere.
 
-`prompt_logprobs` maps, for each prompt position, token ids to log-probabilities. The prompt's token is found by its id,
-never by its place (in older versions the first entry was the most likely token); the first position is null. The ids
-that were scored come back (`return_token_ids`) and are compared.
+For each prompt position, `prompt_logprobs` maps token ids to log-probabilities; the first position is null. The
+prompt's token is found by its id, never by its place (in older versions the first entry was the most likely token). The
+server returns the ids it scored (`return_token_ids`), and they are compared.
 
 Dimension key: P scored positions, K top-k, C candidates.
 """
@@ -32,16 +32,15 @@ from jdistill.wire.types import SequenceToScore, TokenScores
 class VllmHttpOptions(HttpOptions):
     """The engine_args of vllm-http."""
 
-    server_model: str | None = (
-        None  # the server's name of the model; default: served_name if it has that, else its first
-    )
+    # The model's name at the server; default: served_name if the server has it, otherwise the server's first model.
+    server_model: str | None = None
     scoring: Literal["auto", "fields", "generate", "completions"] = "auto"
-    # fields: candidates a position; the scored token takes one more of the server's --max-logprobs (20 by default).
+    # fields: candidates per position; the scored token takes one more of the server's --max-logprobs (20 by default).
     max_candidates: int = pydantic.Field(19, ge=1)
 
 
 class VllmHttpEngine(HttpFrontEngine):
-    """Sampled tokens and top-k at temperature 1, the only one that vLLM's HTTP API has; candidates by `fields` only."""
+    """Scores sampled tokens and top-k, by `fields` also candidates; temperature 1 only, like vLLM's HTTP API."""
 
     name = "vllm-http"
     options: VllmHttpOptions
@@ -61,7 +60,7 @@ class VllmHttpEngine(HttpFrontEngine):
             base = [name for name, card in models.items() if not card.get("parent")]
             version = (await self.connection.get("/version")).get("version", "unknown")
         except (AttributeError, KeyError, TypeError):
-            raise ConfigError(f"{self.connection.url}/v1/models and /version do not answer as vLLM's do") from None
+            raise ConfigError(f"{self.connection.url}/v1/models and /version do not answer like vLLM's") from None
         missing = [name for name in self._config.adapters if name not in models or name in base]
         if missing:
             raise ConfigError(f"adapters: {self.connection.url} has no {missing[0]!r}; it serves {', '.join(models)}")
@@ -74,7 +73,7 @@ class VllmHttpEngine(HttpFrontEngine):
                 f"{', '.join(models) or 'none'}"
             )
         card = models[name]
-        # One token is always generated, so the longest sequence that can be scored is one shorter.
+        # One token is always generated, so a scored sequence can have at most max_model_len - 1 tokens.
         length = card.get("max_model_len")
         self._model = name
         return {
@@ -101,7 +100,7 @@ class VllmHttpEngine(HttpFrontEngine):
         if self.way == "fields":
             positions_P = sequence.scored_positions()
             start = int(positions_P[0]) - 1
-            # Row i speaks of token position start + i + 1; an empty row asks for nothing.
+            # Row i is for token position start + i + 1; an empty row requests nothing.
             rows: list[list[int]] = [[] for _ in range(len(prompt) - 1 - start)]
             for p, position in enumerate(positions_P.tolist()):
                 more = [] if sequence.candidate_ids is None else sequence.candidate_ids[p].tolist()
@@ -116,7 +115,7 @@ class VllmHttpEngine(HttpFrontEngine):
         holder = reply["choices"][0] if self.way == "completions" else reply
         prompt_ids = holder.get("prompt_token_ids")
         if prompt_ids is not None and prompt_ids != sequence.token_ids.tolist():
-            raise ServerRefusedError("the server says that it scored other token ids")
+            raise ServerRefusedError("the server scored other token ids than requested")
         scored = sequence.token_ids if prompt_ids is None else np.asarray(prompt_ids, np.int32)
         positions_P = sequence.scored_positions()
         logprobs: Any = None
@@ -131,7 +130,7 @@ class VllmHttpEngine(HttpFrontEngine):
             rows = _rows(holder.get("prompt_logprobs"), len(sequence.token_ids))
             if logprobs is None:
                 logprobs = [
-                    _of(rows[position], int(sequence.token_ids[position]), position)
+                    _logprob(rows[position], int(sequence.token_ids[position]), position)
                     for position in positions_P.tolist()
                 ]
             top = _top(rows, positions_P.tolist(), top_k) if top_k else None
@@ -143,11 +142,11 @@ def _rows(rows: Any, count: int) -> list[Any]:
         got = len(rows) if isinstance(rows, list) else "no"
         raise ServerRefusedError(f"{got} rows of prompt_logprobs for {count} tokens")
     if rows[0]:  # null; {} in vLLM's flat form
-        raise ServerRefusedError("the first token has a log-probability: these rows are not aligned as vLLM's")
+        raise ServerRefusedError("the first token has a log-probability: these rows are not aligned like vLLM's")
     return rows
 
 
-def _of(row: Any, token: int, position: int) -> float:
+def _logprob(row: Any, token: int, position: int) -> float:
     entry = row.get(str(token)) if isinstance(row, dict) else None
     if entry is None:
         raise ServerRefusedError(f"no log-probability of token {token} at position {position}")
@@ -157,7 +156,7 @@ def _of(row: Any, token: int, position: int) -> float:
 def _top(rows: list[Any], positions: list[int], top_k: int) -> tuple[list[list[int]], list[list[float]]]:
     ids, logprobs = [], []
     for position in positions:
-        # The prompt's own token is there too, and in older versions the order was another.
+        # The prompt's own token is listed too, and older versions have another order.
         best = sorted(((entry["logprob"], token) for token, entry in rows[position].items()), reverse=True)[:top_k]
         if len(best) < top_k:
             raise ServerRefusedError(f"{len(best)} of the {top_k} most likely tokens at position {position}")
@@ -167,13 +166,13 @@ def _top(rows: list[Any], positions: list[int], top_k: int) -> tuple[list[list[i
 
 
 def _array(text: Any, shape: tuple[int, int]) -> np.ndarray:
-    """The array in a reply: base64 of numpy's own file format, without pickles."""
+    """Returns the array in a reply: numpy's file format in base64, without pickles."""
     if not isinstance(text, str):
         raise ServerRefusedError("the reply has no prompt_token_id_logprobs")
     try:
         array = np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False)
     except (ValueError, EOFError, OSError) as e:
-        raise ServerRefusedError(f"prompt_token_id_logprobs is no array: {e}") from None
+        raise ServerRefusedError(f"prompt_token_id_logprobs is not an array: {e}") from None
     if array.shape != shape or array.dtype.kind != "f":
         raise ServerRefusedError(f"prompt_token_id_logprobs is {array.dtype} {array.shape}, expected {shape} of floats")
     return array

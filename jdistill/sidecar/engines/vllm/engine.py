@@ -31,13 +31,15 @@ from jdistill.sidecar.engines.options import adapter_info, model_info, write_zer
 from jdistill.sidecar.engines.probe import PROBE_LENGTH, distance, probe_ids
 from jdistill.sidecar.engines.vllm import startup
 from jdistill.sidecar.engines.vllm.ways import HAS_ID_SCORES, PARAMETERS, ExtensionWay, FieldsWay, PlainWay, Way
+from jdistill.sidecar.results import check_scores
 from jdistill.wire.codec import token_crc
 from jdistill.wire.errors import EngineDeadError, InvalidRequestError, TeacherError, UnavailableError, UnsupportedError
 from jdistill.wire.types import ModelInfo, SequenceToScore, TokenScores
 
 logger = logging.getLogger(__name__)
 
-# Two ways to compute one log-probability: rounding of float32, or of the logits in 16 bits (0.06 at a logit of 16).
+# Nats between two ways of computing one log-probability: the rounding of float32, or of 16-bit logits (0.06 at a logit
+# of 16).
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.1}
 
 
@@ -81,11 +83,11 @@ class VllmEngine(Engine):
         """Starts vLLM and chooses the way of scoring.
 
         `config.engine_args` goes to vLLM by name, apart from `scoring`: auto (the default), fields, extension or plain;
-        and `sleep_level`: 1 (the default; weights wait in the host's memory) or 2 (they are read again from the disk).
+        and `sleep_level`: 1 (the default; the weights move to host memory) or 2 (they are read from disk again).
 
         Raises:
             FileNotFoundError, ValueError: the checkpoint or an engine argument cannot be used.
-            UnsupportedError: the way of scoring that was asked for does not work here.
+            UnsupportedError: the requested way of scoring does not work here.
         """
         scoring, given = startup.check_args(config)
         info = await asyncio.to_thread(model_info, config)
@@ -96,8 +98,8 @@ class VllmEngine(Engine):
         engine = cls(llm, info, plain, config)
         scratch = contextlib.ExitStack()
         if config.adapters and current_platform.is_cpu():
-            # In a batch that adapters share, vLLM's CPU kernels (0.32) give the base model's rows the last one: they
-            # index with -1. An adapter of zeros is the base model, and is never -1.
+            # In a batch with adapters, vLLM's CPU kernels (0.32) apply the last adapter to the base model's rows: they
+            # index with -1. An adapter of zeros scores like the base model and never has index -1.
             path = scratch.enter_context(tempfile.TemporaryDirectory(prefix="jdistill-"))
             write_zero_adapter(next(iter(config.adapters.values())), path)
             engine._base_lora = LoRARequest("jdistill-base", len(config.adapters) + 1, path)
@@ -131,7 +133,7 @@ class VllmEngine(Engine):
                     f"{worst:.3g} nats): serve each adapter by its own sidecar, or merged"
                 )
             if lora is not self._base_lora and np.array_equal(expected, alone[0]):
-                logger.warning("%s changes no score of a probe: are its weights those of a trained one?", name)
+                logger.warning("%s changes no score of the probe: is it a trained adapter?", name)
 
     async def _choose(self, scoring: str, info: ModelInfo, args: dict[str, Any]) -> None:
         """Chooses the first way that gives the plain way's numbers."""
@@ -184,6 +186,7 @@ class VllmEngine(Engine):
         candidates = expected.top_ids[:, :num_candidates]
         asked = SequenceToScore(probe.token_ids, probe.spans, candidates if num_candidates else None)
         got = await self._score_one(asked, top_k=2, temperature=1.0)
+        check_scores(asked, got, top_k=2, info=self.info, index=0)  # complete: distance() compares only what is there
         worst = distance(got, expected)
         if not worst <= tolerance:  # NaN too
             raise UnsupportedError(f"its log-probabilities differ from prompt_logprobs by up to {worst:.3g} nats")
@@ -213,7 +216,7 @@ class VllmEngine(Engine):
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     yield tasks[task], task.result()
-        finally:  # closed early, cancelled or failed: vLLM aborts a request whose task is cancelled
+        finally:  # closed early, cancelled or failed: vLLM aborts the request of a cancelled task
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -256,7 +259,7 @@ class VllmEngine(Engine):
         """See Engine.wake.
 
         Raises:
-            EngineDeadError: the model does not give the numbers that it gave at start.
+            EngineDeadError: the model scores the probe differently than at start.
         """
         if not self.can_sleep or self._llm is None:
             await super().wake()
@@ -272,7 +275,7 @@ class VllmEngine(Engine):
             worst = float(np.abs(got.logprobs - self._at_start.logprobs).max())
             if not worst <= PROBE_TOLERANCE[self.info.dtype]:
                 raise EngineDeadError(
-                    f"vLLM {self.version} woke with other numbers than it began with (by up to {worst:.3g} nats): was "
+                    f"vLLM {self.version} scores the probe differently after waking (by up to {worst:.3g} nats): was "
                     "the checkpoint replaced? The sidecar has to be restarted"
                 )
 
@@ -297,7 +300,7 @@ class VllmEngine(Engine):
         except ValueError as e:  # vLLM's own validation
             raise InvalidRequestError(f"vLLM refused a sequence of {len(sequence.token_ids)} tokens: {e}") from e
         if output is None or not output.finished:
-            raise TeacherError("vLLM ended a request without an answer")
+            raise TeacherError("vLLM ended a request without a result")
         scores = way.read(output, sequence, top_k=top_k, temperature=temperature)
         return TokenScores(
             logprobs=_clamp(scores.logprobs),
@@ -310,17 +313,17 @@ class VllmEngine(Engine):
     async def close(self) -> None:
         """See Engine.close."""
         if self._llm is not None:
-            # In the event loop's thread: elsewhere vLLM's output handler sees its engine go and logs an error.
+            # In the event loop's thread: from another one, vLLM's output handler logs an error about the lost engine.
             self._llm.shutdown()
-            self._llm = None  # its destructor fails if it runs at the interpreter's end
+            self._llm = None  # its destructor fails if it runs at interpreter exit
 
 
 def _clamp(logprobs: np.ndarray) -> np.ndarray:
-    """float32; logit - normalizer can round to a few 1e-7 above 0."""
+    """Converts to float32 and clamps at 0: logit - normalizer can round to a few 1e-7 above it."""
     return np.minimum(np.asarray(logprobs, np.float32), np.float32(0))
 
 
 def _probe_sequence(info: ModelInfo) -> SequenceToScore:
-    """Returns the probe, scored with a hole in its mask."""
+    """Returns the probe; where it has its full length, its scored spans leave a hole."""
     ids = probe_ids(info)
     return SequenceToScore(ids, ((2, 5), (7, len(ids))) if len(ids) == PROBE_LENGTH else ((1, len(ids)),))

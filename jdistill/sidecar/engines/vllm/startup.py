@@ -40,11 +40,11 @@ RESERVED = {
     "tensor_parallel_size": "tensor_parallel_size",
     "worker_extension_cls": None,
 }
-# A vocabulary up to this size can be asked for whole, position by position, without drowning in Python objects.
+# Up to this size the whole vocabulary is requested at every position; above it, Python objects would dominate the cost.
 SMALL_VOCAB_SIZE = 1024
 MAX_LOGPROBS = 256  # default limit of top_k and candidates with a larger vocabulary
-# Tokens of a step. The plain way holds float32 logits of all of them: 1.2 GB with a vocabulary of 152,000, and no more
-# with a smaller one, whose steps may be longer (a third faster with a vocabulary of 512: there the steps are the cost).
+# Tokens per step. The plain way holds float32 logits of all of them: 1.2 GB with a vocabulary of 152,000. A smaller
+# vocabulary gets longer steps, with no more logits (a third faster with a vocabulary of 512, where steps dominate).
 MIN_BATCHED_TOKENS, MAX_BATCHED_TOKENS = 2048, 8192
 STEP_LOGITS = 1 << 28
 
@@ -110,7 +110,7 @@ def _field_names() -> set[str]:
 
 
 def _check_sleep(config: TeacherServerConfig, level: Any) -> None:
-    """Raises ValueError if `offload` and `sleep_level` cannot be, here or together."""
+    """Raises ValueError if `offload` or `sleep_level` is impossible here, or they contradict each other."""
     if level not in (1, 2):
         raise ValueError(f"engine_args: sleep_level: expected 1 or 2, got {level!r}")
     if "sleep_level" in config.engine_args and not config.offload:
@@ -125,14 +125,13 @@ def _check_sleep(config: TeacherServerConfig, level: Any) -> None:
 
 
 def _lora_rank(rank: int) -> int:
-    """The smallest rank that vLLM has kernels for and that holds `rank`."""
+    """Returns the smallest rank with vLLM kernels that is at least `rank`."""
     return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank), rank)
 
 
 def set_environment(config: TeacherServerConfig, info: ModelInfo, args: dict[str, Any]) -> None:
-    """Sets what vLLM reads from the environment only; variables that are already set stay as they are."""
-    # vLLM forks by default. The sidecar already runs gRPC's threads, which a forked copy may hang on, and holds its
-    # port, which a copy that outlives it would keep.
+    """Sets options that vLLM reads only from the environment; variables that are already set keep their values."""
+    # vLLM forks by default. A fork of the sidecar may hang on gRPC's threads, and keeps its port if it outlives it.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     # max_model_len may be one above the checkpoint's limit; no token is ever scored or read at that position.
     os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
@@ -153,7 +152,7 @@ def set_environment(config: TeacherServerConfig, info: ModelInfo, args: dict[str
 
 
 def _kv_cache_gib(config: TeacherServerConfig, info: ModelInfo) -> int:
-    """Room for four of the longest sequences, at least 1 GiB; vLLM's default is half of the memory."""
+    """Returns the room for four of the longest sequences, at least 1 GiB; vLLM's default is half of the memory."""
     hf = read_config(config.model)
     hf = {**hf, **(hf.get("text_config") or {})}
     num_heads = hf.get("num_attention_heads") or 1

@@ -1,11 +1,11 @@
-"""How scores are requested from vLLM and read from its replies: by request fields, by our worker extension, or plainly.
+"""Ways of requesting scores from vLLM and reading its replies: request fields, our worker extension, or plain.
 
-fields     `prompt_logprob_token_ids` and `prompt_logprob_start`, where vLLM's second model runner runs (GPUs).
-extension  our code in vLLM's workers (worker.py), with its first model runner (CPUs): any temperature.
-plain      `prompt_logprobs`, everywhere. Candidates and temperatures only where the vocabulary is small enough for vLLM
-           to return all of it; otherwise they are refused.
+fields     `prompt_logprob_token_ids` and `prompt_logprob_start`; needs vLLM's second model runner (GPUs).
+extension  our code in vLLM's workers (worker.py); needs its first model runner (CPUs); any temperature.
+plain      `prompt_logprobs`; works everywhere. Candidates and temperatures other than 1 only if the vocabulary is small
+           enough for vLLM to return all of it; otherwise they are refused.
 
-Dimension key: S tokens of a sequence, P scored positions, W entries that vLLM returns for a position, V vocabulary, K
+Dimension key: S tokens of a sequence, P scored positions, W entries that vLLM returns per position, V vocabulary, K
 top-k, C candidates.
 """
 
@@ -40,7 +40,7 @@ class WayScores:
 
 
 class Way(abc.ABC):
-    """How scores are asked of vLLM and read from its reply."""
+    """One way of requesting scores from vLLM and reading its reply."""
 
     name: str
     max_top_k: int
@@ -49,17 +49,17 @@ class Way(abc.ABC):
 
     @abc.abstractmethod
     def params(self, sequence: SequenceToScore, *, top_k: int, temperature: float) -> SamplingParams:
-        """What to ask."""
+        """Returns the parameters of the request that scores `sequence`."""
 
     @abc.abstractmethod
     def read(self, output: RequestOutput, sequence: SequenceToScore, *, top_k: int, temperature: float) -> WayScores:
-        """Reads the answer; raises TeacherError if it does not hold what was asked."""
+        """Returns the scores in the reply; raises TeacherError if they are incomplete."""
 
 
 def _sampling_params(**kwargs: Any) -> SamplingParams:
-    """A request that generates the one token that vLLM insists on, and never reads the prefix cache."""
+    """Returns parameters that generate one token, vLLM's minimum, and never read the prefix cache."""
     optional = {
-        "flat_logprobs": True,  # lists instead of an object for each entry
+        "flat_logprobs": True,  # lists instead of one object per entry
         # A prompt read from the prefix cache has no hidden states: versions have returned uninitialised memory for it.
         "skip_reading_prefix_cache": True,
     }
@@ -70,7 +70,7 @@ def _sampling_params(**kwargs: Any) -> SamplingParams:
 
 
 class PlainWay(Way):
-    """`prompt_logprobs`: the prompt's tokens and the top-k, of every position."""
+    """`prompt_logprobs`: the prompt's own token and the top-k at every position."""
 
     name = "plain"
 
@@ -103,7 +103,7 @@ class PlainWay(Way):
         known_PW = ids_PW >= 0
         logprobs_PV[np.broadcast_to(rows_P1, ids_PW.shape)[known_PW], ids_PW[known_PW]] = logprobs_PW[known_PW]
         if np.isnan(logprobs_PV).any():
-            raise TeacherError("vLLM did not return the whole vocabulary for a position where it was asked for")
+            raise TeacherError("vLLM did not return the whole vocabulary for every requested position")
         if temperature != 1:
             scaled_PV = logprobs_PV.astype(np.float64) / temperature
             scaled_PV -= scaled_PV.max(axis=-1, keepdims=True)
@@ -119,7 +119,7 @@ class PlainWay(Way):
 
 
 class FieldsWay(Way):
-    """`prompt_logprob_token_ids` from `prompt_logprob_start` on: the response's positions and any ids."""
+    """`prompt_logprob_token_ids` from `prompt_logprob_start` on: only the response's positions, and any ids."""
 
     name = "fields"
     any_temperature = False
@@ -133,7 +133,7 @@ class FieldsWay(Way):
         positions_P = sequence.scored_positions()
         targets_P1 = sequence.token_ids[positions_P][:, None]
         ids_PC = targets_P1 if sequence.candidate_ids is None else np.hstack([targets_P1, sequence.candidate_ids])
-        # Row i speaks of token position start + i + 1, down to the prompt's last; -1 asks for nothing.
+        # Row i is for token position start + i + 1, up to the prompt's last; -1 requests nothing.
         start = int(positions_P[0]) - 1
         ids = np.full((len(sequence.token_ids) - 1 - start, ids_PC.shape[1]), -1, np.int32)
         ids[positions_P - 1 - start] = ids_PC
@@ -175,7 +175,7 @@ class ExtensionWay(Way):
         C = 0 if sequence.candidate_ids is None else sequence.candidate_ids.shape[1]
         rows = _id_scores(output, (len(targets_P), 2 + C + 2 * top_k))
         if not np.array_equal(rows[:, 0].astype(np.int64), targets_P):
-            raise TeacherError("vLLM's worker scored other token ids than were asked for")
+            raise TeacherError("vLLM's worker scored other token ids than requested")
         top = rows[:, 2 + C :]
         return WayScores(
             rows[:, 1],
@@ -189,12 +189,12 @@ def _id_scores(output: RequestOutput, shape: tuple[int, int]) -> np.ndarray:
     scores = output.prompt_token_id_logprobs
     if scores is None or np.shape(scores) != shape:
         got = "none" if scores is None else f"shape {np.shape(scores)}"
-        raise TeacherError(f"vLLM returned {got} for the asked scores, expected shape {shape}")
+        raise TeacherError(f"vLLM returned {got} for the requested scores, expected shape {shape}")
     return np.asarray(scores)
 
 
 def _entries(prompt_logprobs: Any, positions_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and log-probabilities [P, W] of the positions' entries, in vLLM's order; short rows end in -1, -inf."""
+    """Returns ids and log-probabilities [P, W] at the positions, in vLLM's order; short rows end in -1, -inf."""
     if prompt_logprobs is None:
         raise TeacherError("vLLM returned no prompt log-probabilities")
     if hasattr(prompt_logprobs, "start_indices"):  # FlatLogprobs
@@ -217,6 +217,7 @@ def _entries(prompt_logprobs: Any, positions_P: np.ndarray) -> tuple[np.ndarray,
 
 
 def _select(ids_PW: np.ndarray, logprobs_PW: np.ndarray, targets_P: np.ndarray) -> np.ndarray:
+    """Returns the targets' log-probabilities [P]; raises TeacherError if one is missing."""
     # By id, never by order: in older versions the first entry was the most likely token, not the prompt's.
     found_PW = ids_PW == targets_P[:, None]
     if not found_PW.any(axis=-1).all():
@@ -226,8 +227,11 @@ def _select(ids_PW: np.ndarray, logprobs_PW: np.ndarray, targets_P: np.ndarray) 
 
 
 def _top(ids_PW: np.ndarray, logprobs_PW: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The K most likely entries; the prompt's own token may be there twice, or beside the top-k."""
-    # Flat rows begin with the prompt's token and name it again if it is among the top-k.
+    """Returns ids and log-probabilities [P, K] of the most likely entries.
+
+    The prompt's own token may be listed twice, or in addition to the top-k.
+    """
+    # Flat rows begin with the prompt's token and repeat it if it is among the top-k.
     twice_P = (ids_PW[:, 1:] == ids_PW[:, :1]).any(axis=-1)
     logprobs_PW = logprobs_PW.copy()
     logprobs_PW[twice_P, 0] = -np.inf
@@ -235,5 +239,5 @@ def _top(ids_PW: np.ndarray, logprobs_PW: np.ndarray, top_k: int) -> tuple[np.nd
     top_ids = np.take_along_axis(ids_PW, order_PK, axis=-1).astype(np.int32)
     top_logprobs = np.take_along_axis(logprobs_PW, order_PK, axis=-1)
     if top_ids.shape[1] < top_k or (top_ids < 0).any():
-        raise TeacherError(f"vLLM returned fewer than the {top_k} most likely tokens of a position")
+        raise TeacherError(f"vLLM returned fewer than the {top_k} most likely tokens at a position")
     return top_ids, top_logprobs

@@ -1,16 +1,15 @@
 """Scores only the requested positions and ids, at any temperature; runs inside vLLM's worker processes.
 
-vLLM's own prompt log-probabilities project every prompt token onto the vocabulary, a request at a time, and know only
-the top-k. This extension (vLLM's `worker_extension_cls`) looks at the same hidden states, takes the rows that a request
-scores, of all requests of a step together, and returns per row what was asked. It reads private attributes of vLLM's
-first ("V1") model runner; installing it fails where they are absent, and the engine checks it against vLLM's own
-numbers at every start.
+vLLM's own prompt log-probabilities project every prompt token onto the vocabulary, one request at a time, and give only
+the top-k. This extension (vLLM's `worker_extension_cls`) takes from the same hidden states only the rows that requests
+score, batched over all requests of a step. It reads private attributes of vLLM's first ("V1") model runner; installing
+it fails where they are absent, and the engine checks it against vLLM's own numbers at every start.
 
-Results travel in `prompt_token_id_logprobs`, a float32 matrix a request that vLLM passes on untouched: column 0 the id
-of the scored token, 1 its log-probability, then C candidates, K top ids, K top log-probabilities. Ids are exact below
-2**24.
+Results travel in `prompt_token_id_logprobs`, a float32 matrix per request that vLLM passes on unchanged: column 0 is
+the id of the scored token, column 1 its log-probability, then C candidates, K top ids, K top log-probabilities. Ids are
+exact below 2**24.
 
-Dimension key: P scored positions of a request, n rows of a chunk, V vocabulary, C candidates, K top-k.
+Dimension key: P scored positions of a request, N rows of a step, n of a chunk, V vocabulary, C candidates, K top-k.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def request_args(
 class _Job:
     """One request: what it asks for, and its finished rows."""
 
-    positions: np.ndarray  # [P], ascending token positions
+    positions: np.ndarray  # [P], token positions, ascending
     targets: np.ndarray  # [P], the ids at those positions
     candidates: np.ndarray  # [P, C]
     top_k: int
@@ -138,7 +137,7 @@ def _wait_for_end(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         try:
             descriptor = os.pidfd_open(pid)
-        except (AttributeError, PermissionError):  # another system than Linux, or a container that forbids it
+        except (AttributeError, PermissionError):  # not Linux, or a container that forbids it
             while True:
                 os.kill(pid, 0)  # raises once the process is gone
                 time.sleep(WATCH_S)
@@ -167,7 +166,7 @@ class _Scorer:
             output = sample_tokens(*args, **kwargs)
             finished, self._finished = self._finished, {}
             if finished:
-                # With asynchronous scheduling the output is wrapped until its copies have arrived; ours already have.
+                # With asynchronous scheduling the output is wrapped until its copies to the CPU are done; ours are.
                 inner = getattr(output, "_model_runner_output", output)
                 inner.prompt_token_id_logprobs_dict = {**inner.prompt_token_id_logprobs_dict, **finished}
             return output
@@ -205,7 +204,7 @@ class _Scorer:
             job = self._jobs.get(req_id)
             if job is None:
                 job = self._jobs[req_id] = _Job.of(args, request.prompt_token_ids)
-            # The hidden state at token position i speaks of position i + 1.
+            # The hidden state at token position i predicts position i + 1.
             lo, hi = np.searchsorted(job.positions, [first + 1, first + num_tokens + 1])
             if lo < hi:
                 offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[req_id]]) - first
@@ -218,11 +217,14 @@ class _Scorer:
             del self._jobs[req_id]
             if job.done.all():  # otherwise nothing is attached, and the engine fails the request
                 self._finished[req_id] = job.result
-        if len(self._jobs) > len(num_scheduled_tokens):  # some requests were aborted half way
+        if len(self._jobs) > len(num_scheduled_tokens):  # some requests were aborted in between
             self._jobs = {req_id: job for req_id, job in self._jobs.items() if req_id in runner.requests}
 
     def _score(self, hidden_states: torch.Tensor, pieces: list[tuple[_Job, slice, int]]) -> None:
-        """Fills `pieces`, which all have the same number of candidates and top-k: (job, its rows, row 0's offset)."""
+        """Fills the results of `pieces`, which share their number of candidates and top-k.
+
+        A piece is (job, rows of the job, offset from token position to row of `hidden_states`).
+        """
         device = hidden_states.device
         top_k = pieces[0][0].top_k
         rows = np.concatenate([job.positions[part] - 1 + offset for job, part, offset in pieces])
@@ -242,7 +244,7 @@ class _Scorer:
                 continue
             if temperatures_N1 is not None:
                 logits_nV = logits_nV.to(torch.float32) / temperatures_N1[chunk]
-            # One pass, from whatever the model computes in; logsumexp would make an array of this size as well, slower.
+            # One pass from the model's dtype; logsumexp would allocate an array of this size too, and is slower.
             logprobs_nV = torch.log_softmax(logits_nV, dim=-1, dtype=torch.float32)
             del logits_nV
             targets_n1 = targets_N[chunk, None]
