@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluates and prints the result."""
     from jdistill import checkpoint_files
 
-    # Before jax and the weights: a typo is answered at once.
+    # Before jax is imported and the weights are read: a typo is reported at once.
     checkpoint_files.check_checkpoint(args.model)
     check_sampling_arguments(args)
     task, problems = _task_and_problems(args)

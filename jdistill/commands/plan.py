@@ -1,4 +1,4 @@
-"""`jdistill plan`: the memory of a run, before it is started."""
+"""`jdistill plan`: estimates the memory of a training run before it starts."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import re
 from jdistill.config import TrainConfig, describe, load
 
 DESCRIPTION = """\
-How much memory a training run will take on each device, from its YAML file and the student's config.json alone:
-nothing is loaded, no teacher is started, and the devices need not be there. What is kept for the backward pass is
-counted in the training step itself, so that every option of the file is in it.
+Estimate how much memory a training run takes on each device, from its YAML file and the student's config.json alone:
+nothing is loaded, no teacher is started, and the devices need not exist. The arrays kept for the backward pass are
+counted in the traced training step, so every option of the file is taken into account.
 
 examples:
   jdistill plan configs/demo.yaml
   jdistill plan configs/gsm8k_qwen3_0.6b_from_14b.yaml --devices 8 --device-memory 80GiB
   jdistill plan configs/demo.yaml model.remat=layer optimizer.accumulate=4
-  jdistill plan configs/demo.yaml --compile      # beside what the compiled step asks for, on this machine's backend
+  jdistill plan configs/demo.yaml --compile      # compare with the compiled step on this machine's backend
 
-Training and sampling take turns, so the larger of the two is the peak. XLA's own scratch memory and the CUDA context
-come on top: leave a tenth of the device free.
+Training and sampling take turns, so the larger of the two is the peak. XLA's scratch memory and the CUDA context are
+not included: leave a tenth of the device free.
 
-exit codes: 0 it fits, or no memory was given to compare with; 1 it does not fit; 2 the configuration was wrong."""
+exit codes: 0 it fits, or the device memory is unknown; 1 it does not fit; 2 the configuration was wrong."""
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -32,20 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file (see configs/)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides; values are YAML")
     parser.add_argument(
-        "--devices", type=int, metavar="N", help="that mesh is laid over; default: those of this machine"
+        "--devices", type=int, metavar="N", help="number of devices to plan for (default: local devices)"
     )
     parser.add_argument(
-        "--device-memory", metavar="SIZE", help="of one device, e.g. 80GiB; default: what JAX says of it, if it does"
+        "--device-memory",
+        metavar="SIZE",
+        help="memory of one device, e.g. 80GiB (default: as reported by JAX, if it does)",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="compile the step for one device, and show its own numbers"
+        "--compile", action="store_true", help="also compile the step for one device and show its memory"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plans and prints."""
-    parsed = load(TrainConfig, args.config, args.overrides)  # before jax: a typo is answered at once
+    """Estimates and prints the memory."""
+    parsed = load(TrainConfig, args.config, args.overrides)  # before jax is imported: a typo is reported at once
     if args.devices is not None and args.devices < 1:
         raise ValueError(f"--devices {args.devices}: expected at least 1")
     memory = None if args.device_memory is None else _size(args.device_memory)
@@ -81,19 +83,19 @@ def _print(made, num_devices: int, memory: int | None, compiled: dict[str, int] 
     console = Console(highlight=False)
     axes = ", ".join(f"{axis} {size}" for axis, size in made.axes.items())
     title = f"{num_devices} device(s): {axes}"
-    table = Table("", "each device", "made smaller by", title=title, title_justify="left", box=box.SIMPLE)
+    table = Table("", "each device", "reduced by", title=title, title_justify="left", box=box.SIMPLE)
     table.columns[0].no_wrap = table.columns[1].no_wrap = True
     table.columns[1].justify = "right"
-    phases = [("always", made.always, None), ("while it trains", made.training, made.peak_training)]
+    phases = [("always", made.always, None), ("while training", made.training, made.peak_training)]
     if made.sampling:
-        phases.append(("while it samples", made.sampling, made.peak_sampling))
+        phases.append(("while sampling", made.sampling, made.peak_sampling))
     for title, items, peak in phases:
         table.add_section()
         table.add_row(f"[bold]{title}[/bold]", "", "")
         for item in sorted(items, key=lambda item: -item.num_bytes):
             table.add_row(f"  {item.name}", _text(item.num_bytes), item.remedy)
         if peak is not None:
-            table.add_row("  [bold]peak, with what is there always[/bold]", f"[bold]{_text(peak)}[/bold]", "")
+            table.add_row("  [bold]peak, including what is always held[/bold]", f"[bold]{_text(peak)}[/bold]", "")
     console.print(table)
     if compiled is not None:
         console.print(
@@ -108,8 +110,8 @@ def _print(made, num_devices: int, memory: int | None, compiled: dict[str, int] 
         trains = made.peak_training == made.peak
         largest = max((i for i in made.always + (made.training if trains else made.sampling) if i.remedy), key=_bytes)
         console.print(
-            f"Peak: {_text(made.peak)} of {_text(memory)} on each device: [bold]it does not fit[/bold]. The most is in "
-            f"{largest.name} ({_text(largest.num_bytes)}): change {largest.remedy}."
+            f"Peak: {_text(made.peak)} of {_text(memory)} on each device: [bold]it does not fit[/bold]. The largest "
+            f"part is {largest.name} ({_text(largest.num_bytes)}): change {largest.remedy}."
         )
 
 

@@ -1,4 +1,4 @@
-"""`jdistill train`: one YAML is one run."""
+"""`jdistill train`: runs one YAML configuration."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import sys
 from jdistill.config import TrainConfig, describe, load
 
 DESCRIPTION = """\
-Train a student as a YAML file says: reinforcement learning plus on-policy distillation from a teacher behind gRPC,
-either of them alone, or supervised. Any key of the file can be overridden on the command line; an unknown key
-is an error.
+Train a student with the configuration in a YAML file: reinforcement learning, on-policy distillation from a teacher
+behind gRPC, both in one step, or supervised. Any key can be overridden on the command line; an unknown key is an error.
 
 examples:
   jdistill train configs/demo.yaml
@@ -19,9 +18,9 @@ examples:
   jdistill train configs/demo.yaml --resume
   srun jdistill train configs/demo.yaml --distributed
 
-A run directory gets metrics.jsonl (a line a step, the same for the same seed), timings.jsonl, config.json, teacher.log
-and checkpoints/. `jdistill plot RUN...` draws runs, `jdistill export RUN --to DIR` writes the student as a Hugging Face
-checkpoint.
+The run directory holds metrics.jsonl (one line per step, the same for the same seed), timings.jsonl, config.json,
+teacher.log and checkpoints/. `jdistill plot RUN...` draws runs, `jdistill export RUN --to DIR` writes the student as a
+Hugging Face checkpoint.
 
 exit codes: 0 done, 1 the teacher or the numbers failed (state saved), 2 the configuration was wrong, 130 Ctrl-C and
 143 SIGTERM (state saved)."""
@@ -33,24 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file (see configs/)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides; values are YAML")
     again = parser.add_mutually_exclusive_group()
-    again.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint, exactly where the run was"
-    )
+    again.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, bit for bit")
     again.add_argument("--overwrite", action="store_true", help="delete an earlier run in run_dir first")
     several = parser.add_argument_group("several hosts", "the same command on each; see docs/multi_host.md")
     several.add_argument(
         "--distributed",
         action="store_true",
-        help="one process of several; Slurm, Open MPI and Kubernetes say which, elsewhere the three below",
+        help="this is one of several processes; Slurm, Open MPI and Kubernetes set the three options below",
     )
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, any free port")
-    several.add_argument("--num-processes", type=int, metavar="P")
-    several.add_argument("--process-id", type=int, metavar="I", help="from 0")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, with any free port")
+    several.add_argument("--num-processes", type=int, metavar="P", help="number of processes")
+    several.add_argument("--process-id", type=int, metavar="I", help="index of this process, from 0")
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains; see DESCRIPTION for the exit codes."""
-    parsed = load(TrainConfig, args.config, args.overrides)  # before jax: a typo is answered at once
+    parsed = load(TrainConfig, args.config, args.overrides)  # before jax is imported: a typo is reported at once
     from jdistill.student import hosts
     from jdistill.student.signals import Stopped
     from jdistill.student.train import TrainingError, train

@@ -1,6 +1,6 @@
-"""What one step has sampled and not yet trained on; it can be kept with a checkpoint.
+"""The samples of one step, which a checkpoint can hold until they are trained on.
 
-Dimension key: B completions, R tokens of all completions together, S tokens with their prompts, K candidates.
+Dimension key: B completions, R sampled tokens of all completions, S tokens of one prompt and completion, K candidates.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class SampledBatch(NamedTuple):
     problems: list[Problem]
     completions: list[Completion]
     rewards: np.ndarray  # float32 [B]
-    order: np.ndarray  # of rows: the first to be trained on first
-    num_dropped: int  # completions that were sampled and are not trained on
-    next_problem: int  # the first that the task has not been asked for
+    order: np.ndarray  # int [B], rows in the order in which they are trained on
+    num_dropped: int  # completions sampled and not trained on
+    next_problem: int  # first training problem that the task has not been asked for
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """All of it but the problems' contents, which the task has."""
+        """Returns the batch as arrays; of the problems only their indices, since the task makes their contents."""
         arrays = {
             "problems": np.array([problem.index for problem in self.problems], np.int64),
             "indices": np.array([c.index for c in self.completions], np.int32),
@@ -44,7 +44,7 @@ class SampledBatch(NamedTuple):
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], task: Task) -> SampledBatch:
-        """What `to_arrays` was called on, of the same task."""
+        """Restores the batch that `to_arrays` saved; `task` must be the same task."""
         lengths_B, prompt_lengths_B = arrays["lengths"], arrays["prompt_lengths"]
         token_ends_B, ends_B = np.cumsum(lengths_B), np.cumsum(lengths_B - prompt_lengths_B)
         completions = []

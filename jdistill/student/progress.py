@@ -1,4 +1,4 @@
-"""One live line a step: reward, held-out accuracy, reverse KL, tokens/s, the wait for the teacher, time left."""
+"""Shows training progress: reward, held-out accuracy, reverse KL, tokens/s, teacher wait and time left."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from rich.text import Text
 
 
 class Progress:
-    """Shows a run in the terminal: a line that changes in place, or a line a step where the output is a file.
+    """Shows one line that is updated in place on a terminal, or prints one line per step to a file.
 
     Args:
-        label: what is being trained, e.g. the run's name.
-        num_steps: the last step of the run.
+        label: heads each line, e.g. the run's name.
+        num_steps: last step of the run.
+        console: where to show it; default: stderr.
     """
 
     def __init__(self, label: str, num_steps: int, console: Console | None = None):
@@ -42,17 +43,17 @@ class Progress:
             self._live.stop()
 
     def begin_at(self, step: int) -> None:
-        """Counts from the steps that were done before, by the run that is resumed."""
+        """Starts counting at `step`, after a resume; the time left is estimated from later steps only."""
         self._first_step = self._step = step
 
     def phase(self, text: str) -> None:
-        """What is being done now, e.g. "waiting for the teacher"."""
+        """Shows the current activity, e.g. "waiting for the teacher"."""
         self._phase = text
         if self._console.is_terminal:
             self._live.update(self._line())
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows the values of a finished step; those it does not have keep their last ones."""
+        """Shows the values of a finished step; values not given keep their previous ones."""
         self._step = step
         self._values.update(values)
         if self._console.is_terminal:
@@ -61,7 +62,7 @@ class Progress:
             self._console.print(self._line(), soft_wrap=True)
 
     def say(self, text: str) -> None:
-        """A line above the live one."""
+        """Prints a message above the live line."""
         self._console.print(f"{self._label}  {text}", soft_wrap=True)
 
     def _line(self) -> Text:
@@ -79,7 +80,7 @@ class Progress:
         return Text("  ".join(parts))
 
 
-# Metric -> how the line shows it, in this order.
+# Metric -> its format, in the order of the line.
 SHOWN = {
     "loss": "loss {:.3f}",
     "reward": "reward {:.3f}",

@@ -1,4 +1,4 @@
-"""A sidecar that the trainer starts, watches, restarts when it dies, and takes down however the run ends."""
+"""Starts a teacher sidecar as a child process, restarts it when it dies, and stops it when the run ends."""
 
 from __future__ import annotations
 
@@ -23,15 +23,23 @@ from jdistill.wire.errors import UnavailableError
 logger = logging.getLogger(__name__)
 
 RESTART_PAUSES_S = (1.0, 5.0, 15.0, 60.0)  # before restart 1, 2, 3, and every later one
-STOP_TIMEOUT_S = 40.0  # more than the sidecar's own drain_timeout_s, after which it is killed
+STOP_TIMEOUT_S = 40.0  # from SIGTERM to SIGKILL; longer than the sidecar's default drain_timeout_s
 
 
 class TeacherProcess:
     """`jdistill teacher` as a child process on a free loopback port.
 
-    Use it as a context manager: leaving the block, by whatever exception, ends the process. A trainer that is killed
-    outright takes its sidecar with it too (`--exit-with-parent`). A sidecar that dies in between is restarted on the
-    same port, so that the client, which keeps retrying until its deadline, goes on where it was.
+    Use it as a context manager: leaving the block, with or without an exception, ends the process. The sidecar also
+    exits when the trainer is killed (`--exit-with-parent`). A sidecar that dies during the run is restarted on the same
+    port, so the client, which retries until its deadline, continues where it was.
+
+    Args:
+        spawn: the sidecar's interpreter, environment and options.
+        log_path: file to append the sidecar's output to; its configuration and port file are written beside it.
+
+    Raises:
+        ValueError: the interpreter cannot be run.
+        UnavailableError: the sidecar exits before it serves, or does not serve within startup_timeout_s.
     """
 
     def __init__(self, spawn: SpawnSection, log_path: pathlib.Path):
@@ -51,7 +59,7 @@ class TeacherProcess:
 
     @property
     def pid(self) -> int:
-        """Process id of the sidecar that runs now."""
+        """Process id of the current sidecar; it changes with a restart."""
         assert self._process is not None
         return self._process.pid
 
@@ -69,8 +77,8 @@ class TeacherProcess:
         self.close()
 
     def close(self) -> None:
-        """SIGTERM, then SIGKILL if it has not ended in time; idempotent."""
-        with self._lock:  # a restart in progress ends first, so that its process is the one that we stop
+        """Stops the sidecar with SIGTERM, then with SIGKILL after STOP_TIMEOUT_S; may be called again."""
+        with self._lock:  # waits for a restart in progress, so that the new process is the one we stop
             self._closing.set()
         process = self._process
         if process is None:
@@ -80,11 +88,11 @@ class TeacherProcess:
             try:
                 process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                logger.warning("teacher did not end within %.0f s of SIGTERM: killed", STOP_TIMEOUT_S)
+                logger.warning("the teacher did not exit within %.0f s of SIGTERM: killed it", STOP_TIMEOUT_S)
         self._kill_group()
 
     def _command(self) -> list[str]:
-        """The command line; what to serve is in a file beside the log, from which it can be started by hand too."""
+        """Returns the command line; its configuration is written beside the log, so users can also run it by hand."""
         fields = {name: getattr(self._spawn, name) for name in EngineSection.model_fields}
         config_path = self._log_path.with_suffix(".yaml")  # JSON, which is YAML
         config_path.write_text(json.dumps(fields, indent=2) + "\n")
@@ -100,7 +108,7 @@ class TeacherProcess:
             log.write(f"$ {' '.join(command)}\n".encode())
             log.flush()
             try:
-                # A session of its own: Ctrl-C in the terminal reaches the trainer alone, which ends the sidecar.
+                # In a new session: Ctrl-C in the terminal reaches only the trainer, which then stops the sidecar.
                 self._process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
@@ -112,7 +120,7 @@ class TeacherProcess:
             except OSError as e:
                 raise ValueError(
                     f"teacher.spawn.python = {command[0]!r} cannot be run ({e}); "
-                    f"give the interpreter of an environment with jdistill and {self._spawn.engine} installed"
+                    f"set it to the Python of an environment with jdistill and {self._spawn.engine} installed"
                 ) from None
 
     def _wait_until_serving(self) -> None:
@@ -123,7 +131,7 @@ class TeacherProcess:
                 return
             code = self._process.poll()
             if code is not None:
-                raise UnavailableError(f"the teacher ended with exit code {code} before it served.\n{self._log_tail()}")
+                raise UnavailableError(f"the teacher exited with code {code} before it served.\n{self._log_tail()}")
             if self._port_file.exists():
                 self._port = int(self._port_file.read_text())
                 if is_serving(self.endpoint):
@@ -136,10 +144,10 @@ class TeacherProcess:
 
     def _log_tail(self, num_lines: int = 15) -> str:
         lines = self._log_path.read_text(errors="replace").splitlines()
-        return "\n".join([f"The end of {self._log_path}:", *lines[-num_lines:]])
+        return "\n".join([f"Last lines of {self._log_path}:", *lines[-num_lines:]])
 
     def _kill_group(self) -> None:
-        """Ends what is left: vLLM's engine is a process of its own, which a sidecar that is killed leaves behind."""
+        """Kills the process group: vLLM runs its engine in another process, which outlives a killed sidecar."""
         assert self._process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -159,15 +167,13 @@ class TeacherProcess:
                 if self._closing.is_set():
                     return
                 self.restarts += 1
-                logger.warning(
-                    "the teacher ended with exit code %s: restart %d on %s", code, self.restarts, self.endpoint
-                )
+                logger.warning("the teacher exited with code %s: restart %d on %s", code, self.restarts, self.endpoint)
                 self._kill_group()
                 self._start()
 
 
 def is_serving(endpoint: str, timeout_s: float = 2.0) -> bool:
-    """Whether the standard health service at `endpoint` says SERVING."""
+    """Whether the standard gRPC health service at `endpoint` reports SERVING within `timeout_s`."""
     with grpc.insecure_channel(endpoint) as channel:
         try:
             reply = health_pb2_grpc.HealthStub(channel).Check(

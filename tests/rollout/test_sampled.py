@@ -1,4 +1,4 @@
-"""A sampled batch that is kept and taken up again is the same batch."""
+"""A sampled batch that is saved and restored is the same batch."""
 
 import dataclasses
 

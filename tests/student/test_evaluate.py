@@ -1,4 +1,4 @@
-"""Evaluation against numbers worked out by hand from completions that a fake sampler chose."""
+"""Evaluation of a fake sampler's completions against numbers worked out by hand."""
 
 import contextlib
 

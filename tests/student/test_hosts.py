@@ -1,4 +1,4 @@
-"""Slurm's processes find each other by what Slurm tells them, and take the devices that are theirs."""
+"""Processes under Slurm find each other from Slurm's variables, and each takes its own devices."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def test_files_continue_exactly_after_a_kill_in_mid_line(tmp_path, cut):
     assert sorted(p.name for p in killed.iterdir()) == ["metrics.jsonl", "timings.jsonl"]
 
 
-def test_each_line_is_there_as_soon_as_it_is_written_and_the_clock_is_apart(tmp_path):
+def test_each_line_is_flushed_at_once_and_timings_are_in_their_own_file(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer.write(7, {"loss": np.float32(0.1)}, {"step_s": 2.0})
     (line,) = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -46,7 +46,7 @@ def test_each_line_is_there_as_soon_as_it_is_written_and_the_clock_is_apart(tmp_
     writer.close()
 
 
-def test_an_undocumented_name_or_a_number_that_is_none_writes_nothing(tmp_path):
+def test_an_undocumented_name_or_a_number_that_is_not_finite_writes_nothing(tmp_path):
     writer = MetricsWriter(tmp_path)
     with pytest.raises(ValueError, match=r"metric lozz is not documented: add it to student/metrics.py's METRICS"):
         writer.write(1, {"lozz": 1.0}, {})

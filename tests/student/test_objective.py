@@ -1,4 +1,4 @@
-"""The loss as the configuration composes it: each term against a formula written out, through the compiled step."""
+"""The loss that a configuration composes: each term against its formula, and through the compiled step."""
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ NOT_A_SUM = [1, 6, 7, 10, 11, 12, 19]
 
 
 @pytest.mark.parametrize("number", range(len(OBJECTIVES)))
-def test_the_gradient_of_a_sum_over_targets_at_one_needs_no_other(number):
+def test_the_gradient_at_some_targets_needs_the_others_unless_the_loss_adds_over_targets(number):
     keys = dict(OBJECTIVES[number])
     batch = random_batch()._replace(reference_logprobs=random_batch(seed=5).sampler_logprobs)
     teacher = {}

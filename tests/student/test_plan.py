@@ -1,4 +1,4 @@
-"""The plan of a run's memory, against what XLA says of the compiled step."""
+"""The planned memory of a run against XLA's memory analysis of the compiled step."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_the_plan_is_about_what_the_compiled_step_takes(num_rows, num_tokens, se
     assert 0.8 < found.peak_training / compiled["peak"] < 1.3
 
 
-def test_a_large_model_on_many_devices_is_planned_without_being_there():
+def test_a_large_model_is_planned_for_devices_that_do_not_exist():
     # Qwen3-4B's sizes. 8 devices: a virtual machine of this size has none of them.
     sizes = {"intermediate_size": 9728, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128}
     model = decoder_config(36, 2560, 151_936, tie_word_embeddings=True, **sizes)
@@ -67,7 +67,7 @@ def test_a_large_model_on_many_devices_is_planned_without_being_there():
     assert found.peak == max(found.peak_training, found.peak_sampling)
 
 
-def test_what_does_not_fit_together_is_refused():
+def test_a_mesh_that_does_not_fit_the_devices_or_rows_is_refused():
     with pytest.raises(ConfigError, match=r"fsdp = 3, .* does not fit 8"):
         plan.make_plan(run_config(8, 64, mesh={"fsdp": 3}), 8, decoder_config())
     with pytest.raises(ConfigError, match=r"has 8 rows, which do not split over mesh.data \* mesh.fsdp = 16"):
@@ -78,7 +78,7 @@ def test_the_command_prints_a_table_json_and_whether_it_fits(capsys):
     demo = "configs/demo.yaml"
     assert cli.main(["plan", demo, "--devices", "2"]) == 0
     text = capsys.readouterr().out
-    assert "activations kept for the backward pass" in text and "data 2" in text and "while it samples" in text
+    assert "activations kept for the backward pass" in text and "data 2" in text and "while sampling" in text
     assert cli.main(["plan", demo, "--json", "--compile", "--devices", "1", "num_steps=3"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert 0.8 < found["peak_training"] / found["compiled"]["peak"] < 1.3
