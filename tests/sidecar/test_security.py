@@ -133,7 +133,7 @@ def test_credentials_that_cannot_work_are_refused_at_start_with_the_remedy(tmp_p
         ({"tls_cert": old_cert, "tls_key": old_key}, "has expired: get a new certificate"),
         ({"tls_cert": key, "tls_key": key}, "not a certificate and its private key in PEM format"),
         ({"tls_cert": cert, "tls_key": str(tmp_path / "no.key")}, "no.key: cannot be read"),
-        ({"tls_cert": cert, "tls_key": key, "tls_client_ca": key}, f"tls_client_ca {key}: no certificate"),
+        ({"tls_cert": cert, "tls_key": key, "tls_client_ca": key}, f"tls_client_ca {key}: it contains no certificate"),
         ({"token_file": str(tmp_path / "none")}, "token_file .*none: cannot be read"),
         ({"token_file": str(empty)}, "contains no token.*openssl rand"),
     ):
