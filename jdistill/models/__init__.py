@@ -1,9 +1,11 @@
 """Flax decoders of the Hugging Face families; safetensors in and out."""
 
+from jdistill.models.cache import KVCache, init_cache, resize_cache
 from jdistill.models.config import DecoderConfig, Lora, Rope
-from jdistill.models.decoder import Decoder, KVCache, init_cache, param_specs, resize_cache
+from jdistill.models.decoder import Decoder
 from jdistill.models.families import FAMILIES, config_from_hf
 from jdistill.models.lora import lora_of, merge_lora, trained_kind
+from jdistill.models.params import param_specs
 from jdistill.models.partitioning import param_shardings
 from jdistill.models.pretrained import load, random_init, save, save_adapter
 

@@ -24,8 +24,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jdistill import checkpoint_files
-from jdistill.models.decoder import Decoder, ParamSpec, param_specs
+from jdistill.models.decoder import Decoder
 from jdistill.models.layouts import Tensors, from_hf, hf_index, hf_shape, to_hf
+from jdistill.models.params import ParamSpec, param_specs
 from jdistill.models.partitioning import param_shardings
 
 COPIED_FILES = (

@@ -25,8 +25,9 @@ from flax import nnx
 from jdistill.config import LoraSection
 from jdistill.models import checkpoint
 from jdistill.models.config import DecoderConfig, Lora
-from jdistill.models.decoder import LORA_SUFFIXES, NUM_IN, Decoder
+from jdistill.models.decoder import Decoder
 from jdistill.models.layouts import LINEAR, Tensors, to_hf
+from jdistill.models.params import LORA_SUFFIXES, NUM_IN
 
 
 def lora_of(section: LoraSection | None) -> Lora | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jdistill.models.decoder import Decoder, param_specs
+from jdistill.models.decoder import Decoder
+from jdistill.models.params import param_specs
 
-# Logical axis (declared beside each parameter in decoder.param_specs) -> mesh axis. "data" shards no parameter.
+# Logical axis (declared beside each parameter in params.param_specs) -> mesh axis. "data" shards no parameter.
 MESH_AXES = {
     "layer": None,  # scanned over: every device needs its part of every layer
     "width": "fsdp",

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec
 
 from jdistill.config import MeshSection
 from jdistill.models import Decoder, DecoderConfig, param_shardings
-from jdistill.models.decoder import param_specs
 from jdistill.models.mesh import AXES
+from jdistill.models.params import param_specs
 from jdistill.models.partitioning import MESH_AXES
 from jdistill.student import sharding
 
