@@ -1,22 +1,22 @@
 """Distillation from a teacher's log-probs on the student's own samples.
 
-p is the student, q the teacher, y the sampled token, d = log p(y) - log q(y). Everything is per position: its gradient
-is that of the divergence at each position, with the positions' distribution held fixed (myopic). Only the return-to-go
-of `sampled_reverse_kl_advantage` also sees how a token changes the positions after it.
+p is the student, q the teacher, y the sampled token, d = log p(y) - log q(y). All terms are per position: the gradient
+is that of the divergence at each position, with the distribution of prefixes held fixed (myopic). Only the return-to-go
+of `sampled_reverse_kl_advantage` accounts for the effect of a token on later positions.
 
-From the sampled token alone, which is cheap and noisy:
+From the sampled token alone, cheap and noisy:
 
     sampled_reverse_kl_advantage    -d, an advantage      gradient of KL(p || q)
-    sampled_reverse_kl              d^2 / 2               gradient of KL(p || q), another value
+    sampled_reverse_kl              d^2 / 2               gradient of KL(p || q), but not its value
     straight_through_reverse_kl     e^-d - 1 + d          gradient and, on average, value of KL(p || q)
     sampled_forward_kl              e^-d - 1 + d          gradient of KL(q || p), value of KL(p || q)
 
-From K candidates of each position and one bucket for all other tokens, so exact for what is seen (`DISTRIBUTION`):
+From K candidates per position and one bucket for all other tokens, exact for the merged distribution (`DISTRIBUTION`):
 `topk_reverse_kl`, `topk_forward_kl`, `topk_jsd`.
 
-d itself as a loss ("k1 in the loss") is not here: the teacher drops out of its gradient, and what is left is
-E_p[grad log p] = 0. It would train nothing, at any weight. `estimators` has the whole table of what goes where;
-tests/losses/test_enumeration.py and test_estimators.py show all of it.
+d itself as a loss ("k1 in the loss") is missing on purpose: the teacher drops out of its gradient, and the remaining
+E_p[grad log p] is 0, so it would train nothing at any weight. `estimators` says which estimator goes where;
+tests/losses/test_enumeration.py and test_estimators.py verify all of this.
 
 Dimension key: B sequences, T targets, K candidates of each target.
 """
@@ -29,10 +29,10 @@ from jaxtyping import Array, Bool, Float
 
 from jdistill.losses.masked import decayed_suffix_sum, fill
 
-# Of d in the loss. exp(20) = 4.9e8 is still finite after a product with a weight and a sum over tokens. On-policy, a
-# token with d < -20 has a probability below exp(-20) = 2e-9.
+# Bound of |d| in the loss. exp(20) = 4.9e8 is still finite after a product with a weight and a sum over tokens.
+# On-policy, a token with d < -20 has a probability below exp(-20) = 2e-9.
 _MAX_GAP = 20.0
-# Of a candidate. Float32 ends near exp(-103): what is less likely than exp(-100) counts as that.
+# Lower bound of a candidate's log-prob: float32 underflows near exp(-103).
 _MIN_LOGPROB = -100.0
 
 
@@ -46,19 +46,18 @@ def sampled_reverse_kl_advantage(
     *,
     discount: float = 0.0,
 ) -> Float[Array, "B T"]:
-    """Minus the estimated reverse KL to the teacher, as an advantage of each sampled token.
+    """Estimate minus the reverse KL to the teacher, as an advantage of each sampled token.
 
-    Token t earns r_t = teacher_logprobs - logprobs. Its advantage is r_t plus the discounted r of the scored tokens
-    after it. The discount counts scored tokens: a hole in the mask (a tool's output, a user's turn) neither earns nor
-    discounts.
+    Token t earns r_t = teacher_logprobs - logprobs. Its advantage is r_t plus the discounted r of later scored tokens.
+    The discount counts scored tokens: a hole in the mask (a tool's output, a user's turn) neither earns nor discounts.
 
     Args:
-        logprobs: of the sampled tokens under the student, in nats; no gradient flows through them.
-        teacher_logprobs: of the same tokens under the teacher, in nats. Finite where the mask is true: nothing is
-            clipped here (`weights.clip_per_token` does).
-        loss_mask: true where a target is scored; what stands elsewhere is not read.
-        discount: 0 sees only the token itself (myopic: the gradient is that of the KL at each position with the
-            positions' distribution held fixed); 1 is the whole return-to-go, whose expected policy gradient is minus
+        logprobs: sampled tokens under the student, in nats; no gradient flows through them.
+        teacher_logprobs: the same tokens under the teacher, in nats. Must be finite where the mask is true: they are
+            not clipped here (see `weights.clip_per_token`).
+        loss_mask: true where a target is scored; values elsewhere are not read.
+        discount: 0 uses only the token itself (myopic: the gradient is that of the KL at each position, with the
+            distribution of prefixes held fixed); 1 is the full return-to-go, whose expected policy gradient is minus
             the exact gradient of the sequence's reverse KL, at the price of more variance.
 
     Returns:
@@ -73,18 +72,18 @@ def sampled_reverse_kl_advantage(
 
 
 def sampled_reverse_kl(logprobs: Float[Array, "B T"], teacher_logprobs: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    """d^2 / 2 (k2), differentiated: its gradient d * grad log p is on-policy exactly that of the reverse KL.
+    """Compute d^2 / 2 (k2), whose on-policy expected gradient, E_p[d * grad log p], is exactly that of the reverse KL.
 
-    Its value is not: E_p[d^2 / 2] is KL(p || q) plus E_p[d^3] / 6 and smaller terms. For samples of another policy,
+    The value is biased: E_p[d^2 / 2] is KL(p || q) plus E_p[d^3] / 6 and smaller terms. For samples of another policy,
     multiply by the ratio p / sampler without its gradient.
 
     Args:
-        logprobs: of the sampled tokens under the parameters being trained, in nats.
-        teacher_logprobs: of the same tokens under the teacher, in nats; no gradient flows through them.
+        logprobs: sampled tokens under the parameters being trained, in nats.
+        teacher_logprobs: the same tokens under the teacher, in nats; no gradient flows through them.
 
     Returns:
-        Loss per token, to be reduced by `masked`. A gap beyond 20 nats, an infinite one too, counts as 20 in value and
-        gradient. So a token that the teacher all but rules out is still pushed down, by 20 instead of d: the expected
+        Loss per token, to be reduced by `masked`. A gap beyond 20 nats (also an infinite one) counts as 20 in value and
+        gradient, so a token that the teacher nearly rules out is still pushed down, by 20 instead of d. The expected
         gradient lacks E_p[(abs(d) - 20)+ sign(d) grad log p].
 
     Reference:
@@ -98,17 +97,17 @@ def sampled_reverse_kl(logprobs: Float[Array, "B T"], teacher_logprobs: Float[Ar
 def straight_through_reverse_kl(
     logprobs: Float[Array, "B T"], teacher_logprobs: Float[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """The value of e^-d - 1 + d (k3) with the gradient of d^2 / 2 (k2): on-policy, both are the reverse KL's.
+    """Combine the value of e^-d - 1 + d (k3) with the gradient of d^2 / 2 (k2): on-policy, both are the reverse KL's.
 
     The value is never negative. For samples of another policy, multiply by the ratio p / sampler without its gradient.
 
     Args:
-        logprobs: of the sampled tokens under the parameters being trained, in nats.
-        teacher_logprobs: of the same tokens under the teacher, in nats; no gradient flows through them.
+        logprobs: sampled tokens under the parameters being trained, in nats.
+        teacher_logprobs: the same tokens under the teacher, in nats; no gradient flows through them.
 
     Returns:
         Loss per token, to be reduced by `masked`. Gaps beyond 20 nats count as 20, as in `sampled_reverse_kl`; on
-        average the value then lacks up to the mass that q has on tokens more than e^20 times as likely under q.
+        average the value then lacks at most the mass of q on tokens more than e^20 times as likely under q.
 
     Reference:
         Schulman, "Approximating KL Divergence", 2020; Shah et al., arXiv 2512.21852.
@@ -118,19 +117,19 @@ def straight_through_reverse_kl(
 
 
 def sampled_forward_kl(logprobs: Float[Array, "B T"], teacher_logprobs: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    """e^-d - 1 + d (k3), differentiated: its gradient (1 - e^-d) * grad log p is on-policy that of the FORWARD KL.
+    """Compute e^-d - 1 + d (k3), whose on-policy gradient, (1 - e^-d) * grad log p, is that of the FORWARD KL.
 
-    E_p[e^-d grad log p] = E_q[grad log p], which is minus the gradient of KL(q || p). Its value, on average, is
-    KL(p || q) all the same: what goes down is not what is displayed. e^-d = q / p is an importance weight, so the
-    variance is large where the teacher likes what the student rarely samples.
+    E_p[e^-d grad log p] = E_q[grad log p] is minus the gradient of KL(q || p). The value, however, is KL(p || q) on
+    average, so the displayed number is not the one being minimized. e^-d = q / p is an importance weight: the variance
+    is large where the teacher prefers tokens that the student rarely samples.
 
     Args:
-        logprobs: of the sampled tokens under the parameters being trained, in nats.
-        teacher_logprobs: of the same tokens under the teacher, in nats; no gradient flows through them.
+        logprobs: sampled tokens under the parameters being trained, in nats.
+        teacher_logprobs: the same tokens under the teacher, in nats; no gradient flows through them.
 
     Returns:
-        Loss per token, to be reduced by `masked`. Gaps beyond 20 nats count as 20, so e^-d is at most 4.9e8: the
-        expected gradient lacks what q has on tokens more than e^20 times as likely under q, q(y) - e^20 p(y) each.
+        Loss per token, to be reduced by `masked`. Gaps beyond 20 nats count as 20, so e^-d is at most 4.9e8. The
+        expected gradient lacks a mass of q(y) - e^20 p(y) for each token more than e^20 times as likely under q.
 
     Reference:
         Schulman, "Approximating KL Divergence", 2020 (k3); Shah et al., arXiv 2512.21852.
@@ -150,9 +149,9 @@ def _k3(gap_BT: Float[Array, "B T"]) -> Float[Array, "B T"]:
 def _with_slope(
     value_BT: Float[Array, "B T"], slope_BT: Float[Array, "B T"], logprobs: Float[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """`value` whose derivative with respect to logprobs is `slope`; none to anything else.
+    """Return `value` with derivative `slope` with respect to logprobs, and no other derivative.
 
-    Written out and not left to clip(), whose derivative is 0 outside: the worst tokens would teach nothing.
+    Autodiff through clip() would give 0 outside the bounds, so the worst tokens would teach nothing.
     """
     value_BT, slope_BT = jax.lax.stop_gradient((value_BT, slope_BT))
     # where() before the difference: -inf - -inf is NaN.
@@ -162,41 +161,42 @@ def _with_slope(
 
 # ---- distributions ----
 #
-# Below p and q are over K candidates and, with tail=True, one bucket for all other tokens: p_rest = 1 - sum_k p_k.
-# Merging tokens can only lower these divergences, so 0 <= each <= its value over the whole vocabulary, and what the
-# bucket hides is (chain rule)
+# Below, p and q are over K candidates and, with tail=True, one bucket for all other tokens: p_rest = 1 - sum_k p_k.
+# Merging tokens can only lower these divergences, so 0 <= each <= its value over the whole vocabulary. By the chain
+# rule, the bucket hides
 #
 #     full reverse KL - topk_reverse_kl = p_rest * KL(p given rest || q given rest)
 #     full forward KL - topk_forward_kl = q_rest * KL(q given rest || p given rest)
 #
-# in value; the gradient is that of the merged divergence, exactly.
+# of the value; the gradient is exactly that of the merged divergence.
 
 
 def topk_reverse_kl(
     logprobs: Float[Array, "B T K"], teacher_logprobs: Float[Array, "B T K"], *, tail: bool = True
 ) -> Float[Array, "B T"]:
-    """KL(student || teacher) over K candidates and one bucket for all other tokens.
+    """Compute KL(student || teacher) over K candidates and one bucket for all other tokens.
 
     sum_k p_k (log p_k - log q_k) + p_rest (log p_rest - log q_rest), with p_rest = 1 - sum_k p_k and q_rest likewise.
-    0 <= this <= the full KL, and it is the full KL where the candidates are the whole vocabulary.
+    The value lies between 0 and the full KL, and equals the full KL if the candidates are the whole vocabulary.
 
     Args:
-        logprobs: log-probs of the candidates under the parameters being trained, in nats; of the whole vocabulary's
-            softmax, not renormalised. The tokens of one target must differ from each other (a top-k's do): a repeated
-            one would count its mass twice. A padded candidate holds -inf, here and below, and adds nothing.
-        teacher_logprobs: of the same tokens under the teacher, in nats; no gradient flows through them.
-        tail: False leaves the bucket out and renormalises nothing: a sum over the candidates that is no divergence.
-            It does not see mass outside the candidates, it may be negative (as low as -sum_k q_k / e, at p = q / e),
-            and the student can lower it by moving mass out of the candidates to anywhere.
+        logprobs: candidates under the parameters being trained, in nats, normalised over the whole vocabulary. The
+            tokens of one target must be distinct (those of a top-k are): a repeated token would count its mass twice. A
+            padded candidate holds -inf in both arguments and adds nothing.
+        teacher_logprobs: the same tokens under the teacher, in nats; no gradient flows through them.
+        tail: False omits the bucket without renormalising, which leaves a sum over the candidates that is not a
+            divergence. It ignores mass outside the candidates, can be negative (down to -sum_k q_k / e, at p = q / e),
+            and the student can lower it by moving mass out of the candidates.
 
     Returns:
         KL per token in nats, to be reduced by `masked`. Fill unscored targets of both arguments first (`masked.fill`).
-        The true KL is infinite where the teacher rules out (-inf) what the student does not. Here a teacher's log-prob
-        counts as -100 at least, and its rest as 16 eps (2e-6 in float32): finite, and still a strong push away.
+        The true KL is infinite where the teacher rules out (-inf) a token that the student does not. Here a teacher's
+        log-prob counts as at least -100, and its rest as at least 16 eps (2e-6 in float32): finite, but still a strong
+        push away.
     """
     teacher_logprobs = jnp.maximum(jax.lax.stop_gradient(teacher_logprobs), _MIN_LOGPROB)
     p_BTK = jnp.exp(logprobs)
-    # where() before the product: exp(-inf) * -inf is NaN, its limit is 0. Inside too, for the gradient.
+    # where() before the product: exp(-inf) * -inf is NaN, its limit is 0. Also inside, for the gradient.
     seen_BTK = p_BTK > 0
     gap_BTK = jnp.where(seen_BTK, logprobs, 0) - jnp.where(seen_BTK, teacher_logprobs, 0)
     if not tail:
@@ -212,26 +212,27 @@ def topk_reverse_kl(
 def topk_forward_kl(
     logprobs: Float[Array, "B T K"], teacher_logprobs: Float[Array, "B T K"], *, tail: bool = True
 ) -> Float[Array, "B T"]:
-    """KL(teacher || student) over K candidates and one bucket for all other tokens.
+    """Compute KL(teacher || student) over K candidates and one bucket for all other tokens.
 
-    sum_k q_k (log q_k - log p_k) + q_rest (log q_rest - log p_rest). 0 <= this <= the full KL, and it is the full KL
-    where the candidates are the whole vocabulary. The teacher's own top-k leave the least in the bucket.
+    sum_k q_k (log q_k - log p_k) + q_rest (log q_rest - log p_rest). The value lies between 0 and the full KL,
+    and equals the full KL if the candidates are the whole vocabulary. The teacher's own top-k leaves the least mass in
+    the bucket.
 
     Args:
         logprobs: as in `topk_reverse_kl`.
-        teacher_logprobs: of the same tokens under the teacher, in nats; no gradient flows through them. -inf, which a
-            teacher's narrower top-k may hold, adds nothing: q log q -> 0.
-        tail: False leaves the bucket out and renormalises nothing: the cross-entropy with q_k as it is, less the
-            candidates' entropy. It may be negative, and it is lowest at p_k = q_k / sum_k q_k: the student is taught
-            that what the teacher does outside the candidates never happens.
+        teacher_logprobs: the same tokens under the teacher, in nats; no gradient flows through them. -inf, which pads a
+            teacher's narrower top-k, adds nothing: q log q -> 0.
+        tail: False omits the bucket without renormalising: the cross-entropy with q_k minus the candidates' entropy. It
+            can be negative, and its minimum is at p_k = q_k / sum_k q_k, which teaches the student that tokens outside
+            the candidates never occur.
 
     Returns:
         KL per token in nats, to be reduced by `masked`. Fill unscored targets of both arguments first (`masked.fill`).
-        It would be infinite where the student rules out what the teacher does not. Here a student's log-prob counts as
-        -100 at least, in value (its gradient is -q_k as anywhere, 0 at -inf), and its rest as 16 eps (2e-6 in
-        float32): a student that is surer than this has a smaller gradient towards the bucket than the true one. A
-        teacher's rest below that counts as 0. p_rest is a difference, known to 1e-7 / p_rest of itself in float32, and
-        the bucket's gradient to no more.
+        The true KL is infinite where the student rules out a token that the teacher does not. Here a student's log-prob
+        counts as at least -100 in value (the gradient is -q_k as everywhere, 0 at -inf), and its rest as at least 16
+        eps (2e-6 in float32), so below that the gradient towards the bucket is smaller than the true one. A teacher's
+        rest below 16 eps counts as 0. p_rest is a difference, so in float32 it and the bucket's gradient have a
+        relative error of 1e-7 / p_rest.
     """
     teacher_logprobs = jax.lax.stop_gradient(teacher_logprobs)
     q_BTK = jnp.exp(teacher_logprobs)
@@ -242,7 +243,7 @@ def topk_forward_kl(
         return kl_BT
     _, log_p_rest_BT = _rest(logprobs)
     q_rest_BT, log_q_rest_BT = _rest(teacher_logprobs)
-    # A rest of rounding only is none: its gradient would be divided by an equally empty p_rest.
+    # A rest of pure rounding error counts as 0: its gradient would be divided by an equally empty p_rest.
     q_rest_BT = jnp.where(q_rest_BT > _noise(q_rest_BT.dtype), q_rest_BT, 0)
     return kl_BT + q_rest_BT * (log_q_rest_BT - log_p_rest_BT)
 
@@ -250,28 +251,28 @@ def topk_forward_kl(
 def topk_jsd(
     logprobs: Float[Array, "B T K"], teacher_logprobs: Float[Array, "B T K"], *, beta: float, tail: bool = True
 ) -> Float[Array, "B T"]:
-    """Generalised Jensen-Shannon divergence over K candidates and one bucket for all other tokens.
+    """Compute the generalised Jensen-Shannon divergence over K candidates and one bucket for all other tokens.
 
-    beta KL(q || m) + (1 - beta) KL(p || m), with m = beta q + (1 - beta) p, q the teacher: GKD's convention. At 1/2 it
-    is the symmetric one. It behaves like the forward KL at small beta and like the reverse KL at large beta, but
+    beta KL(q || m) + (1 - beta) KL(p || m), with m = beta q + (1 - beta) p and q the teacher (GKD's convention),
+    symmetric at beta = 1/2. It behaves like the forward KL at small beta and like the reverse KL at large beta, but
     shrinks: topk_jsd / beta -> KL(q || p) as beta -> 0, topk_jsd / (1 - beta) -> KL(p || q) as beta -> 1, and it is 0
-    at both ends: raise the term's weight accordingly. 0 <= this <= the divergence over the whole vocabulary, and at
-    most the entropy of a coin of bias beta (log 2 at 1/2), however far the two are apart.
+    at both ends, so raise the term's weight accordingly. The value lies between 0 and the divergence over the whole
+    vocabulary, and never exceeds the entropy of a coin of bias beta (log 2 at 1/2).
 
     Args:
         logprobs: as in `topk_reverse_kl`.
-        teacher_logprobs: of the same tokens under the teacher, in nats; no gradient flows through them. -inf is fine:
-            nothing here is ever infinite.
+        teacher_logprobs: the same tokens under the teacher, in nats; no gradient flows through them. -inf is allowed:
+            the result is always finite.
         beta: the teacher's weight in the mixture, between 0 and 1.
-        tail: False leaves the bucket out and renormalises nothing. What is left is never negative, is 0 only where
-            p_k = q_k at all candidates, and does not see how the two differ outside of them.
+        tail: False omits the bucket without renormalising. The sum is never negative, is 0 only where p_k = q_k at all
+            candidates, and ignores differences outside the candidates.
 
     Returns:
         Divergence per token in nats, to be reduced by `masked`. Fill unscored targets of both arguments first
         (`masked.fill`).
 
     Raises:
-        ValueError: beta not strictly between 0 and 1.
+        ValueError: beta is not strictly between 0 and 1.
 
     Reference:
         Agarwal et al. (GKD), arXiv 2306.13649, section 2.
@@ -301,19 +302,19 @@ def _jsd_terms(
 ) -> Float[Array, "*dims"]:
     log_p, log_q = (jnp.maximum(jax.lax.stop_gradient(x), _MIN_LOGPROB) for x in (log_p, log_q))
     gap = log_q - log_p
-    # log(the larger of p and q / m), from which the other's follows; exactly 0 where p = q, and nothing overflows.
+    # log(max(p, q) / m), from which the other log ratio follows; exactly 0 where p = q, and cannot overflow.
     larger = -jnp.log1p(jnp.where(gap > 0, 1 - beta, beta) * jnp.expm1(-jnp.abs(gap)))
     q_to_m, p_to_m = larger + jnp.minimum(gap, 0), larger - jnp.maximum(gap, 0)
-    # The derivative with respect to p is (1 - beta) log(p / m); the parts by way of log p and log m cancel.
+    # The derivative with respect to p is (1 - beta) log(p / m); the terms through log p and log m cancel.
     return beta * q * q_to_m + (1 - beta) * p * p_to_m
 
 
 def _rest(logprobs: Float[Array, "B T K"]) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """The probability of all other tokens, 1 - sum_k p_k, and its logarithm.
+    """Return the probability of all other tokens, 1 - sum_k p_k, and its logarithm.
 
-    log-probs and their sum are rounded to a few eps, so a rest below `_noise` is noise (and may come out below 0). Its
-    logarithm is held there, on both sides: where both rests are empty, as with the whole vocabulary, their difference
-    is 0 and so is its share of value and gradient.
+    Log-probs and their sum are rounded to a few eps, so a rest below `_noise` is noise (and may be negative). The
+    logarithm has this lower bound for student and teacher: if both rests are empty, as with the whole vocabulary, their
+    difference is 0 and adds nothing to value and gradient.
     """
     rest_BT = 1 - jnp.sum(jnp.exp(logprobs), axis=-1)
     return _hold(rest_BT, 0.0), jnp.log(_hold(rest_BT, _noise(rest_BT.dtype)))
@@ -324,6 +325,6 @@ def _noise(dtype) -> float:
 
 
 def _hold(x: Float[Array, "*dims"], low: float) -> Float[Array, "*dims"]:
-    """max(x, low) with the gradient of x, so that a student that has gone too far can come back; 0 at -inf."""
+    """Return max(x, low) with the gradient of x (0 at -inf), so that a student below the bound can recover."""
     x = jnp.where(jnp.isfinite(x), x, low)
     return jax.lax.stop_gradient(jnp.maximum(x, low)) + (x - jax.lax.stop_gradient(x))

@@ -1,6 +1,6 @@
-"""The only reductions from tokens to a scalar, the sum over what comes later, and the fill that keeps padding out.
+"""Reduces tokens to a scalar, sums over later tokens, and fills unscored targets.
 
-All reductions are called alike, reduce(x, loss_mask, length=...), though only `masked_constant_mean` needs a length.
+All reductions have the signature reduce(x, loss_mask, length=...), though only `masked_constant_mean` needs a length.
 
 Dimension key: B sequences, T targets.
 """
@@ -13,21 +13,21 @@ from jaxtyping import Array, Bool, Float
 
 
 def fill(x: Float[Array, "B T *rest"], loss_mask: Bool[Array, "B T"], value: float = 0.0) -> Float[Array, "B T *rest"]:
-    """`x` where a target is scored, `value` elsewhere; call it on every input of a loss before the first product.
+    """Replace unscored targets by `value`; call it on every input of a loss before the first product.
 
-    Masking the loss alone is not enough: a padded target may hold -inf or NaN, and the gradient of what was computed
-    from it is 0 * inf = NaN. What is filled first has a finite value and the gradient 0.
+    Masking only the loss is not enough: a padded target may hold -inf or NaN, and the gradient through it is
+    0 * inf = NaN. A filled target has a finite value and gradient 0.
 
     Args:
-        x: anything per target.
+        x: any array per target.
         loss_mask: true where a target is scored.
-        value: what the other targets hold.
+        value: replacement at the other targets.
     """
     return jnp.where(jnp.expand_dims(loss_mask, tuple(range(2, x.ndim))), x, jnp.asarray(value, x.dtype))
 
 
 def decayed_suffix_sum(x: Float[Array, "B T"], decay: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    """y_t = x_t + decay_t * y_{t+1}, as a scan over affine maps: log2(T) steps instead of T."""
+    """Compute y_t = x_t + decay_t * y_{t+1} as an associative scan over affine maps: log2(T) steps instead of T."""
 
     def compose(later, earlier):
         decay_later, x_later = later
@@ -40,12 +40,12 @@ def decayed_suffix_sum(x: Float[Array, "B T"], decay: Float[Array, "B T"]) -> Fl
 def masked_mean(
     x: Float[Array, "B T"], loss_mask: Bool[Array, "B T"], *, length: int | None = None
 ) -> Float[Array, ""]:
-    """Mean over all scored targets of the batch: each token counts the same; 0 if nothing is scored.
+    """Average over all scored targets of the batch, so that each token has the same weight; 0 if nothing is scored.
 
     Args:
-        x: per token.
+        x: one number per token.
         loss_mask: true where a target is scored.
-        length: not used.
+        length: unused.
 
     Reference:
         Yu et al. (DAPO), arXiv 2503.14476, section 3.3.
@@ -57,15 +57,15 @@ def masked_mean(
 def masked_sequence_mean(
     x: Float[Array, "B T"], loss_mask: Bool[Array, "B T"], *, length: int | None = None
 ) -> Float[Array, ""]:
-    """Mean over sequences of each sequence's mean over its scored targets: each sequence counts the same.
+    """Average each sequence's mean over its scored targets, so that each sequence has the same weight.
 
-    A long sequence's tokens count less than a short one's. Sequences without a scored target do not count; 0 if there
-    is no other.
+    Tokens of a long sequence weigh less than those of a short one. Sequences without a scored target are left out; 0 if
+    no sequence remains.
 
     Args:
-        x: per token.
+        x: one number per token.
         loss_mask: true where a target is scored.
-        length: not used.
+        length: unused.
 
     Reference:
         Shao et al., "DeepSeekMath" (GRPO), arXiv 2402.03300, eq. 3.
@@ -78,24 +78,27 @@ def masked_sequence_mean(
 def masked_constant_mean(
     x: Float[Array, "B T"], loss_mask: Bool[Array, "B T"], *, length: int | None = None
 ) -> Float[Array, ""]:
-    """Sum over all scored targets / (number of sequences with a scored target * length); 0 if nothing is scored.
+    """Divide the sum over all scored targets by (number of sequences with a scored target * length).
 
-    Each token counts the same, and how much does not depend on how long the batch's other sequences are: up to the
-    constant it is the mean over sequences of each sequence's sum, whose policy gradient is that of the expected reward.
+    Each token has the same weight, independent of the lengths of the batch's other sequences. Up to the constant this
+    is the mean over sequences of each sequence's sum, whose policy gradient is that of the expected reward.
 
     Args:
-        x: per token.
+        x: one number per token.
         loss_mask: true where a target is scored.
-        length: the constant; the most tokens that a completion may have (rollout.max_new_tokens).
+        length: constant divisor, the maximum number of tokens of a completion (rollout.max_new_tokens).
+
+    Returns:
+        The scalar; 0 if nothing is scored.
 
     Raises:
-        ValueError: no length, or one below 1.
+        ValueError: length is missing or below 1.
 
     Reference:
         Liu et al. (Dr. GRPO), arXiv 2503.20783.
     """
     if length is None or length < 1:
-        raise ValueError(f"the constant reduction divides by length, such as max_new_tokens; got {length}")
+        raise ValueError(f"the constant reduction needs a length of at least 1, e.g. max_new_tokens; got {length}")
     num_sequences = jnp.sum(jnp.any(loss_mask, axis=1), dtype=x.dtype)
     return jnp.sum(fill(x, loss_mask)) / (jnp.maximum(num_sequences, 1) * length)
 

@@ -1,11 +1,11 @@
-"""Distillation from a teacher with another tokenizer, whose log-probs are of segments: runs of the student's tokens.
+"""Distillation from a teacher with another tokenizer, which scores segments: runs of the student's tokens.
 
-A segment is the same text in the student's tokens and in the teacher's, and has a log-prob from each: the sum over its
-tokens. `segment_ids` gives each target its segment, numbered from 0 in order, and -1 where the two tokenisations do not
-meet; `teacher_logprobs` holds a segment's log-prob at one of its targets (the last, by convention) and 0 at its others.
+A segment is a piece of text that both tokenizers split into whole tokens; its log-prob under either model is the sum
+over that model's tokens. `segment_ids` numbers the segment of each target from 0 in order, -1 where the tokenisations
+do not align. `teacher_logprobs` holds a segment's log-prob at one of its targets (by convention the last), 0 at others.
 
-What is compared is the student's probability of the tokens that it sampled with the teacher's probability of the
-teacher's own tokens of that text. A text has other tokenisations too, which neither sum includes.
+The loss compares the student's probability of the tokens it sampled with the teacher's probability of the teacher's
+tokens for the same text. Neither sum includes other tokenisations of that text.
 
 Dimension key: B sequences, T targets.
 """
@@ -22,10 +22,10 @@ from jdistill.losses.masked import decayed_suffix_sum, fill
 def segment_sums(
     values: Float[Array, "B T"], segment_ids: Int[Array, "B T"], loss_mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """At each target the sum of `values` over its segment; 0 where the mask is false or the segment -1."""
+    """Sum `values` over each target's segment; 0 where the mask is false or the segment is -1."""
     usable_BT = loss_mask & (segment_ids >= 0)
     num_targets = values.shape[1]
-    ids_BT = jnp.where(usable_BT, segment_ids, num_targets)  # the last place takes what is not used
+    ids_BT = jnp.where(usable_BT, segment_ids, num_targets)  # the last slot collects unusable targets
 
     def one(values_T, ids_T):
         return jax.ops.segment_sum(values_T, ids_T, num_segments=num_targets + 1)[ids_T]
@@ -41,26 +41,26 @@ def sampled_reverse_kl_advantage(
     *,
     discount: float = 0.0,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """Minus the estimated reverse KL over segments, as an advantage of each sampled token.
+    """Estimate minus the reverse KL over segments, as an advantage of each sampled token.
 
-    Segment s earns r_s = (teacher's log-prob of it) - (student's). Each of its tokens gets all of r_s, since the
-    teacher says nothing of a part of it, plus the discounted r of the segments after it. At one token a segment this is
-    `distillation.sampled_reverse_kl_advantage`.
+    Segment s earns r_s = (teacher's log-prob of s) - (student's log-prob of s). Each of its tokens gets all of r_s,
+    because the teacher does not score parts of a segment, plus the discounted r of later segments. With one token per
+    segment this equals `distillation.sampled_reverse_kl_advantage`.
 
     Args:
-        logprobs: of the sampled tokens under the student, in nats; no gradient flows through them.
-        teacher_logprobs: of the segments under the teacher, in nats; see above.
-        segment_ids: int32, -1 where not usable. All of a segment's targets are in the mask, or none.
+        logprobs: sampled tokens under the student, in nats; no gradient flows through them.
+        teacher_logprobs: segments under the teacher, in nats, laid out as described in the module's docstring.
+        segment_ids: int32, -1 where unusable. The mask contains all of a segment's targets or none.
         loss_mask: true where a target is scored.
-        discount: of a segment; 0 sees only the token's own, 1 has the exact gradient of minus the KL over segments.
+        discount: factor per later segment; 0 uses only the token's own segment, 1 has the exact gradient of minus the
+            KL over segments.
 
     Returns:
-        Advantages in nats, 0 where not usable; and where they are usable.
+        Advantages in nats, 0 at unusable targets; and the mask of usable targets.
     """
     usable_BT = loss_mask & (segment_ids >= 0)
     gap_BT = fill(teacher_logprobs, usable_BT) - fill(logprobs, usable_BT)
-    # A segment's whole gap is earned at its last target, where the discount falls due too. So all of its targets have
-    # the same return.
+    # The reward and the discount of a segment apply at its last target, so all of its targets have the same return.
     ids_BT = jnp.where(usable_BT, segment_ids, -1)
     later_BT = jnp.pad(ids_BT[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
     is_last_BT = usable_BT & (ids_BT != later_BT)

@@ -1,4 +1,4 @@
-"""The supervised objective.
+"""The supervised objective: cross-entropy.
 
 Dimension key: B sequences, T targets.
 """
@@ -9,9 +9,9 @@ from jaxtyping import Array, Float
 
 
 def cross_entropy(logprobs: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    """Minus the log-probability of the target, in nats per token.
+    """Return minus the log-probability of each target, in nats.
 
     Args:
-        logprobs: of the targets under the parameters being trained, in nats.
+        logprobs: targets under the parameters being trained, in nats.
     """
     return -logprobs

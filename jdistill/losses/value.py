@@ -1,4 +1,4 @@
-"""The value head's loss, and how well it foresees.
+"""The value head's loss and explained variance.
 
 Dimension key: B sequences, T targets.
 """
@@ -19,25 +19,25 @@ def value_loss(
     *,
     clip: float | None = None,
 ) -> Float[Array, "B T"]:
-    """Half the squared error of the values, as a loss per token.
+    """Compute half the squared error of the values, per token.
 
     Args:
-        values: of the head being trained, before each target's token is chosen.
-        old_values: the same at the beginning of the step, those that `advantages.gae` was given; no gradient.
-        returns: of `advantages.gae`; no gradient.
-        clip: the error is the larger one of the value's and of the value held within this of its old one, so that a
-            value that has moved that far towards its return has no gradient any more; None: off, and old_values are
-            not read. In the returns' units.
+        values: predictions of the head being trained, before each target's token is chosen.
+        old_values: predictions at the start of the step, as given to `advantages.gae`; no gradient.
+        returns: returns from `advantages.gae`; no gradient.
+        clip: maximum distance from old_values, in units of the returns. The loss takes the larger of the errors of the
+            value and of the value clipped to that distance, so a value that has moved that far towards its return has
+            no gradient. None: no clip, old_values are not read.
 
     Returns:
-        Loss per token, to be reduced by `masked`; (v - R)^2 / 2, so its gradient is the error. Fill unscored targets of
+        Loss per token, to be reduced by `masked`: (v - R)^2 / 2, whose gradient is the error. Fill unscored targets of
         all arguments first (`masked.fill`).
 
     Raises:
-        ValueError: clip not above 0.
+        ValueError: clip is not above 0.
 
     Reference:
-        Schulman et al., arXiv 1707.06347, eq. 9; the clip is that of their code (Engstrom et al., arXiv 2005.12729,
+        Schulman et al., arXiv 1707.06347, eq. 9; the clip follows their code (Engstrom et al., arXiv 2005.12729,
         section 3).
     """
     if clip is not None and clip <= 0:
@@ -53,15 +53,16 @@ def value_loss(
 def explained_variance(
     values: Float[Array, "B T"], returns: Float[Array, "B T"], loss_mask: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
-    """1 - Var(returns - values) / Var(returns) over scored targets: 1 foresees all, 0 no more than a constant does.
-
-    Below 0 the values are worse than a constant. 0 where the returns are all the same, as in an empty batch: there is
-    nothing to explain.
+    """Compute 1 - Var(returns - values) / Var(returns) over scored targets.
 
     Args:
-        values: of the head.
-        returns: of `advantages.gae`.
-        loss_mask: true where a target is scored; what stands elsewhere is not read.
+        values: predictions of the value head.
+        returns: returns from `advantages.gae`.
+        loss_mask: true where a target is scored; values elsewhere are not read.
+
+    Returns:
+        1 for perfect predictions, 0 for predictions no better than a constant, negative for worse ones; 0 if all
+        returns are equal or nothing is scored.
     """
     values_BT, returns_BT = fill(values, loss_mask), fill(returns, loss_mask)
 

@@ -1,7 +1,6 @@
-"""How much each term counts at a step, and how much each token counts in the distillation's.
+"""Weights of the loss terms over the run, and of the tokens in the distillation term.
 
-Schedules take the step, which counts from 0 and may be traced, and return a weight. Nothing here has a gradient, but
-for the argument of `clip_per_token`.
+Schedules map the step, which counts from 0 and may be traced, to a weight. Only `clip_per_token` has a gradient.
 
 Dimension key: B sequences, T targets.
 """
@@ -21,50 +20,51 @@ Step = int | Int[Array | np.ndarray, ""]
 
 
 def constant(step: Step, *, value: float) -> Float[Array, ""]:
-    """The same weight at every step."""
+    """Return the same weight at every step."""
     return jnp.full(jnp.shape(step), value, dtype=float)
 
 
 def linear(step: Step, *, begin: float, end: float, num_steps: int) -> Float[Array, ""]:
-    """From `begin` at step 0 in equal steps to `end` at step `num_steps`, and `end` from there on.
+    """Interpolate linearly from `begin` at step 0 to `end` at step `num_steps`, constant afterwards.
 
     Raises:
-        ValueError: num_steps below 1.
+        ValueError: num_steps is below 1.
     """
     progress = _progress(step, num_steps)
     return begin * (1 - progress) + end * progress
 
 
 def cosine(step: Step, *, begin: float, end: float, num_steps: int) -> Float[Array, ""]:
-    """From `begin` at step 0 along half a cosine, flat at both ends, to `end` at step `num_steps`; `end` from there on.
+    """Interpolate along half a cosine, flat at both ends, from `begin` at step 0 to `end` at `num_steps` and later.
 
     Raises:
-        ValueError: num_steps below 1.
+        ValueError: num_steps is below 1.
     """
     progress = (1 - jnp.cos(jnp.pi * _progress(step, num_steps))) / 2
     return begin * (1 - progress) + end * progress
 
 
 def kdrl_annealing(step: Step, *, begin: float, end: float, decrement: float) -> Float[Array, ""]:
-    """KDRL's annealing of the distillation weight: `begin`, less `decrement` each step, never below `end`.
+    """Lower the weight from `begin` by `decrement` per step, never below `end` (KDRL's annealing of distillation).
 
-    Strong imitation first, then room for the reward. Unlike `linear` it does not depend on how long the run is.
+    The run starts with strong imitation and leaves room for the reward later. Unlike `linear`, the schedule does not
+    depend on the length of the run.
 
     Args:
         step: counts from 0.
-        begin: at step 0.
-        end: the least.
-        decrement: by how much less at each step.
+        begin: weight at step 0.
+        end: minimum weight.
+        decrement: decrease per step.
 
     Raises:
-        ValueError: end above begin, or a decrement that is not positive.
+        ValueError: end is above begin, or decrement is not positive.
 
     Reference:
         Xu et al. (KDRL), arXiv 2506.02208.
     """
     if end > begin or decrement <= 0:
         raise ValueError(
-            f"the weight goes down from begin to end by decrement > 0, got begin = {begin}, end = {end}, "
+            f"the weight decreases from begin to end by decrement > 0, got begin = {begin}, end = {end}, "
             f"decrement = {decrement}"
         )
     return jnp.maximum(begin - decrement * jnp.asarray(step, float), end)
@@ -79,24 +79,24 @@ def _progress(step: Step, num_steps: int) -> Float[Array, ""]:
     return jnp.clip(jnp.asarray(step, float) / num_steps, 0, 1)
 
 
-# ---- weights of tokens ----
+# ---- token weights ----
 
 
 def reward_guided_mask(
     rewards: Float[Array | np.ndarray, "B"], loss_mask: Bool[Array | np.ndarray, "B T"], *, threshold: float = 0.5
 ) -> Float[Array, "B T"]:
-    """1 at the scored tokens of the sequences whose reward is below `threshold`, 0 elsewhere: distil only what failed.
+    """Return weight 1 at the scored tokens of failed sequences (reward below `threshold`), 0 elsewhere.
 
-    A weight and not a new mask: a reduction still divides by all scored tokens, so a batch with one wrong answer does
-    not count that one as much as a batch in which all are wrong.
+    This is a weight and not a new mask: a reduction still divides by all scored tokens, so a batch with one wrong
+    answer contributes less than a batch in which all are wrong.
 
     Args:
-        rewards: of each sequence.
+        rewards: one number per sequence.
         loss_mask: true where a target is scored.
-        threshold: with rewards of 0 and 1, anything between them.
+        threshold: for rewards of 0 and 1, any number between them.
 
     Reference:
-        Xu et al. (KDRL), arXiv 2506.02208, reward-guided distillation by response.
+        Xu et al. (KDRL), arXiv 2506.02208, response-level reward-guided distillation.
     """
     wrong_B = jnp.asarray(rewards) < threshold
     return (wrong_B[:, None] & jnp.asarray(loss_mask)).astype(float)
@@ -105,29 +105,29 @@ def reward_guided_mask(
 def entropy_weights(
     entropy: Float[Array, "B T"], loss_mask: Bool[Array, "B T"], *, strength: float = 1.0
 ) -> Float[Array, "B T"]:
-    """More weight where the next token is uncertain: (1 + strength * h) / (1 + strength), h = entropy / its mean.
+    """Weight tokens by uncertainty: (1 + strength * h) / (1 + strength), h = entropy / mean entropy.
 
-    The mean over scored tokens is 1, so the term's size does not change with strength. A certain token keeps
-    1 / (1 + strength) of its weight: where a student is sure and wrong there is much to learn, and entropy does not see
-    it. Both papers below choose tokens by a threshold, or at random by entropy; this is the weight that gives a
-    token, for sure, what choosing at random by this score gives it on average.
+    The mean over scored tokens is 1, so the term's size does not depend on strength. A token of zero entropy keeps
+    1 / (1 + strength), because a student that is sure and wrong has much to learn, which entropy does not show. Both
+    papers below select tokens, by a threshold or at random by entropy; this weight is the expectation of selecting
+    tokens at random by this score.
 
     Args:
-        entropy: of the student (Xu et al.) or of the teacher (Jin et al.) at each target, in nats; never negative.
-        loss_mask: true where a target is scored; what stands elsewhere is not read.
-        strength: 0 is the same weight for all; large is in proportion to the entropy.
+        entropy: of the student (Xu et al.) or of the teacher (Jin et al.) at each target, in nats; not negative.
+        loss_mask: true where a target is scored; values elsewhere are not read.
+        strength: 0 weights all tokens equally; a large strength weights them in proportion to their entropy.
 
     Returns:
-        Weights without a gradient, 0 where the mask is false; all 1 if there is no entropy anywhere.
+        Weights without a gradient, 0 where the mask is false; all 1 if every entropy is 0.
 
     Raises:
-        ValueError: a negative strength.
+        ValueError: strength is negative.
 
     Reference:
         Xu et al. (TIP), arXiv 2604.14084; Jin et al., arXiv 2603.07079.
     """
     if strength < 0:
-        raise ValueError(f"strength must not be negative (weights could be), got {strength}")
+        raise ValueError(f"strength must not be negative (weights could become negative), got {strength}")
     entropy_BT = jax.lax.stop_gradient(fill(entropy, loss_mask))
     mean = masked_mean(entropy_BT, loss_mask)
     relative_BT = jnp.where(mean > 0, entropy_BT / jnp.where(mean > 0, mean, 1), 1)
@@ -135,18 +135,18 @@ def entropy_weights(
 
 
 def clip_per_token(x: Float[Array, "B T"], *, limit: float) -> Float[Array, "B T"]:
-    """Holds each token's distillation, an advantage or a loss, between -limit and limit, and its gradient with it.
+    """Bound each token's distillation advantage or loss to [-limit, limit], and scale its gradient by the same factor.
 
-    x * min(1, limit / abs(x)), the factor held fixed: beyond the limit a loss keeps that share of its gradient. With
-    clip() it would have none, and the tokens that teacher and student disagree on most would teach nothing. The
-    bias is that share: a token of abs(x) = 2 * limit counts half.
+    Computes x * min(1, limit / abs(x)) without a gradient through the factor. Beyond the limit a loss keeps that share
+    of its gradient; clip() would leave none, and the tokens on which teacher and student disagree most would teach
+    nothing. The price is bias: a token with abs(x) = 2 * limit has half its gradient.
 
     Args:
-        x: per token; finite.
-        limit: in nats; above 0.
+        x: one finite number per token, in nats.
+        limit: bound in nats; above 0.
 
     Raises:
-        ValueError: limit not above 0.
+        ValueError: limit is not above 0.
     """
     if limit <= 0:
         raise ValueError(f"limit must be above 0, got {limit}")

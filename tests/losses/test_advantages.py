@@ -1,4 +1,4 @@
-"""Advantages against plain loops and by hand."""
+"""Advantages against plain loops and hand-computed values."""
 
 import functools
 
@@ -35,14 +35,14 @@ def test_reinforce_plus_plus_normalises_by_the_batch():
     np.testing.assert_allclose(
         advantages.reinforce_plus_plus(rewards_PG), centered / (centered.std() + 1e-6), atol=1e-5
     )
-    alone = rewards_PG.reshape(15, 1)  # one completion a prompt: the batch's mean is the baseline
+    alone = rewards_PG.reshape(15, 1)  # one completion per prompt: the batch's mean is the baseline
     expected = (alone - alone.mean()) / (alone.std() + 1e-6)
     np.testing.assert_allclose(advantages.reinforce_plus_plus(alone), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(advantages.ADVANTAGES))
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1 / 3, 1.0])
-def test_a_group_of_equal_rewards_teaches_exactly_nothing(name, reward):
+def test_a_group_of_equal_rewards_has_advantage_exactly_zero(name, reward):
     function = advantages.ADVANTAGES[name]
     assert np.all(np.asarray(function(np.full((2, 8), reward, np.float32))) == 0)
     rewards_PG = np.array([[reward] * 4, [0.0, 1.0, 0.0, 0.0]], np.float32)
@@ -65,11 +65,11 @@ def test_advantages_sum_to_zero_and_follow_their_completions_and_prompts(name, s
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_one_completion_a_prompt_is_refused_where_it_is_compared_with_others(name):
+def test_a_single_completion_per_prompt_is_refused_by_advantages_that_compare_completions(name):
     with pytest.raises(ValueError, match=r"(GRPO|RLOO) compares .*num_completions must be at least 2"):
         advantages.ADVANTAGES[name](np.zeros((4, 1), np.float32))
     advantages.reinforce_plus_plus(np.zeros((4, 1), np.float32))
-    with pytest.raises(ValueError, match="completions of a batch: there must be at least 2"):
+    with pytest.raises(ValueError, match="completions of a batch and needs at least 2"):
         advantages.reinforce_plus_plus(np.zeros((1, 1), np.float32))
 
 
@@ -82,11 +82,11 @@ def test_the_overlong_penalty_falls_over_the_last_tokens():
             advantages.overlong_penalty(lengths, max_length=100, buffer=buffer)
 
 
-# ---- of tokens ----
+# ---- advantages of tokens ----
 
 
 def plain_gae(rewards_BT, values_BT, mask_BT, discount, gae_lambda):
-    """The double sum over later scored tokens, in float64."""
+    """GAE as the double sum over later scored tokens, in float64."""
     found = np.zeros(rewards_BT.shape)
     for b in range(len(rewards_BT)):
         scored = np.flatnonzero(mask_BT[b])
@@ -112,7 +112,7 @@ def test_gae_equals_the_double_sum_over_scored_tokens(discount, gae_lambda, seed
     rewards_BT, values_BT = rng.normal(size=(2, 3, 7)).astype(np.float32)
     mask_BT = rng.random((3, 7)) < 0.6
     expected = plain_gae(rewards_BT, values_BT, mask_BT, discount, gae_lambda)
-    # What stands at unscored targets is not read.
+    # Values at unscored targets are not read.
     bad = rng.choice(np.array([np.nan, np.inf, -np.inf], np.float32), (3, 7))
     found, returns = compiled_gae(discount, gae_lambda)(
         jnp.asarray(np.where(mask_BT, rewards_BT, bad)), jnp.asarray(np.where(mask_BT, values_BT, bad)), mask_BT
@@ -156,7 +156,7 @@ def test_whitened_advantages_have_mean_zero_and_deviation_one_over_scored_tokens
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -1 / 3])
 @pytest.mark.parametrize("num_targets", [3, 50, 1000])
-def test_advantages_that_are_all_the_same_become_exactly_zero(value, num_targets):
-    # The float32 mean of so many need not be the number itself, and what is left over a tiny deviation is not tiny.
+def test_whitening_equal_advantages_gives_exactly_zero(value, num_targets):
+    # The float32 mean of many equal numbers may differ from them, and that error over a tiny deviation is not tiny.
     mask = jnp.ones((2, num_targets), bool).at[0, -1].set(False)
     np.testing.assert_array_equal(advantages.whiten(jnp.full((2, num_targets), value), mask), 0)

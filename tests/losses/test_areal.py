@@ -52,7 +52,7 @@ def test_a_policy_equals_areals(name):
     options = {names.get(key, key): value for key, value in case["params"].items()}
     options.pop(None, None)
     advantages = inputs["advantages"]
-    if policy == "gspo":  # its sequences have one advantage each: the mean of what is given per token
+    if policy == "gspo":  # one advantage per sequence: the mean of the per-token advantages
         advantages = jnp.where(mask, advantages, 0).sum(1, keepdims=True) / mask.sum(1, keepdims=True)
         advantages = jnp.broadcast_to(advantages, mask.shape)
 
@@ -79,12 +79,12 @@ def test_decoupled_ppo_equals_areals(name):
         per_token = weight * policy_gradient.POLICIES["ppo_clip"].function(
             logprobs, inputs["proximal_logprobs"], inputs["advantages"], kept, clip_low=clip_low
         )
-        return masked.masked_mean(per_token, mask)  # what was rejected counts as 0
+        return masked.masked_mean(per_token, mask)  # rejected targets count as 0
 
     close(loss, inputs, case)
 
 
-def test_all_of_the_cases_that_are_a_policys_are_tested():
+def test_every_policy_case_of_areal_is_tested():
     others = {"kd_reverse_kl_importance/0", "kdrl_joint_k1_penalty/0"}
     decoupled = {name for name in cases() if name.startswith("decoupled")}
     assert set(cases()) == set(POLICY_CASES) | decoupled | others

@@ -28,7 +28,7 @@ def test_return_to_go_equals_the_plain_loop_over_scored_tokens(discount, seed):
             if mask_BT[b, t]:
                 to_go = float(teacher[b, t]) - float(student[b, t]) + discount * to_go
                 expected[b, t] = to_go
-    # What stands at unscored targets is not read: NaN there changes nothing.
+    # Values at unscored targets are not read: NaN there changes nothing.
     got = distillation.sampled_reverse_kl_advantage(
         jnp.asarray(np.where(mask_BT, student, np.nan)),
         jnp.asarray(np.where(mask_BT, teacher, -np.inf)),
@@ -74,7 +74,7 @@ def test_pure_distillation_by_the_advantage_equals_areals():
     np.testing.assert_allclose(grad, case["grad_logprobs"], atol=1e-5)
 
 
-def test_areals_joint_loss_is_what_is_refused_here_k1_whose_gradient_has_no_teacher_in_it():
+def test_areals_joint_loss_is_k1_in_the_loss_whose_gradient_does_not_depend_on_the_teacher():
     case, inputs, mask = areal("kdrl_joint_k1_penalty/0")
     weight = case["params"]["distill_loss_weight"]
 
@@ -117,7 +117,7 @@ def test_a_sampled_token_by_hand(name, value, slope):
     ],
 )
 @pytest.mark.parametrize("gap", [25.0, 1e4, np.inf])
-def test_a_gap_beyond_20_nats_still_pushes_as_one_of_20(name, worst, slope, gap):
+def test_a_gap_beyond_20_nats_has_the_gradient_of_20_nats(name, worst, slope, gap):
     student, teacher = jnp.array([[-1.0, -1.0 - min(gap, 1e30)]]), jnp.array([[-1.0 - gap, -1.0]])
     values, pullback = jax.vjp(lambda x: getattr(distillation, name)(x, teacher), student)
     np.testing.assert_allclose(values[0], worst, rtol=1e-5)
@@ -135,7 +135,7 @@ RULED_OUT = {
 
 @pytest.mark.parametrize("name", sorted(distillation.DISTRIBUTION))
 @pytest.mark.parametrize("what", RULED_OUT)
-def test_what_the_teacher_rules_out_costs_much_and_not_infinitely_much(name, what):
+def test_a_token_that_the_teacher_rules_out_has_a_large_finite_cost(name, what):
     options = {"beta": 0.5} if name == "topk_jsd" else {}
     teacher = jnp.array([[RULED_OUT[what]]])
     value, grad = jax.value_and_grad(lambda x: distillation.DISTRIBUTION[name](x, teacher, **options).sum())(
@@ -153,7 +153,7 @@ def test_what_the_teacher_rules_out_costs_much_and_not_infinitely_much(name, wha
 
 
 @pytest.mark.parametrize("name", sorted(distillation.DISTRIBUTION))
-def test_what_the_student_has_given_up_costs_what_the_teacher_has_there(name):
+def test_a_token_that_the_student_rules_out_costs_according_to_the_teachers_mass(name):
     options = {"beta": 0.5} if name == "topk_jsd" else {}
     value, grad = jax.value_and_grad(
         lambda x: distillation.DISTRIBUTION[name](x, jnp.array([[[HALF, QUARTER]]]), **options).sum()
@@ -168,7 +168,7 @@ def test_what_the_student_has_given_up_costs_what_the_teacher_has_there(name):
 
 
 def test_a_student_that_is_too_sure_for_float32_is_still_pulled_towards_the_other_tokens():
-    # All of the student's mass is on the candidate (rest 1e-9, which is 0 in float32), a third of the teacher's is not.
+    # All of the student's mass is on the candidate (rest 1e-9, 0 in float32), but only two thirds of the teacher's.
     teacher = jnp.log(jnp.array([[[2 / 3]]]))
     for name in ("topk_reverse_kl", "topk_forward_kl"):
         grad = jax.grad(lambda x, name=name: distillation.DISTRIBUTION[name](x, teacher).sum())(jnp.zeros((1, 1, 1)))
@@ -176,6 +176,6 @@ def test_a_student_that_is_too_sure_for_float32_is_still_pulled_towards_the_othe
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, -0.1, 1.5])
-def test_a_beta_at_which_the_jsd_is_nothing_is_refused(beta):
+def test_a_beta_at_which_the_jsd_is_zero_is_refused(beta):
     with pytest.raises(ValueError, match=r"strictly between 0 and 1, got .*topk_forward_kl .*topk_reverse_kl"):
         distillation.topk_jsd(jnp.zeros((1, 1, 1)), jnp.zeros((1, 1, 1)), beta=beta)

@@ -1,4 +1,4 @@
-"""Each estimator against the exact gradient, by enumerating every sequence of 5 symbols and length 3, in float64.
+"""Compares estimators with exact gradients by enumerating all sequences of 5 symbols and length 3, in float64.
 
 Dimension key: N = V**T all sequences, T = 3 targets, V = 5 vocabulary, H = 1 + V + V**2 prefixes, K candidates.
 """
@@ -15,7 +15,7 @@ from jdistill.losses import distillation, policy_gradient
 
 V, T = 5, 3
 SEQUENCES_NT = np.array(list(itertools.product(range(V), repeat=T)))
-# The prefix before target t, as a row of the tables: 0 is the empty one, then 1 + a, then 6 + 5 a + b.
+# Row of the prefix before target t in the tables: 0 for the empty prefix, then 1 + a, then 6 + 5 a + b.
 PREFIXES_NT = np.stack(
     [np.zeros(V**T, int), 1 + SEQUENCES_NT[:, 0], 1 + V + V * SEQUENCES_NT[:, 0] + SEQUENCES_NT[:, 1]], axis=1
 )
@@ -35,7 +35,7 @@ def tables():
 
 
 def sampler_table():
-    """Logits [H, V] of the policy that sampled, where it is not the student that is trained."""
+    """Logits [H, V] of a sampling policy that differs from the student."""
     return np.random.default_rng(8).normal(size=(1 + V + V * V, V))
 
 
@@ -52,7 +52,7 @@ def sequence_probabilities(logits_HV):
 
 
 def kl(p, q):
-    """The textbook sum, from probabilities."""
+    """The textbook sum over probabilities."""
     return jnp.sum(p * jnp.log(p / q), axis=-1)
 
 
@@ -62,7 +62,7 @@ def jsd(p, q, beta):
 
 
 BETA = 0.3
-# name -> (ours over K candidates, the textbook's from probabilities p, q of the student and the teacher)
+# name -> (our function of K candidates, textbook formula of the probabilities p, q of student and teacher)
 DIVERGENCES = {
     "topk_reverse_kl": (distillation.topk_reverse_kl, kl),
     "topk_forward_kl": (distillation.topk_forward_kl, lambda p, q: kl(q, p)),
@@ -71,7 +71,7 @@ DIVERGENCES = {
 
 
 def myopic(name, student_HV, teacher_HV, sampler_HV=None):
-    """The full divergence at each position, the distribution of prefixes (the student's or a sampler's) held fixed."""
+    """Sum of full divergences over positions, with the distribution of prefixes (student's or sampler's) held fixed."""
     weight_N = sequence_probabilities(student_HV if sampler_HV is None else sampler_HV)
     return jnp.sum(weight_N[:, None] * DIVERGENCES[name][1](*probabilities(student_HV, teacher_HV)))
 
@@ -89,7 +89,7 @@ def exact_sequence_kl(student_HV, teacher_HV):
 
 
 def as_advantage(student_HV, teacher_HV, *, discount=0.0, sampler_HV=None):
-    """Loss [N, T] of the step: through PPO's surrogate, whose clip never holds here."""
+    """Loss [N, T] of the step: PPO's surrogate, whose clip is never active here."""
     logprobs_NT = token_logprobs(student_HV)
     advantages_NT = distillation.sampled_reverse_kl_advantage(
         logprobs_NT, token_logprobs(teacher_HV), jnp.asarray(MASK_NT), discount=discount
@@ -109,7 +109,7 @@ def in_the_loss(function):
     return loss
 
 
-# name -> (loss [N, T] of the sampled tokens, whose gradient it has)
+# name -> (loss [N, T] of the sampled tokens, divergence whose gradient it has)
 SAMPLED = {
     "sampled_reverse_kl_advantage": (as_advantage, "topk_reverse_kl"),
     "sampled_reverse_kl": (in_the_loss(distillation.sampled_reverse_kl), "topk_reverse_kl"),
@@ -119,7 +119,7 @@ SAMPLED = {
 
 
 def expected_gradient(loss, student_HV, weight_N):
-    """Of a loss [N, T], over all sequences."""
+    """Expected gradient of a loss [N, T] over all sequences."""
     return jax.grad(lambda x: jnp.sum(weight_N[:, None] * loss(x)))(student_HV)
 
 
@@ -146,7 +146,7 @@ def test_off_policy_the_tokens_ratio_gives_the_gradient_at_the_samplers_prefixes
     estimated = expected_gradient(lambda x: loss(x, teacher_HV, sampler_HV=sampler_HV), student_HV, weight_N)
     expected = gradient(lambda x: myopic(divergence, x, teacher_HV, sampler_HV), student_HV)
     np.testing.assert_allclose(estimated, expected, atol=1e-13)
-    # Without the ratio it is another gradient: the weight does something.
+    # Without the ratio the gradient differs, so the weight has an effect.
     without = expected_gradient(lambda x: loss(x, teacher_HV), student_HV, weight_N)
     assert np.abs(without - expected).max() > 0.05
 
@@ -157,7 +157,7 @@ def test_off_policy_the_prefixes_ratio_too_gives_the_gradient_at_the_students_ow
     sampler_HV = sampler_table()
     loss, divergence = SAMPLED[name]
     gap_NT = token_logprobs(student_HV) - token_logprobs(sampler_HV)
-    before_NT = jnp.exp(jnp.cumsum(gap_NT, axis=1) - gap_NT)  # of the tokens before target t
+    before_NT = jnp.exp(jnp.cumsum(gap_NT, axis=1) - gap_NT)  # ratio of the tokens before target t
     estimated = expected_gradient(
         lambda x: before_NT * loss(x, teacher_HV, sampler_HV=sampler_HV), student_HV, sequence_probabilities(sampler_HV)
     )
@@ -171,7 +171,7 @@ def test_the_return_to_go_has_the_exact_gradient_of_the_sequences_reverse_kl():
     on_policy_N = sequence_probabilities(student_HV)
     estimated = expected_gradient(lambda x: as_advantage(x, teacher_HV, discount=1.0), student_HV, on_policy_N)
     np.testing.assert_allclose(estimated, expected, atol=1e-13)
-    # Off-policy with the whole sequence's ratio as its weight.
+    # Off-policy, weighted by the whole sequence's ratio.
     sampler_N = sequence_probabilities(sampler_table())
     ratio_N = jnp.exp((token_logprobs(student_HV) - token_logprobs(sampler_table())).sum(1))
     weighted = expected_gradient(
@@ -205,19 +205,19 @@ def test_the_value_of_k2_is_off_by_a_sixth_of_the_third_moment():
         bias = value - myopic("topk_reverse_kl", student_HV, teacher_HV)
         third = jnp.sum(weight_NT * d_NT**3) / 6
         relative.append(float(abs(bias / third - 1)))
-    # What is left is of the next order: half of it at half the distance.
+    # The remaining error is of the next order: it halves with the distance.
     assert relative[0] < 0.3 and 0.4 < relative[1] / relative[0] < 0.6
 
 
 def one_position(logits_V):
-    """log p [V, 1] of every token that could be sampled, for expectations over one position."""
+    """log p [V, 1] of every token, for expectations over one position."""
     return jax.nn.log_softmax(logits_V)[:, None]
 
 
 @pytest.mark.parametrize("name", ["sampled_reverse_kl", "straight_through_reverse_kl", "sampled_forward_kl"])
 def test_beyond_20_nats_the_gradient_is_that_of_20_nats(name):
-    # The teacher rules out token 0 (30 nats below the student), which is half of the student's mass, and has 25 nats
-    # more than the student on token 1.
+    # Token 0 has half of the student's mass and is 30 nats less likely under the teacher; token 1 is 25 nats more
+    # likely under the teacher.
     log_p_V1 = jnp.array([jnp.log(0.5), -26.0, jnp.log(0.5)])[:, None]
     log_q_V1 = jnp.array([jnp.log(0.5) - 30, -1.0, jnp.log(0.3)])[:, None]
     slope_V1 = jax.grad(lambda x: getattr(distillation, name)(x, log_q_V1).sum())(log_p_V1)
@@ -226,7 +226,7 @@ def test_beyond_20_nats_the_gradient_is_that_of_20_nats(name):
     held_V = 1 - jnp.exp(jnp.array([-20.0, 20.0])) if name == "sampled_forward_kl" else jnp.array([20.0, -20.0])
     np.testing.assert_allclose(slope_V1[2, 0], exact_V[2], rtol=1e-12)
     np.testing.assert_allclose(slope_V1[:2, 0], held_V, rtol=1e-12)
-    # The bias that the docstring states, as numbers: on log p of each token, weighted by p.
+    # The bias stated in the docstring, as the gradient on log p of each token, weighted by p.
     p_V = jnp.exp(log_p_V1[:, 0])
     bias_V = np.asarray(p_V * (slope_V1[:, 0] - exact_V))
     if name == "sampled_forward_kl":
@@ -245,13 +245,13 @@ def order(whose):
 
 
 def candidates(student_HV, teacher_HV, num_candidates, whose="student"):
-    """Log-probs [N, T, K] of both over the top-k of one of them."""
+    """Log-probs [N, T, K] of student and teacher at the top-k of one of them."""
     ids_NTK = order(whose)[..., :num_candidates]
     return [jnp.take_along_axis(full_logprobs(x), ids_NTK, axis=-1) for x in (student_HV, teacher_HV)]
 
 
 def merged(student_HV, teacher_HV, num_candidates, whose="student"):
-    """Probabilities [N, T, K + 1] of both over the same candidates and the rest, by summing it."""
+    """Probabilities [N, T, K + 1] of both at the same candidates and, summed, at the rest."""
     ordered = [jnp.take_along_axis(x, order(whose), axis=-1) for x in probabilities(student_HV, teacher_HV)]
     K = num_candidates
     return [jnp.concatenate([x[..., :K], x[..., K:].sum(-1, keepdims=True)], -1) for x in ordered]
@@ -298,7 +298,7 @@ def test_it_lies_between_zero_and_the_full_divergence_and_grows_with_k(name):
     values = [np.asarray(ours(*candidates(student_HV, teacher_HV, k))) for k in range(1, V)]
     for smaller, larger in itertools.pairwise([np.zeros_like(full_NT), *values, full_NT]):
         assert np.all(smaller <= larger + 1e-14)
-    assert np.mean(values[0] < 0.9 * full_NT) > 0.3  # and K does matter
+    assert np.mean(values[0] < 0.9 * full_NT) > 0.3  # and K has an effect
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -331,7 +331,7 @@ def test_it_is_zero_where_student_and_teacher_agree_and_with_its_tail_so_is_its_
         np.testing.assert_allclose(value, 0, atol=1e-13)
         if tail or k == V or name == "topk_jsd":
             np.testing.assert_allclose(grad, 0, atol=1e-13)
-        else:  # a sum over some tokens still pulls when there is nothing left to learn
+        else:  # a sum over some tokens has a gradient even where student and teacher agree
             assert np.abs(grad).max() > 0.01
 
 
@@ -348,13 +348,15 @@ def test_the_limits_of_the_jsd_are_the_forward_and_the_reverse_kl():
 
 def test_without_the_tail_the_student_gains_by_moving_mass_out_of_the_candidates():
     log_q_K = jnp.log(jnp.array([0.5, 0.3]))
-    # The lowest of sum p log(p / q) is at p = q / e, and is -sum q / e: 0.71 of the mass has gone elsewhere.
+    # The minimum of sum p log(p / q) is -sum q / e at p = q / e: 0.71 of the mass has moved out of the candidates.
     value, grad = jax.value_and_grad(
         lambda x: distillation.topk_reverse_kl(x[None, None], log_q_K[None, None], tail=False)[0, 0]
     )(log_q_K - 1)
     np.testing.assert_allclose(value, -0.8 / np.e, rtol=1e-13)
     np.testing.assert_allclose(grad, 0, atol=1e-13)
-    assert distillation.topk_reverse_kl((log_q_K - 1)[None, None], log_q_K[None, None])[0, 0] > 0.5  # with it: worse
+    assert (
+        distillation.topk_reverse_kl((log_q_K - 1)[None, None], log_q_K[None, None])[0, 0] > 0.5
+    )  # with the tail it costs
 
 
 def test_without_the_tail_the_forward_kl_teaches_that_nothing_happens_outside_the_candidates():
@@ -366,7 +368,9 @@ def test_without_the_tail_the_forward_kl_teaches_that_nothing_happens_outside_th
         return distillation.topk_forward_kl(*both, tail=tail)[0, 0]
 
     value, grad = jax.value_and_grad(lost)(log_renormalized_V, False)
-    np.testing.assert_allclose(value, 0.8 * np.log(0.8), rtol=1e-9)  # negative, and lower than where the two agree
+    np.testing.assert_allclose(
+        value, 0.8 * np.log(0.8), rtol=1e-9
+    )  # negative, and lower than where student and teacher agree
     np.testing.assert_allclose(grad, 0, atol=1e-11)
     assert np.abs(jax.grad(lost)(log_renormalized_V, True)).max() > 0.05
     np.testing.assert_allclose(jax.grad(lost)(log_q_V, True), 0, atol=1e-13)

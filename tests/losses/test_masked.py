@@ -1,4 +1,4 @@
-"""Reductions: only scored targets count, whatever the others hold."""
+"""Reductions depend only on scored targets, whatever the others hold."""
 
 import functools
 
@@ -48,12 +48,12 @@ def test_reductions_equal_the_plain_loops(case):
 
 @pytest.mark.parametrize("length", [None, 0])
 def test_the_constant_reduction_needs_its_constant(length):
-    with pytest.raises(ValueError, match=r"divides by length, such as max_new_tokens; got (None|0)"):
+    with pytest.raises(ValueError, match=r"needs a length of at least 1, e.g. max_new_tokens; got (None|0)"):
         masked.masked_constant_mean(jnp.ones((1, 2)), jnp.ones((1, 2), bool), length=length)
 
 
-def test_a_long_sequence_counts_by_its_tokens_or_not_as_the_reductions_name_says():
-    # One token of 6 in a short sequence, three of 2 in a long one.
+def test_a_long_sequence_counts_per_token_or_per_sequence_as_the_reduction_says():
+    # A short sequence with one token of value 6, a long one with three tokens of value 2.
     x_BT = jnp.array([[6.0, 0.0, 0.0], [2.0, 2.0, 2.0]])
     mask_BT = jnp.array([[True, False, False], [True, True, True]])
     found = {name: float(reduce(x_BT, mask_BT, length=4)) for name, reduce in masked.REDUCTIONS.items()}

@@ -1,4 +1,4 @@
-"""Behaviour weights by hand, and what they may not depend on. Their gradients: test_policy_enumeration.py."""
+"""Behaviour weights by hand, and their invariances. test_policy_enumeration.py checks their gradients."""
 
 import functools
 import inspect
@@ -51,8 +51,8 @@ def test_weights_by_hand(options, weight, kept):
         ({"action": "drop"}, 'action must be "clamp" or "mask", got "drop"'),
     ],
 )
-def test_what_makes_no_sense_is_refused(options, message):
-    # Annotations are checked in these tests, not in a user's run: call what is beneath them.
+def test_invalid_bounds_and_options_are_refused(options, message):
+    # Annotations are checked in these tests but not in a user's run, so call the undecorated function.
     with pytest.raises(ValueError, match=message):
         inspect.unwrap(off_policy.behavior_weight)(PROXIMAL, SAMPLER, MASK, **options)
 
@@ -73,7 +73,7 @@ def compiled(index):
 @pytest.mark.parametrize("index", range(len(COMBINATIONS)))
 @given(seed=SEEDS, spread=st.sampled_from([0.3, 30.0, 1e4, 1e30]))
 @settings(max_examples=15, deadline=None)
-def test_weights_are_within_bounds_and_depend_on_nothing_that_is_not_scored(index, seed, spread):
+def test_weights_are_within_bounds_and_independent_of_unscored_targets(index, seed, spread):
     rng = np.random.default_rng(seed)
     proximal, sampler = (spread * rng.normal(size=(2, 3, 5))).astype(np.float32)
     mask = rng.random((3, 5)) < 0.6

@@ -1,7 +1,7 @@
 """Policy losses and advantages against exact gradients, by enumerating every sequence, in float64.
 
-Three symbols, of which 0 ends a sequence, and three targets at most: 15 sequences of 1 to 3 tokens. What stands after
-the end is NaN, so nothing here can read it.
+Three symbols, of which 0 ends a sequence, and at most three targets: 15 sequences of 1 to 3 tokens. Targets after the
+end are NaN, so that reading one fails the test.
 
 Dimension key: N = 15 sequences, T = 3 targets, V = 3 vocabulary, H = 7 prefixes, G completions of a prompt, M batches.
 """
@@ -54,7 +54,7 @@ def expected_reward_gradient(logits_HV, reward_N):
 
 
 def expected_gradient(loss, logits_HV, weight_N):
-    """Of a loss [N, T], summed over scored targets, over all sequences; the sampler does not follow the parameters."""
+    """Expected gradient of a loss [N, T], summed over scored targets; the sampler does not depend on the parameters."""
     weight_N = jax.lax.stop_gradient(weight_N)
     return jax.grad(lambda x: jnp.sum(weight_N[:, None] * jnp.where(MASK_NT, loss(x), 0)))(logits_HV)
 
@@ -72,7 +72,7 @@ REWARD_N = np.random.default_rng(5).normal(size=N)
 RIGHT_N = (np.arange(N) % 3 == 0).astype(float)  # rewards of 0 and 1
 
 
-def test_all_sequences_are_there():
+def test_the_enumeration_is_complete():
     assert (N, H) == (15, 7) and len(set(SEQUENCES)) == N
     np.testing.assert_allclose(probabilities(table(0)).sum(), 1, rtol=1e-14)
 
@@ -90,7 +90,7 @@ def test_on_policy_each_loss_has_the_gradient_of_the_expected_reward(policy):
 
 
 def continuation_values(logits_HV, reward_N):
-    """Expected reward [H] from each prefix on, and [H, V] after each next token, by grouping the sequences."""
+    """Expected reward [H] given each prefix, and [H, V] given each next token, by grouping the sequences."""
     weight_N = np.asarray(probabilities(logits_HV))
     value_H, value_HV, reach_H = np.zeros(H), np.zeros((H, V)), np.zeros(H)
     for h in range(H):
@@ -104,7 +104,7 @@ def continuation_values(logits_HV, reward_N):
 
 
 def one_step_gradient(logits_HV, sampler_HV, reward_N):
-    """Of the expected reward if one token, at the sampler's prefixes, is the policy's and the rest the sampler's."""
+    """Gradient of the expected reward if the policy draws one token at the sampler's prefixes, the sampler the rest."""
     _, value_HV, reach_H = continuation_values(sampler_HV, reward_N)
     return jax.grad(lambda x: jnp.sum(reach_H[:, None] * jax.nn.softmax(x) * value_HV))(logits_HV)
 
@@ -126,10 +126,10 @@ def test_off_policy_the_tokens_weight_gives_the_exact_gradient_at_the_samplers_p
     exact = one_step_gradient(logits_HV, sampler_HV, REWARD_N)
     found = expected_gradient(loss, logits_HV, probabilities(sampler_HV))
     np.testing.assert_allclose(found, -exact, atol=1e-13)
-    # Without the weight it is another gradient.
+    # Without the weight the gradient differs.
     without = expected_gradient(lambda x: loss(x, weight_NT=1.0), logits_HV, probabilities(sampler_HV))
     assert np.abs(without + exact).max() > 0.02
-    # And it is not that of the expected reward of the policy's own answers, either.
+    # It is not the gradient of the expected reward of the policy's own answers either.
     assert np.abs(exact - expected_reward_gradient(logits_HV, REWARD_N)).max() > 0.02
 
 
@@ -142,7 +142,7 @@ def weighted_by_sequence(level, sampler_HV, logits_HV, **bounds):
     return expected_gradient(lambda x: weight_NT * loss(x), logits_HV, probabilities(sampler_HV))
 
 
-def test_off_policy_the_geometric_mean_and_a_bound_that_holds_are_biased_and_less_so_nearer_by():
+def test_off_policy_the_geometric_mean_and_an_active_bound_are_biased_and_less_so_near_the_policy():
     logits_HV = table(0)
     exact = expected_reward_gradient(logits_HV, REWARD_N)
     for level, bounds in (("sequence", {}), ("sequence", {"upper": 1.1})):
@@ -157,7 +157,7 @@ def test_off_policy_the_geometric_mean_and_a_bound_that_holds_are_biased_and_les
 
 
 def mean_advantage(name, logits_HV, reward_N, num_completions):
-    """E[A_1 | y_1 = n] for each sequence n, over all groups that hold it."""
+    """E[A_1 | y_1 = n] for each sequence n, over all groups that contain it."""
     groups_MG = np.array(list(itertools.product(range(N), repeat=num_completions)))
     advantages_MG = np.asarray(advantages.ADVANTAGES[name](reward_N[groups_MG]))
     others_M = np.asarray(probabilities(logits_HV))[groups_MG[:, 1:]].prod(1)
@@ -181,7 +181,7 @@ def test_rloo_is_unbiased_and_dr_grpo_is_so_up_to_its_factor(num_completions):
 
 
 def grpo_pull(p, num_completions):
-    """A right answer's expected advantage less a wrong one's, for a prompt solved with probability p: binomial sums."""
+    """Expected advantage of right minus wrong answers, for a prompt solved with probability p (binomial sums)."""
 
     def advantage(own, num_right):
         mean = num_right / num_completions
@@ -208,16 +208,16 @@ def test_grpos_standard_deviation_rescales_each_prompt_by_its_difficulty(num_com
 
 
 def test_grpos_pull_by_number_of_completions_and_difficulty():
-    # Two completions: the same for every prompt, sqrt(2) of dr_grpo's 1 - 1/2.
+    # Two completions: the same for every prompt, sqrt(2) times dr_grpo's 1 - 1/2.
     np.testing.assert_allclose([grpo_pull(p, 2) for p in (0.01, 0.3, 0.5)], math.sqrt(0.5), rtol=1e-12)
-    # Many: 1 / sqrt(p (1 - p)).
+    # Many completions: 1 / sqrt(p (1 - p)).
     for p in (0.1, 0.3, 0.5):
         np.testing.assert_allclose(grpo_pull(p, 512), 1 / math.sqrt(p * (1 - p)), rtol=0.02)
-    # Eight: a prompt solved once in ten times pulls 1.25 times as much as one solved every other time.
+    # Eight completions: a prompt solved one time in ten pulls 1.25 times as much as one solved every other time.
     np.testing.assert_allclose([grpo_pull(0.1, 8), grpo_pull(0.5, 8)], [2.1774, 1.7358], rtol=1e-4)
 
 
-def test_reinforce_plus_plus_rescales_each_prompt_by_what_the_others_vary():
+def test_reinforce_plus_plus_rescales_each_prompt_by_the_variance_of_the_others():
     # Two prompts, two completions of each: the batch's deviation is sqrt(mixed groups / 8). Where the first group is
     # mixed, the second is with probability q = 2 p (1 - p): a factor of sqrt(2) (1 - q) + q for the first prompt.
     tables = [table(0), table(3)]
@@ -235,7 +235,9 @@ def test_reinforce_plus_plus_rescales_each_prompt_by_what_the_others_vary():
         factors.append(math.sqrt(2) * (1 - q) + q)
         exact = expected_reward_gradient(tables[own], RIGHT_N)
         np.testing.assert_allclose(found, -factors[-1] * exact, rtol=1e-5, atol=1e-12)
-    assert abs(factors[0] / factors[1] - 1) > 1e-3  # so the two prompts' sum is not quite parallel to the exact one
+    assert (
+        abs(factors[0] / factors[1] - 1) > 1e-3
+    )  # so the sum over both prompts is not quite parallel to the exact gradient
 
 
 # ---- advantages of tokens ----

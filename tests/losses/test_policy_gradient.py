@@ -1,4 +1,4 @@
-"""Policy losses branch by branch, and what none of them may depend on."""
+"""Policy losses branch by branch, and invariances of all of them."""
 
 import functools
 
@@ -16,7 +16,7 @@ from jdistill.losses import masked, policy_gradient
     ("ratio", "advantage", "loss", "gradient"),
     [  # clip_low 0.2, clip_high 0.3, dual_clip 3; d loss / d log-prob = -advantage * ratio, or 0 where it is clipped
         (1.0, 2.0, -2.0, -2.0),
-        (1.25, 2.0, -2.5, -2.5),  # above 1.2, below 1.3: not clipped, clip_high is its own bound
+        (1.25, 2.0, -2.5, -2.5),  # above 1.2, below 1.3: not clipped, clip_high is a separate bound
         (1.4, 2.0, -2.6, 0.0),
         (0.5, 2.0, -1.0, -1.0),  # moving back is never clipped
         (0.7, -2.0, 1.6, 0.0),
@@ -106,7 +106,7 @@ def test_gspo_by_hand():
     np.testing.assert_allclose(loss(logprobs, clip_low=0.2), [[-2 * ratio, 0, 3 * ratio]], rtol=1e-5)
     grad = jax.grad(lambda x: loss(x, clip_low=0.2).sum())(logprobs)
     np.testing.assert_allclose(grad, [[-2 * ratio, 0, 3 * ratio]], rtol=1e-5)
-    # 1.105 > 1.05: the token with a positive advantage stops, though its own ratio is not what is compared.
+    # 1.105 > 1.05: the token with a positive advantage is clipped, because the clip compares the sequence's ratio.
     grad = jax.grad(lambda x: loss(x, clip_low=0.2, clip_high=0.05).sum())(logprobs)
     np.testing.assert_allclose(grad, [[0, 0, 3 * ratio]], rtol=1e-5)
     active = policy_gradient.POLICIES["gspo"].clip_is_active(
@@ -122,7 +122,7 @@ def test_gspos_token_form_is_its_sequence_form_where_the_advantage_is_the_sequen
     advantage = jnp.broadcast_to(jnp.asarray(rng.normal(size=(4, 1)), jnp.float32), (4, 5))
 
     def sequence_form(x):
-        """The paper's, differentiated through the mean."""
+        """The paper's loss, differentiated through the mean."""
         ratio_B = jnp.exp(jnp.where(mask, x - proximal, 0).sum(1) / mask.sum(1))
         reached_B = jnp.minimum(ratio_B * advantage[:, 0], jnp.clip(ratio_B, 0.9, 1.1) * advantage[:, 0])
         return -reached_B.mean()

@@ -1,4 +1,4 @@
-"""What holds for every distillation objective in the table, in float32.
+"""Properties of every distillation objective in the table, in float32.
 
 Dimension key: B sequences, T targets, V vocabulary, K candidates.
 """
@@ -22,7 +22,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 @functools.cache
 def objective(name, **options):
-    """(logprobs, teacher_logprobs, loss_mask) -> per token, from filled inputs as a trainer would do it."""
+    """Return f(logprobs, teacher_logprobs, loss_mask) -> loss per token, which fills its inputs as a trainer does."""
     function = estimators.OBJECTIVES[name].function
     if name == "topk_jsd":
         options = {"beta": 0.3} | options
@@ -45,7 +45,7 @@ def reduced(name, **options):
 
 
 def inputs(rng, name, scale, num_candidates=K, dtype=np.float32):
-    """Log-probs of a student and a teacher at what the objective reads: [B, T] or [B, T, K]."""
+    """Log-probs of a student and a teacher for the objective: [B, T] or [B, T, K]."""
     logits = rng.normal(scale=scale, size=(2, B, T, V))
     shifted = logits - logits.max(-1, keepdims=True)
     logprobs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
@@ -69,7 +69,7 @@ ALL = np.ones((B, T), bool)
 def test_values_and_gradients_are_finite(name, seed, scale):
     rng = np.random.default_rng(seed)
     student, teacher = inputs(rng, name, scale)
-    if name != "sampled_reverse_kl_advantage":  # which is linear in the log-probs: what is infinite stays so
+    if name != "sampled_reverse_kl_advantage":  # linear in the log-probs, so infinities stay infinite
         teacher = np.where(rng.random(teacher.shape) < 0.2, -np.inf, teacher).astype(np.float32)
         given_up = (rng.random(student.shape) < 0.2) & np.isfinite(teacher)
         student = np.where(given_up, -np.inf, student).astype(np.float32)
@@ -88,7 +88,7 @@ def test_zero_where_student_and_teacher_agree(name, seed, scale):
 
 @functools.cache
 def of_logits(name, num_candidates):
-    """Gradient of the sum in the student's logits [B, T, V], at the tokens `ids`."""
+    """Gradient of the sum with respect to the student's logits [B, T, V], at the tokens `ids`."""
     per_token = objective(name)
 
     def total(logits, teacher_logprobs, ids):
@@ -111,7 +111,7 @@ def test_no_gradient_where_student_and_teacher_agree(name, num_candidates, seed,
     ids = np.argsort(-logits, axis=-1)[..., :num_candidates]
     teacher = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), ids, axis=-1)
     grad = of_logits(name, num_candidates)(logits, teacher, ids)
-    np.testing.assert_allclose(grad, 0, atol=2e-5)  # a rest below 2e-6 counts as none
+    np.testing.assert_allclose(grad, 0, atol=2e-5)  # a rest below 2e-6 counts as 0
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_padded_candidates_and_the_order_of_candidates_change_nothing(name, tail
 
 
 def full_divergence(name, student, teacher):
-    """By the textbook, in float64, from float32 log-probs of the whole vocabulary."""
+    """The textbook formula in float64, from float32 log-probs of the whole vocabulary."""
     log_p, log_q = (x.astype(np.float64) for x in (student, teacher))
     p, q = np.exp(log_p), np.exp(log_q)
     if name == "topk_reverse_kl":
@@ -197,7 +197,7 @@ def test_with_its_tail_it_grows_with_k_from_zero_to_the_full_divergence(name, se
         for k in (1, K, V - 1, V):
             found_BT = np.asarray(objective(name)(student[..., :k], teacher[..., :k], ALL))
             assert found_BT.dtype == np.float64
-            # A rest of 1e-8, as these tables have, is known to 1e-8 of itself.
+            # A rest of 1e-8, which these tables have, is known to 1e-8 of itself.
             assert np.all(found_BT >= last_BT - 1e-7) and np.all(found_BT <= full_BT + 1e-7)
             last_BT = found_BT
         np.testing.assert_allclose(last_BT, full_BT, rtol=1e-12, atol=1e-12)
@@ -211,7 +211,7 @@ def test_over_the_whole_vocabulary_the_empty_tail_makes_no_noise_in_float32(name
     found_BT = objective(name)(student, teacher, ALL)
     np.testing.assert_allclose(found_BT, full_divergence(name, student, teacher), rtol=1e-5, atol=5e-6)
     np.testing.assert_allclose(found_BT, objective(name, tail=False)(student, teacher, ALL), rtol=1e-6, atol=1e-6)
-    # The same gradient but for the derivative of sum p = 1, which the tail leaves out.
+    # The gradients differ only by the derivative of sum p = 1, which the tail omits.
     _, grad = reduced(name)(student, teacher, ALL)
     _, other = reduced(name, tail=False)(student, teacher, ALL)
     constant = np.exp(student) / ALL.size if name == "topk_reverse_kl" else 0
@@ -222,6 +222,6 @@ def test_over_the_whole_vocabulary_the_empty_tail_makes_no_noise_in_float32(name
 @given(seed=SEEDS, scale=st.sampled_from(SCALES))
 @settings(max_examples=20, deadline=None)
 def test_with_its_tail_it_is_never_negative_in_float32(name, seed, scale):
-    # Rounding of the log-probs themselves (eps * scale) moves the value by as much.
+    # Rounding of the log-probs (eps * scale) changes the value by the same amount.
     found_BT = objective(name)(*inputs(np.random.default_rng(seed), name, scale), ALL)
     assert np.all(np.asarray(found_BT) >= -1e-5 * max(1, scale / 10))

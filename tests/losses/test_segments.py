@@ -1,4 +1,4 @@
-"""Segments of several tokens: against sums by hand, the form for single tokens, and exact enumeration."""
+"""Segments of several tokens against hand-computed sums, the single-token form, and exact enumeration."""
 
 import itertools
 
@@ -30,7 +30,7 @@ def test_sums_and_returns_by_hand():
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.7, 1.0])
-def test_one_token_a_segment_is_the_form_for_tokens(discount):
+def test_one_token_per_segment_equals_the_single_token_form(discount):
     key = jax.random.split(jax.random.key(0), 3)
     mask = jax.random.bernoulli(key[0], 0.7, (5, 9))
     logprobs, teacher = -jax.random.exponential(key[1], (5, 9)), -jax.random.exponential(key[2], (5, 9))
@@ -43,7 +43,7 @@ def test_one_token_a_segment_is_the_form_for_tokens(discount):
 
 @pytest.mark.parametrize("boundaries", [(2, 4), (1, 4), (3, 4), (4,), (1, 2, 3, 4)])
 def test_expected_gradient_is_that_of_the_kl_over_segments(boundaries):
-    # Four student tokens of a vocabulary of 3, a teacher that knows only the segments' joint probabilities.
+    # Four student tokens with a vocabulary of 3, and a teacher that gives only joint probabilities of segments.
     num_ids, length = 3, 4
     rng = np.random.default_rng(0)
     tables = [jnp.asarray(rng.normal(size=(num_ids,) * (t + 1))) for t in range(length)]
@@ -55,7 +55,7 @@ def test_expected_gradient_is_that_of_the_kl_over_segments(boundaries):
         columns = [jax.nn.log_softmax(x)[tuple(sequences[:, : t + 1].T)] for t, x in enumerate(tables)]
         return jnp.stack(columns, axis=1)
 
-    # log q of each segment given what is before it, from the joint: a chain over segments.
+    # log q of each segment given the previous ones, by the chain rule over segments.
     joint = jax.nn.softmax(teacher_logits).reshape((num_ids,) * length)
     teacher, before = [], jnp.zeros(len(sequences))
     for end in boundaries:

@@ -1,4 +1,4 @@
-"""The value head's loss by hand, and explained variance against its textbook formula."""
+"""The value loss by hand, and explained variance against the textbook formula."""
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,10 @@ from jdistill.losses import masked, value
     [  # clip 0.2
         (1.0, 1.0, 2.0, 0.5, -1.0),
         (1.1, 1.0, 2.0, 0.405, -0.9),  # within the clip
-        (1.5, 1.0, 2.0, 0.32, 0.0),  # moved too far towards the return: held at 1.2
-        (0.5, 1.0, 2.0, 1.125, -1.5),  # moved away: its own error is the larger one
+        (1.5, 1.0, 2.0, 0.32, 0.0),  # moved too far towards the return: clipped to 1.2
+        (0.5, 1.0, 2.0, 1.125, -1.5),  # moved away: its own error is larger
         (3.0, 1.0, 2.0, 0.5, 1.0),  # beyond the return: its own error, 1, is larger than that of 1.2
-        (2.5, 1.0, 2.0, 0.32, 0.0),  # beyond the return, but by less than 1.2 lacks
+        (2.5, 1.0, 2.0, 0.32, 0.0),  # beyond the return, but closer to it than 1.2
     ],
 )
 def test_the_clipped_loss_by_hand(now, old, target, loss, gradient):
@@ -42,7 +42,7 @@ def test_no_gradient_flows_to_old_values_and_returns():
 
 
 @pytest.mark.parametrize("clip", [0.0, -1.0])
-def test_a_clip_at_which_nothing_moves_is_refused(clip):
+def test_a_clip_that_is_not_positive_is_refused(clip):
     with pytest.raises(ValueError, match="clip must be above 0"):
         value.value_loss(jnp.zeros((1, 1)), jnp.zeros((1, 1)), jnp.zeros((1, 1)), clip=clip)
 
@@ -69,7 +69,7 @@ def test_unscored_targets_touch_neither_value_nor_gradient(seed):
 
 @given(seed=st.integers(0, 2**32 - 1), share=st.sampled_from([0.0, 0.3, 1.0]))
 @settings(max_examples=20, deadline=None)
-def test_explained_variance_equals_the_textbooks_over_scored_targets(seed, share):
+def test_explained_variance_equals_the_textbook_formula_over_scored_targets(seed, share):
     rng = np.random.default_rng(seed)
     returns = rng.normal(5, 1, (3, 5)).astype(np.float32)
     values = (share * returns + (1 - share) * rng.normal(size=(3, 5))).astype(np.float32)
@@ -85,13 +85,13 @@ def test_explained_variance_equals_the_textbooks_over_scored_targets(seed, share
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.1])
-def test_explained_variance_is_zero_where_there_is_nothing_to_explain(constant):
+def test_explained_variance_is_zero_for_constant_returns_or_values(constant):
     values = jnp.array([[0.3, 0.5, -0.2]])
     for num_targets in (3, 50, 1000):
         many = jnp.arange(num_targets, dtype=jnp.float32)[None]
         assert value.explained_variance(many, jnp.full(many.shape, constant), jnp.ones(many.shape, bool)) == 0
     assert value.explained_variance(values, values, jnp.zeros((1, 3), bool)) == 0
-    # Values that are a constant explain nothing of returns that vary.
+    # Constant values explain none of the variance of the returns.
     np.testing.assert_allclose(
         value.explained_variance(jnp.full((1, 3), 7.0), values, jnp.ones((1, 3), bool)), 0, atol=1e-5
     )

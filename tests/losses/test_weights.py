@@ -46,7 +46,7 @@ def test_schedules_by_hand(compiled):
 
 
 def test_schedules_begin_and_end_exactly():
-    # 0 means that the term is off: 1e-9 of it would not be.
+    # A weight of 0 turns the term off; 1e-9 would not.
     for schedule in (weights.linear, weights.cosine):
         for begin, end in ((0.1, 0.0), (0.3, 0.1)):
             found = [float(schedule(step, begin=begin, end=end, num_steps=30)) for step in (0, 30, 31)]
@@ -58,18 +58,18 @@ def test_schedules_begin_and_end_exactly():
     [
         (lambda: weights.linear(0, begin=1.0, end=0.0, num_steps=0), "num_steps must be at least 1"),
         (lambda: weights.cosine(0, begin=1.0, end=0.0, num_steps=0), "num_steps must be at least 1"),
-        (lambda: weights.kdrl_annealing(0, begin=0.1, end=0.2, decrement=0.1), "goes down from begin to end"),
+        (lambda: weights.kdrl_annealing(0, begin=0.1, end=0.2, decrement=0.1), "decreases from begin to end"),
         (lambda: weights.kdrl_annealing(0, begin=0.2, end=0.1, decrement=0.0), "decrement > 0"),
         (lambda: weights.entropy_weights(jnp.ones((1, 2)), jnp.ones((1, 2), bool), strength=-0.1), "negative"),
         (lambda: weights.clip_per_token(jnp.ones((1, 2)), limit=0.0), "limit must be above 0"),
     ],
 )
-def test_what_makes_no_sense_is_refused(call, message):
+def test_invalid_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_the_table_of_schedules_has_all_of_them():
+def test_the_table_lists_every_schedule():
     assert set(weights.SCHEDULES) == {"constant", "linear", "cosine", "kdrl"}
     assert weights.SCHEDULES["kdrl"] is weights.kdrl_annealing
 
@@ -78,7 +78,7 @@ def test_the_reward_guided_mask_keeps_the_scored_tokens_of_wrong_answers():
     mask_BT = jnp.array([[False, True, True], [True, True, False], [True, False, False]])
     found = weights.reward_guided_mask(jnp.array([0.0, 1.0, 0.5]), mask_BT, threshold=0.5)
     np.testing.assert_array_equal(found, [[0, 1, 1], [0, 0, 0], [0, 0, 0]])
-    # With a reduction over all scored tokens: two of five tokens, not two of two.
+    # The reduction divides by all scored tokens: two of five, not two of two.
     np.testing.assert_allclose(masked.masked_mean(found, mask_BT), 0.4, rtol=1e-6)
 
 
@@ -99,7 +99,7 @@ def test_entropy_weights_are_positive_of_mean_one_and_ordered_by_entropy(seed, s
     assert np.all(np.diff(scored[np.argsort(entropy)]) >= -1e-6)
 
 
-def test_entropy_weights_carry_no_gradient_and_are_one_where_nothing_is_uncertain():
+def test_entropy_weights_have_no_gradient_and_are_one_if_every_entropy_is_zero():
     mask_BT = jnp.array([[True, True, False]])
     grad = jax.grad(lambda x: (weights.entropy_weights(x, mask_BT) * jnp.arange(3.0)).sum())(
         jnp.array([[1.0, 2.0, 3.0]])
