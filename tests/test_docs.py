@@ -8,6 +8,9 @@ import tomllib
 import pytest
 
 from jdistill.config import TeacherServerConfig, TrainConfig, describe
+from jdistill.sidecar.engines.fake import FakeOptions
+from jdistill.sidecar.engines.sglang_http import SglangHttpOptions
+from jdistill.sidecar.engines.vllm_http import VllmHttpOptions
 from jdistill.tasks.addition import AdditionOptions
 from jdistill.tasks.gsm8k import Gsm8kOptions
 from jdistill.wire import errors
@@ -31,7 +34,13 @@ def test_a_table_that_is_out_of_date_is_found_and_written(tmp_path):
     assert row in page.read_text() and page.read_text().endswith("<!-- end -->\nafter\n")
 
 
-@pytest.mark.parametrize("schema", [TrainConfig, TeacherServerConfig, AdditionOptions, Gsm8kOptions])
+SCHEMAS = [
+    *(TrainConfig, TeacherServerConfig, AdditionOptions, Gsm8kOptions),
+    *(VllmHttpOptions, SglangHttpOptions, FakeOptions),
+]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
 def test_every_option_has_a_description(schema):
     for path, section in describe.sections(schema):
         for option in describe.options(section):

@@ -21,7 +21,9 @@ class EngineSection(Section):
         "only config.json and the tokenizer files"
     )
     urls: list[str] | None = Field(
-        None, description="vllm-http, sglang-http: address of the running server, e.g. http://127.0.0.1:8000"
+        None,
+        description="vllm-http, sglang-http: address of the running server, e.g. http://127.0.0.1:8000; several are "
+        "refused, start one sidecar per server",
     )
     served_name: str | None = Field(None, description="model name that clients see; null: the directory's name")
     adapters: dict[str, str] = Field({}, description="LoRA adapters: name that clients use -> PEFT directory")

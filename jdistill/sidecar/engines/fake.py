@@ -28,23 +28,28 @@ from jdistill.wire.types import ModelInfo, SequenceToScore, TokenScores
 
 
 class FakeOptions(Section):
-    """The engine_args of the fake engine."""
+    """`engine_args` of fake, which needs no checkpoint and simulates delays and failures."""
 
-    vocab_size: int = pydantic.Field(64, ge=2)
-    delay_s: float = pydantic.Field(0.0, ge=0)  # before each sequence's scores
-    load_s: float = pydantic.Field(0.0, ge=0)  # simulated loading time
-    fingerprint: str | None = None  # default: a hash of the options that change scores
-    tokenizer_fingerprint: str = ""
-    any_temperature: bool = True
-    max_top_k: int | None = None  # default: the vocabulary
-    max_candidate_count: int | None = None  # default: the vocabulary
-    # Simulates a machine of this speed: sequences pass through it one after another.
-    tokens_per_s: float | None = pydantic.Field(None, gt=0)
-    sleeps: bool = True  # with --offload; False: like an engine that cannot
-    wakes_as: str | None = None  # fingerprint after a wake, as if the checkpoint had changed
-    hang_on_token: int | None = None  # never answers when it sees this token
-    die_on_token: int | None = None  # the engine dies when it sees this token, as vLLM's does
-    fail_on_token: int | None = None  # an unexpected exception when it sees this token
+    vocab_size: int = pydantic.Field(64, ge=2, description="number of tokens")
+    delay_s: float = pydantic.Field(0.0, ge=0, description="seconds before each sequence's scores")
+    load_s: float = pydantic.Field(0.0, ge=0, description="simulated loading time in seconds")
+    fingerprint: str | None = pydantic.Field(
+        None, description="model fingerprint; null: a hash of the options that change scores"
+    )
+    tokenizer_fingerprint: str = pydantic.Field("", description="tokenizer fingerprint")
+    any_temperature: bool = pydantic.Field(True, description="score at any temperature; false: only at 1")
+    max_top_k: int | None = pydantic.Field(None, description="highest top_k; null: the vocabulary")
+    max_candidate_count: int | None = pydantic.Field(None, description="candidates per position; null: the vocabulary")
+    tokens_per_s: float | None = pydantic.Field(
+        None, gt=0, description="simulated speed of a machine that scores sequences one after another; null: unlimited"
+    )
+    sleeps: bool = pydantic.Field(True, description="can sleep with offload; false: like an engine that cannot")
+    wakes_as: str | None = pydantic.Field(
+        None, description="model fingerprint after a wake, as if the checkpoint had changed; null: unchanged"
+    )
+    hang_on_token: int | None = pydantic.Field(None, description="token on which the engine never answers")
+    die_on_token: int | None = pydantic.Field(None, description="token on which the engine dies")
+    fail_on_token: int | None = pydantic.Field(None, description="token on which it raises an unexpected exception")
 
 
 def logprobs_PV(  # noqa: N802  (a shape suffix)

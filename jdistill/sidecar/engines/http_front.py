@@ -47,12 +47,16 @@ AGREE_WITHIN = 0.25  # nats between two scores of the probe: allows the rounding
 
 
 class HttpOptions(Section):
-    """The engine_args of the engines in front of HTTP servers."""
+    """`engine_args` of the engines in front of HTTP servers."""
 
-    max_connections: int = pydantic.Field(64, ge=1)  # requests in flight
-    timeout_s: float = pydantic.Field(600.0, gt=0)  # for one request
-    api_key_file: str | None = None  # holds the key that the server asks for (authorization: Bearer)
-    max_top_k: int = pydantic.Field(20, ge=0)  # up to the server's own limit (vLLM: --max-logprobs, 20 by default)
+    max_connections: int = pydantic.Field(64, ge=1, description="requests in flight")
+    timeout_s: float = pydantic.Field(600.0, gt=0, description="seconds for one request")
+    api_key_file: str | None = pydantic.Field(
+        None, description="file with the API key that the server requires (authorization: Bearer)"
+    )
+    max_top_k: int = pydantic.Field(
+        20, ge=0, description="highest top_k offered to clients; at most the server's limit (vLLM: --max-logprobs)"
+    )
 
 
 class HttpFrontEngine(Engine):

@@ -36,10 +36,10 @@ MAX_ENTRIES = 65_536  # [log-probability, id] pairs per request: 2 MB of JSON
 
 
 class SglangHttpOptions(HttpOptions):
-    """The engine_args of sglang-http."""
+    """`engine_args` of sglang-http."""
 
-    max_top_k: int = pydantic.Field(256, ge=0)  # SGLang has no limit of its own
-    max_candidates: int = pydantic.Field(64, ge=0)  # per position
+    max_top_k: int = pydantic.Field(256, ge=0, description="highest top_k offered to clients; SGLang has no limit")
+    max_candidates: int = pydantic.Field(64, ge=0, description="candidates per position")
 
 
 class SglangHttpEngine(HttpFrontEngine):

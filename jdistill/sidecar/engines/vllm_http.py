@@ -30,13 +30,20 @@ from jdistill.wire.types import SequenceToScore, TokenScores
 
 
 class VllmHttpOptions(HttpOptions):
-    """The engine_args of vllm-http."""
+    """`engine_args` of vllm-http."""
 
-    # The model's name at the server; default: served_name if the server has it, otherwise the server's first model.
-    server_model: str | None = None
-    scoring: Literal["auto", "fields", "generate", "completions"] = "auto"
-    # fields: candidates per position; the scored token takes one more of the server's --max-logprobs (20 by default).
-    max_candidates: int = pydantic.Field(19, ge=1)
+    server_model: str | None = pydantic.Field(
+        None, description="model name at the server; null: served_name if the server has it, else its first model"
+    )
+    scoring: Literal["auto", "fields", "generate", "completions"] = pydantic.Field(
+        "auto", description="API used for scoring; auto: the first of fields, generate and completions that works"
+    )
+    max_candidates: int = pydantic.Field(
+        19,
+        ge=1,
+        description="fields: candidates per position; the scored token takes one more of the server's --max-logprobs "
+        "(20 by default)",
+    )
 
 
 class VllmHttpEngine(HttpFrontEngine):
