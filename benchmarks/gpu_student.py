@@ -1,12 +1,13 @@
-"""One big GPU: the training step's model FLOP/s utilisation, decoding's share of the memory bandwidth's roofline.
+"""Measures the student on one large GPU: model FLOP/s utilisation of training, bandwidth utilisation of decoding.
 
     python -m benchmarks.gpu_student [--models 0.6b 1.7b 4b] [--tasks train decode] [--output FILE.json]
-    JAX_PLATFORMS=cpu python -m benchmarks.gpu_student --tiny      # a check that it works, anywhere
+    JAX_PLATFORMS=cpu python -m benchmarks.gpu_student --tiny      # a functional check on any machine
 
-Qwen3's shapes with random weights, bfloat16 compute over float32 masters. Each model and task is a process of its own,
-so that each has the whole memory. The last line printed is one JSON object; `null` is a run that did not fit.
+The models have Qwen3's shapes, random weights, bfloat16 compute and float32 master weights. Each model and task runs in
+a separate process, so that it has the whole memory. The last line printed is one JSON object; `null` marks a run that
+did not fit.
 
-Dimension key: B rows, S tokens of a row, T = S - 1 targets, L layers, D width, N heads, K key-value heads, H head_dim,
+Dimension key: B rows, S tokens per row, T = S - 1 targets, L layers, D width, N heads, K key-value heads, H head_dim,
 F MLP width, V vocabulary.
 """
 
@@ -29,7 +30,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A shape of Qwen3, and how much of it is run at once."""
+    """Shape of a Qwen3 model, and its batch sizes."""
 
     hidden_size: int
     intermediate_size: int
@@ -38,7 +39,7 @@ class Size:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    train_rows: int  # B of a step, so that 80 GB hold it
+    train_rows: int  # B of a step, chosen to fit in 80 GB
     train_tokens: int = 4096  # T
     decode_rows: int = 64
     decode_prompt: int = 512
@@ -46,23 +47,23 @@ class Size:
 
     @property
     def matmul_weights(self) -> int:
-        """Weights that each token is multiplied with; the embedding counts once, as the (tied) head."""
+        """Number of weights that each token is multiplied by; the tied embedding counts once, as the head."""
         D, N, K, H = self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim
         layer = D * (N + 2 * K) * H + N * H * D + 3 * D * self.intermediate_size
         return self.num_layers * layer + D * self.vocab_size
 
     def train_flops(self) -> float:
-        """Of the model, for one step: forward once and backward twice; what remat computes again does not count.
+        """Return the model FLOPs of one step: one forward and two for the backward pass, without remat's recomputation.
 
-        A product of a token with a weight is 2 FLOP. Attention: scores and their sum over values, 2 * 2 * T * N * H for
-        a token and layer, of which causality needs half.
+        Multiplying a token by a weight takes 2 FLOPs. Attention takes 2 * 2 * T * N * H per token and layer for the
+        scores and the weighted sum of values, of which causal attention needs half.
         """
         weights = 2 * self.matmul_weights
         attention = self.num_layers * 2 * 2 * self.train_tokens * self.num_heads * self.head_dim / 2
         return 3 * self.train_rows * self.train_tokens * (weights + attention)
 
     def decode_bytes(self) -> float:
-        """Read by one decoding step, on average over the completion: bfloat16 weights once, and keys and values."""
+        """Return the bytes one decoding step reads on average: bfloat16 weights once, and keys and values."""
         length = self.decode_prompt + self.decode_new / 2
         cached = self.decode_rows * length * self.num_layers * 2 * self.num_kv_heads * self.head_dim
         return 2 * (self.matmul_weights + cached)
@@ -102,7 +103,7 @@ def main() -> None:
         "date": str(datetime.date.today()),
         "versions": versions(),
     }
-    # Nothing else is on the device; the default of 75 % would not hold the larger models.
+    # Nothing else runs on the device, and the larger models do not fit in the default of 75 %.
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **os.environ}
     failed = False
     for model in ["tiny"] if args.tiny else args.models:
@@ -126,7 +127,7 @@ def versions() -> dict[str, str]:
 
 
 def measure(model: str, task: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One task on one model."""
+    """Run one task on one model."""
     import jax
 
     size = TINY if args.tiny else SIZES[model]
@@ -165,7 +166,7 @@ def make_decoder(size: Size, remat: str) -> Any:
 
 
 def train(size: Size, args: argparse.Namespace, peak_flops: float | None, bandwidth: float | None) -> dict[str, Any]:
-    """GRPO's step over full rows, all but each row's first token scored; AdamW with float32 moments."""
+    """Time a GRPO step over full rows, with all targets scored; AdamW with float32 moments."""
     import jax
     import numpy as np
     from flax import nnx
@@ -220,7 +221,7 @@ def train(size: Size, args: argparse.Namespace, peak_flops: float | None, bandwi
 
 
 def decode(size: Size, args: argparse.Namespace, peak_flops: float | None, bandwidth: float | None) -> dict[str, Any]:
-    """A batch of completions of one length; a step's time is the whole call's less that of a call for one token."""
+    """Time decoding of equally long completions; a step's time excludes that of a call for a single token."""
     import jax
     import numpy as np
     from flax import nnx

@@ -1,15 +1,15 @@
-"""The objectives side by side on the demo task, with a nearly perfect teacher and with one stopped half way.
+"""Compares the objectives on the demo task, with a nearly perfect teacher and with one stopped halfway.
 
     python -m benchmarks.objectives [--steps 150] [--seeds 0 1 2] [--grid 2e-4 6e-4] [--teachers perfect imperfect]
                                     [--arms "RL only" ...] [--to runs/objectives]
                                     [--output benchmarks/results/objectives.md]
 
-Every arm is tuned over the same grid of learning rates with one seed, by held-out accuracy at T = 1, and then run with
-every seed. A run that is there already is not done again, so a comparison that was cut short goes on. Beside accuracy:
-the true reverse KL to the teacher over the whole vocabulary, the length of the responses, and the cosine between an
-estimator's gradient on one batch and the exact gradient of the per-token reverse KL at the same positions.
+Every arm is tuned over the same grid of learning rates with one seed, by held-out accuracy at T = 1, and then runs with
+every seed. Finished runs are reused, so an interrupted comparison continues. Besides accuracy, the table has the true
+reverse KL to the teacher over the whole vocabulary, the length of the responses, and the cosine between an estimator's
+gradient on one batch and the exact gradient of the per-token reverse KL at the same positions.
 
-"k1 in the loss" is the mistake that configurations refuse; this program puts it into the table of objectives itself.
+"k1 in the loss" is a mistake that configurations refuse, so this program adds it to the table of objectives.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from jdistill.wire.types import TokenScores
 K1 = "k1_in_the_loss"
 ANNEALED = "objective.distill_loss_weight={kind: linear, begin: 1.0, end: 0.0}"
 DEFAULT = "RL + distillation, top-k (default)"
-# Arm -> what it changes in configs/demo.yaml, which is RL + distillation by top-k reverse KL.
+# Arm -> overrides of configs/demo.yaml, which is RL + distillation by top-k reverse KL.
 ARMS = {
     "RL only": ["objective.distill_loss_weight=0", "objective.rl_loss_weight=1"],
     "distillation only, sampled": ["objective.rl_loss_weight=0", "objective.distillation=sampled_reverse_kl"],
@@ -57,7 +57,7 @@ ARMS = {
     "RL + annealed distillation, top-k": [ANNEALED, "objective.rl_loss_weight=1"],
     "RL + k1 in the loss (the mistake)": [f"objective.distillation={K1}", "objective.rl_loss_weight=1"],
 }
-# Estimators whose gradients are compared, by what they change.
+# Estimator whose gradient is compared -> overrides.
 GRADIENTS = {
     "sampled reverse KL, advantage": ["objective.distillation=sampled_reverse_kl"],
     "sampled reverse KL, k2 in the loss": ["objective.distillation=k2", "objective.distill_placement=loss"],
@@ -68,7 +68,7 @@ GRADIENTS = {
     "top-8 forward KL": ["objective.distillation=topk_forward_kl"],
     "k1 in the loss (the mistake)": [f"objective.distillation={K1}"],
 }
-IMPERFECT = (0.70, 0.85)  # held-out accuracy at T = 1 of the teacher that was stopped
+IMPERFECT = (0.70, 0.85)  # held-out accuracy at T = 1 at which the teacher's training stops
 console = Console(stderr=True, highlight=False, width=120)
 
 
@@ -106,7 +106,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _k1_in_the_table():
-    """log p - log q as a loss: what people write first. Its expected gradient is zero."""
+    """Register log p - log q as a loss, a common mistake whose expected gradient is zero."""
     wrong = estimators.Objective(K1, "loss", None, lambda logprobs, teacher_logprobs: logprobs - teacher_logprobs)
     estimators.OBJECTIVES[K1] = wrong
     try:
@@ -116,7 +116,7 @@ def _k1_in_the_table():
 
 
 def imperfect_teacher(to: pathlib.Path) -> pathlib.Path:
-    """A teacher of the demo's shape whose own training was stopped at 70 to 85 % accuracy."""
+    """Train a teacher of the demo's shape, stopped at 70 to 85 % accuracy."""
     found, run_dir, init = to / "imperfect-teacher", to / "imperfect-run", to / "imperfect-init"
     if (found / "model.safetensors").exists():
         return found
@@ -134,7 +134,7 @@ def imperfect_teacher(to: pathlib.Path) -> pathlib.Path:
 
 
 def one_teacher(args: argparse.Namespace, name: str, path: str) -> list[str]:
-    """Tunes and runs every arm; returns a section of the page, and draws its picture."""
+    """Tune and run every arm; draw the picture and return a section of the page."""
     base = config.load(config.TrainConfig, "configs/demo.yaml", [f"num_steps={args.steps}", "eval.every=50"])
     measured = Measured(base, path)
     accuracy = measured.accuracy(models.load(path, compute_dtype="float32"))
@@ -191,7 +191,7 @@ def one_teacher(args: argparse.Namespace, name: str, path: str) -> list[str]:
 def run_arm(
     args: argparse.Namespace, to: pathlib.Path, endpoint: str, arm: str, rate: float, seed: int
 ) -> pathlib.Path:
-    """Trains one arm, unless its run is there already; returns its directory."""
+    """Train one arm unless its run is already finished; return the run directory."""
     words = "".join(c if c.isalnum() else "_" for c in arm.lower())
     run_dir = to / f"{words}-{rate:g}-{args.steps}-{seed}"
     overrides = [*ARMS[arm], f"optimizer.learning_rate={rate!r}", f"seed={seed}", f"run_dir={run_dir}"]
@@ -205,7 +205,7 @@ def run_arm(
 
 
 def final(run_dir: pathlib.Path) -> dict[str, float]:
-    """The last line of a run's metrics; the response length is the mean of the last 10 steps."""
+    """Return the last line of a run's metrics, with the response length averaged over the last 10 steps."""
     lines = metrics.read(run_dir / "metrics.jsonl")
     return lines[-1] | {"response_length": float(np.mean([line["response_length"] for line in lines[1:][-10:]]))}
 
@@ -215,7 +215,7 @@ def over_seeds(values: list[float], digits: int = 3) -> str:
 
 
 class Measured:
-    """What is measured of a student against one teacher, with both in this process."""
+    """Measures students against one teacher, with both models in this process."""
 
     def __init__(self, base: config.TrainConfig, teacher: str):
         self._base = base
@@ -224,25 +224,25 @@ class Measured:
         self._problems = self._task.eval_problems(base.eval.num_prompts)
 
     def student(self, run_dir: pathlib.Path) -> nnx.Module:
-        """The student that a run ended with."""
+        """Return the final student of a run."""
         decoder = models.load(self._base.model.path, compute_dtype="float32")
         restore_params(run_dir, decoder)
         return decoder
 
     def accuracy(self, decoder: nnx.Module) -> dict[str, float]:
-        """Held-out, sampled and greedy."""
+        """Return held-out accuracy, sampled and greedy."""
         sampler = self._sampler(decoder)
         weights = sampler.prepare(nnx.state(decoder, nnx.Param))
         return held_out_accuracy(sampler, weights, self._task, self._problems, temperature=1.0, seed=0)
 
     def reverse_kl(self, student: nnx.Module) -> float:
-        """KL(student || teacher) over the whole vocabulary, mean over the tokens of 512 sampled completions."""
+        """Return KL(student || teacher) over the whole vocabulary, averaged over the tokens of 512 completions."""
         batch = self._batch(student, self._problems)
         kl_BT = _kl(_logprobs(student, batch.tokens), _logprobs(self._teacher, batch.tokens))
         return float(masked.masked_mean(kl_BT, jnp.asarray(batch.loss_mask)))
 
     def cosine(self, student: nnx.Module, overrides: list[str]) -> float:
-        """Between an estimator's gradient on 16 x 8 completions and the exact one at the same positions."""
+        """Return the cosine between an estimator's gradient on 16 x 8 completions and the exact one there."""
         section = config.load(config.TrainConfig, "configs/demo.yaml", ["objective.rl_loss_weight=0", *overrides])
         problems = [self._task.train_problem(i) for i in range(16) for _ in range(8)]
         top_k = min(section.objective.distill_top_k, 16)
@@ -277,7 +277,7 @@ class Measured:
         )
 
     def _batch(self, student: nnx.Module, problems: list[Any], *, top_k: int = 0) -> TrainBatch:
-        """Completions of the student, scored by the teacher."""
+        """Sample completions of the student and score them with the teacher."""
         sampler = self._sampler(student, top_k)
         completions = sorted(
             sampler.sample(
@@ -303,7 +303,7 @@ class Measured:
 
 
 def _logprobs(decoder: nnx.Module, tokens_BS: Any) -> jax.Array:
-    """[B, T, V] of every target."""
+    """Return log-probs [B, T, V] of every target."""
     inputs_BT = jnp.asarray(tokens_BS)[:, :-1]
     hidden_BTD, _ = decoder(inputs_BT, jnp.broadcast_to(jnp.arange(inputs_BT.shape[1]), inputs_BT.shape))
     return jax.nn.log_softmax(decoder.logits(hidden_BTD).astype(jnp.float32))

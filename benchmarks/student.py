@@ -1,10 +1,10 @@
-"""The student side by side with Tunix and PyTorch: step, sampler, whole loop, log-probs, compile time, teacher.
+"""Compares the student with Tunix and PyTorch: step, sampler, whole loop, log-probs, compile time, teacher.
 
     python -m benchmarks.student [--quick] [--only train generate ...] [--tunix-python PATH] [--output FILE.md]
 
-Each way is a process of its own, and the ways take turns, so that a machine that is busy for a while slows all of them;
-a ratio is the median over the turns. Where two do the same work the numbers they find are checked to be the same. The
-last line printed is one JSON object; a ratio above 1 means that jdistill is faster, smaller for memory, time and cost.
+Each side runs in a separate process, and the sides take turns, so that temporary load on the machine slows all of them.
+A ratio is the median over the turns. Sides that do the same work must find the same numbers. The last line printed is
+one JSON object; a ratio above 1 means that jdistill is faster, or needs less memory or time.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from benchmarks.peers import work
 from benchmarks.service.processes import ROOT, Process, ask
 from benchmarks.service.report import Table, console, load, number, spread
 
-# Before each turn: threads of a library's pool go on spinning for a while after their last work.
+# Pause before each turn, because a library's thread pool spins for a while after its last work.
 SETTLE_S = 0.3
-# At most so long for the turns of one task, once there have been two: a busy machine takes several times longer.
+# Time limit for the turns of one task after the first two: a busy machine takes several times longer.
 TURNS_S = 90.0
-# No side may look for a network or another device, or fill its log.
+# Keep all sides off the network and other devices, and their logs short.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -44,7 +44,7 @@ Figures = dict[str, Any]
 
 
 class Sides:
-    """Where each side runs, and which it has."""
+    """Python environments and package versions of the sides."""
 
     def __init__(self, directory: pathlib.Path, tunix_python: str, torch_python: str, *, quick: bool):
         self.directory = directory
@@ -54,7 +54,7 @@ class Sides:
 
     @contextlib.contextmanager
     def process(self, module: str, *args: Any, side: str = "ours") -> Iterator[tuple[Process, dict[str, Any]]]:
-        """`python -m benchmarks.peers.MODULE ARGS`, and its facts."""
+        """Run `python -m benchmarks.peers.MODULE ARGS`; yield the process and the facts that it reports first."""
         log_path = self.directory / f"{module}-{'-'.join(map(str, args))}.log"
         command = [self.pythons[side], "-m", f"benchmarks.peers.{module}", *map(str, args)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
@@ -70,14 +70,14 @@ class Sides:
     def turns(
         self, task: str, sides: Sequence[str], count: int, *, repeats: dict[str, str] | None = None, warm_ups: int = 1
     ) -> Turns:
-        """`count` turns of one task on each side, after one that compiles and some that warm up.
+        """Run `count` turns of one task on each side, after a compiling turn and warm-up turns.
 
         Args:
-            task: of each side's module.
+            task: task of each side's module.
             sides: names; ours first.
-            count: turns of each, unless they take longer than TURNS_S.
-            repeats: name of a further way -> the task of our side that it is.
-            warm_ups: turns of each that do not count, after the one that compiles.
+            count: turns per side, fewer if they exceed TURNS_S.
+            repeats: name of an additional variant -> task of our side that it runs.
+            warm_ups: uncounted turns per side after the compiling one.
         """
         tasks = {side: (side, task) for side in sides} | {name: ("ours", t) for name, t in (repeats or {}).items()}
         with contextlib.ExitStack() as stack:
@@ -100,7 +100,7 @@ class Sides:
 
 
 class Turns:
-    """What the ways answered."""
+    """Replies of the sides."""
 
     def __init__(self, first: dict[str, dict], answers: dict[str, list[dict]], at_load: list[float]):
         self.first, self.answers, self.at_load = first, answers, at_load
@@ -112,12 +112,12 @@ class Turns:
         return statistics.median(self.values(way, key))
 
     def faster(self, way: str, than: str) -> float:
-        """How many times: the median over the turns, of which each holds both."""
+        """Return the median ratio over the turns, each of which measured both sides."""
         pairs = zip(self.values(way), self.values(than), strict=True)
         return statistics.median(other / own for own, other in pairs)
 
     def table(self, title: str, tokens: float, unit: str, texts: dict[str, str] | None = None) -> Table:
-        """A row a way: tokens a second, time, first call, memory, and how much faster ours is."""
+        """Add a row per side: tokens per second, time, first call, memory, and our speedup."""
         columns = ["way", unit, "lowest to highest", "s", "first call s", "CPU s", "peak MiB", "jdistill is faster by"]
         table = Table(title, columns)
         for way, answers in self.answers.items():
@@ -403,7 +403,7 @@ def main() -> None:
 
 
 def write(path: pathlib.Path, tables: list[Table], sides: Sides) -> None:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     versions = [
         f"{NAMES[side]}: " + ", ".join(f"{name} {version}" for name, version in found.items())
         for side, found in sides.versions.items()

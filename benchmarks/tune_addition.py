@@ -1,9 +1,9 @@
-"""Every arm of the demo over the same grid of learning rates, so that no arm is compared at another's best setting.
+"""Runs every arm of the demo over one grid of learning rates, so that each is compared at its own best setting.
 
     python benchmarks/tune_addition.py [--seeds 0] [--to runs/tune] [--output benchmarks/results/tune_addition.md]
 
-Writes one table: T=1 and greedy held-out accuracy after the last step. `jdistill demo` uses each arm's best rate by
-T=1 accuracy.
+Writes one table of held-out accuracy after the last step, sampled at T=1 and greedy. `jdistill demo` uses the rate that
+is best by T=1 accuracy.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def final_accuracy(args: argparse.Namespace, endpoint: str, arm: str, rate: float, seed: int) -> tuple[float, float]:
-    """T=1 and greedy accuracy after the last step of one run; a run that is there already is not done again."""
+    """Return T=1 and greedy accuracy after the last step of a run; a finished run is reused."""
     run_dir = args.to / f"{arm.replace(' ', '_')}-{rate:g}-{seed}"
     overrides = [*args.overrides, *ARMS[arm], f"optimizer.learning_rate={rate!r}", f"seed={seed}", f"run_dir={run_dir}"]
     overrides += ["teacher.spawn=null", f"teacher.endpoints=['{endpoint}']"]

@@ -7,9 +7,9 @@ import os
 import pathlib
 
 DESCRIPTION = """\
-Draw runs side by side: held-out accuracy, reward and reverse KL against sampled tokens, with the final numbers and what
-differs between their configurations. Runs that differ only in their seed are one line, with a band from the smallest to
-the largest. Works on runs that are still going.
+Draw runs side by side: held-out accuracy, reward and reverse KL against sampled tokens, with final numbers and
+configuration differences. Runs that differ only in their seed form one line, with a band from the smallest to the
+largest value. Unfinished runs can be drawn too.
 
 examples:
   jdistill plot runs/demo/*-seed*
@@ -20,20 +20,37 @@ Writes plot.png and plot.html. exit codes: 0 drawn, 2 a run has nothing to draw.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run directories; grouped by all but the seed")
-    parser.add_argument("--group", action="append", default=[], metavar="LABEL=RUN,RUN", help="a line and its seeds")
-    parser.add_argument("--to", type=pathlib.Path, metavar="DIR", help="default: the directory that holds the runs")
-    parser.add_argument("--title", default="Runs of jdistill", help="default: %(default)s")
-    parser.add_argument("--note", action="append", default=[], help="a paragraph under the numbers; may be repeated")
+    """Add the command's arguments."""
     parser.add_argument(
-        "--teacher-accuracy", type=float, metavar="SHARE", help="draws the teacher's, sampled, as a line"
+        "runs", nargs="*", metavar="RUN", help="run directories; runs that differ only in their seed form a group"
     )
-    parser.add_argument("--teacher-greedy", type=float, metavar="SHARE", help="the same for greedy decoding")
+    parser.add_argument(
+        "--group",
+        action="append",
+        default=[],
+        metavar="LABEL=RUN,RUN",
+        help="a label and the runs of its seeds; may be repeated",
+    )
+    parser.add_argument(
+        "--to", type=pathlib.Path, metavar="DIR", help="output directory (default: the common parent of the runs)"
+    )
+    parser.add_argument(
+        "--title", default="Runs of jdistill", help="title of the picture and the page (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--note", action="append", default=[], help="paragraph below the final numbers; may be repeated"
+    )
+    parser.add_argument(
+        "--teacher-accuracy",
+        type=float,
+        metavar="SHARE",
+        help="teacher's held-out accuracy, sampled; drawn as a dashed line",
+    )
+    parser.add_argument("--teacher-greedy", type=float, metavar="SHARE", help="teacher's held-out accuracy, greedy")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draws; prints the table and where the files are."""
+    """Draw the runs; print the final numbers and the paths of the files."""
     from rich.console import Console
 
     from jdistill import report
@@ -45,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         if not equals or not label or not members:
             raise ValueError(f"--group {text!r}: expected LABEL=RUN,RUN")
         if label in groups:
-            raise ValueError(f"--group {label!r} is given twice: list all its runs in one, LABEL=RUN,RUN")
+            raise ValueError(f"--group {label!r} is given twice: list all of its runs in one --group LABEL=RUN,RUN")
         groups[label] = members
     for label, members in report.group_by_seed(args.runs).items():
         if label in groups:

@@ -1,6 +1,6 @@
 """Pictures and HTML pages that compare runs.
 
-A group is one arm of a comparison: a label, and one run per seed. Its line is the mean over the runs, its band reaches
+A group is one arm of a comparison: a label and one run per seed. Its line is the mean over the runs, its band the range
 from the smallest to the largest value.
 """
 
@@ -29,15 +29,15 @@ def draw(
     teacher: Mapping[str, float] | None = None,
     commands: Sequence[str] = (),
 ) -> list[Summary]:
-    """Draw groups of runs; write the picture, and a page with the picture, the final numbers and the configurations.
+    """Draw groups of runs; write the picture, and an HTML page with picture, final numbers and configurations.
 
     Args:
-        groups: label -> run directories, one per seed. The order is that of the colours.
+        groups: label -> run directories, one per seed; colours follow this order.
         out_png, out_html: files to write; their directories are created.
-        title: of the picture and the page.
-        notes: paragraphs for the page, under the numbers.
+        title: title of the picture and the page.
+        notes: paragraphs below the final numbers.
         teacher: metric -> the teacher's own value, drawn as a dashed line, e.g. {"eval/accuracy": 0.988}.
-        commands: how to make all of this again, for the page.
+        commands: shell commands that reproduce the comparison, for the page.
 
     Returns:
         The final numbers, one Summary per group.

@@ -1,4 +1,4 @@
-"""Writes the HTML page: the picture, the final numbers, what differs between the groups, how to run them again."""
+"""Writes the HTML page: picture, final numbers, configuration differences, and commands to reproduce the runs."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def page_of(
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     parts.append(f'<div class="scroll"><table><tr>{head}</tr>{"".join(body)}</table></div>')
     parts.append(
-        "<p class=small>Each number is the last one: of the last evaluation, and of the last "
-        f"{WINDOW} steps for what is measured every step. In brackets the smallest and largest over the seeds.</p>"
+        "<p class=small>Latest numbers, averaged over the seeds: those of the last evaluation, or the mean of the last "
+        f"{WINDOW} steps for metrics of every step. In brackets: smallest and largest over the seeds.</p>"
     )
     parts += [f"<p>{escape(note)}</p>" for note in notes]
     differences = _differences(runs)
@@ -68,7 +68,7 @@ def _cell(text: str) -> str:
 
 
 def _differences(runs: Mapping[str, Sequence[Run]]) -> dict[str, list[str]]:
-    """Return dotted key -> its value in each group, for keys whose value is not the same in all groups."""
+    """Return dotted key -> its value in each group, for keys whose values differ between groups."""
     flat = [
         _flatten({k: v for k, v in group[0].config.items() if k not in NOT_A_DIFFERENCE}) for group in runs.values()
     ]
