@@ -133,7 +133,7 @@ lint: $(STUDENT)/.dev  ## ruff, import-linter, buf
 
 # grpcio-tools 1.62 on purpose: newer generated code refuses protobuf runtimes more than one major version apart, and
 # vLLM accepts protobuf 5.29 to 7.
-docs: $(STUDENT)/.student  ## write the option tables of docs/ from jdistill/config/
+docs: $(STUDENT)/.dev  ## write the option tables of docs/ from the descriptions of the fields
 	@$(STUDENT)/bin/python -m jdistill.config.describe --write docs
 
 proto:  ## generate jdistill/wire/v1 from protos/
