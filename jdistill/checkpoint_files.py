@@ -1,7 +1,12 @@
-"""What a Hugging Face checkpoint directory holds, without loading it: is it whole, its limits, dtype, tokenizer.
+"""Inspects a checkpoint directory without loading it: weight files, completeness, limits, dtype, tokenizer.
 
-Both sides of the wire use this module, so it needs the standard library only; transformers is imported only for
-tokenizers that have no tokenizer.json.
+Both sides of the wire use this module, so it needs only the standard library; transformers is imported only for
+tokenizers without a tokenizer.json.
+
+`stored_tensors` decides which files make the weights, for our loader (hence the jax engine) and for the fingerprint.
+The loaders of transformers, vLLM and SGLang choose for themselves: transformers prefers model.safetensors to an index,
+and without an index vLLM and SGLang read every *.safetensors, so a stray file beside the weights can make them load
+other bytes than the fingerprint describes.
 """
 
 from __future__ import annotations
@@ -15,7 +20,8 @@ from typing import Any
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS_FILE = "model.safetensors"
-# Any of these and the checkpoint has a tokenizer.
+GENERATION_CONFIG = "generation_config.json"
+# A checkpoint with any of these has a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors library itself sets
 DTYPE_OF_SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -23,7 +29,7 @@ DTYPE_OF_SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where one tensor lies: `file`, its first byte there, its size in bytes, dtype (safetensors' word) and shape."""
+    """Location of one tensor: its file, offset of its first byte there, and size; dtype as safetensors names it."""
 
     file: pathlib.Path
     start: int
@@ -33,35 +39,51 @@ class StoredTensor:
 
 
 def read_config(path: str | pathlib.Path) -> dict[str, Any]:
-    """config.json of a checkpoint directory.
+    """Reads config.json of a checkpoint directory.
 
     Raises:
-        FileNotFoundError: no such directory, or no config.json in it.
+        FileNotFoundError: the directory does not exist, or has no config.json.
         ValueError: config.json is not a JSON object.
     """
     path = pathlib.Path(path)
     if not path.is_dir():
-        hint = "it is a file" if path.exists() else "nothing is there"
+        hint = "it is a file" if path.exists() else "it does not exist"
         raise FileNotFoundError(
             f"no checkpoint directory {path}: {hint}. Give a local directory with config.json and *.safetensors; "
             "a name on the Hugging Face Hub has to be downloaded first (`hf download NAME --local-dir DIR`)"
         )
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    config = _read_json_object(path / "config.json")
+    if config is None:
         raise FileNotFoundError(
             f"{path} has no config.json, so it is not a Hugging Face checkpoint. "
-            "A training run is written as one by `jdistill export RUN --to DIR`"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path / 'config.json'} is not JSON ({e}): half written? Copy the checkpoint again") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path / 'config.json'}: expected a JSON object, got {type(config).__name__}")
+            "`jdistill export RUN --to DIR` writes a training run as one"
+        )
     return config
 
 
+def read_generation_config(path: str | pathlib.Path) -> dict[str, Any]:
+    """Reads generation_config.json of a checkpoint directory; {} if there is none.
+
+    Raises:
+        ValueError: the file is not a JSON object.
+    """
+    return _read_json_object(pathlib.Path(path) / GENERATION_CONFIG) or {}
+
+
+def _read_json_object(file: pathlib.Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{file} is not JSON ({e}): half written? Copy the checkpoint again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
 def check_checkpoint(path: str | pathlib.Path) -> None:
-    """Raises unless the directory holds a whole checkpoint: config.json, every shard, every byte of every shard.
+    """Checks that a checkpoint directory is complete: config.json, every shard, and every shard at its full size.
 
     Raises:
         FileNotFoundError: the directory, config.json, the weights or a shard is missing.
@@ -72,10 +94,12 @@ def check_checkpoint(path: str | pathlib.Path) -> None:
 
 
 def stored_tensors(path: str | pathlib.Path) -> dict[str, StoredTensor]:
-    """Name -> where it lies, of every tensor of a checkpoint, from the safetensors headers alone.
+    """Locates every tensor of a checkpoint by name, from the safetensors headers alone.
+
+    The weights are the files that the index names; without an index model.safetensors, else every *.safetensors.
 
     Raises:
-        FileNotFoundError, ValueError: as `check_checkpoint`, the configuration apart.
+        FileNotFoundError, ValueError: as `check_checkpoint`, but config.json is not read.
     """
     path = pathlib.Path(path)
     index_path = path / SAFETENSORS_INDEX
@@ -105,8 +129,8 @@ def stored_tensors(path: str | pathlib.Path) -> dict[str, StoredTensor]:
     lost = sorted(set(expected or ()) - set(tensors))
     if lost:
         raise ValueError(
-            f"{path} is incomplete: {SAFETENSORS_INDEX} promises {lost[0]!r} and {len(lost) - 1} more tensors that no "
-            "shard holds. The index belongs to another checkpoint, or a shard is an old one: copy it again"
+            f"{path} is incomplete: {SAFETENSORS_INDEX} lists {lost[0]!r} and {len(lost) - 1} more tensors that no "
+            "shard holds. The index belongs to another checkpoint, or a shard is outdated: copy the checkpoint again"
         )
     return tensors
 
@@ -120,7 +144,7 @@ def _read_header(file: pathlib.Path) -> dict[str, StoredTensor]:
         header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size_bytes - 8):
             raise ValueError(
-                f"{file} is no safetensors file ({size_bytes} bytes, header length {header_bytes}), {again}"
+                f"{file} is not a safetensors file ({size_bytes} bytes, header length {header_bytes}), {again}"
             )
         try:
             header = json.loads(f.read(header_bytes))
@@ -135,21 +159,21 @@ def _read_header(file: pathlib.Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{file} has a damaged safetensors header ({e!r}), {again}") from None
     end = max((tensor.start + tensor.size_bytes for tensor in tensors.values()), default=8 + header_bytes)
     if end != size_bytes:
-        raise ValueError(f"{file} has {size_bytes} bytes, its header promises {end}: {again}")
+        raise ValueError(f"{file} has {size_bytes} bytes, but its header describes {end}: {again}")
     return tensors
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The language model's part of a configuration; that of a multimodal one is nested."""
+    """Returns the language model's fields, which a multimodal configuration nests under text_config."""
     nested = config.get("text_config")
     return {**config, **nested} if isinstance(nested, dict) else config
 
 
 def context_length(config: dict[str, Any]) -> int:
-    """Longest sequence of a checkpoint, in tokens, from its configuration (`read_config`).
+    """Returns the longest sequence that a checkpoint supports, in tokens, from its `read_config`.
 
     Raises:
-        ValueError: the configuration does not say.
+        ValueError: the configuration names no limit.
     """
     config = _text_config(config)
     for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
@@ -157,12 +181,12 @@ def context_length(config: dict[str, Any]) -> int:
         if isinstance(value, int) and value > 0:
             return value
     raise ValueError(
-        "config.json names no longest sequence (max_position_embeddings): give max_sequence_length yourself"
+        "config.json has no max_position_embeddings, so the longest sequence is unknown: set max_sequence_length"
     )
 
 
 def vocab_size(config: dict[str, Any]) -> int:
-    """Token ids of a checkpoint are below this. Raises ValueError if the configuration does not say."""
+    """Returns the exclusive upper bound of token ids; raises ValueError if the configuration names none."""
     value = _text_config(config).get("vocab_size")
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"config.json: expected vocab_size to be a positive integer, got {value!r}")
@@ -170,10 +194,10 @@ def vocab_size(config: dict[str, Any]) -> int:
 
 
 def checkpoint_dtype(path: str | pathlib.Path) -> str:
-    """ "float32", "bfloat16" or "float16": what config.json names, else what most weights are stored in.
+    """Returns "float32", "bfloat16" or "float16": the dtype in config.json, else that of most bytes of the weights.
 
     Raises:
-        FileNotFoundError, ValueError: as `check_checkpoint`, or no dtype that can be computed in.
+        FileNotFoundError, ValueError: as `check_checkpoint`, or neither is a dtype to compute in.
     """
     config = _text_config(read_config(path))
     named = config.get("dtype") or config.get("torch_dtype")
@@ -187,22 +211,22 @@ def checkpoint_dtype(path: str | pathlib.Path) -> str:
     most = max(bytes_of_dtype, key=lambda name: bytes_of_dtype[name], default="")
     if most not in DTYPE_OF_SAFETENSORS:
         raise ValueError(
-            f"{path}: cannot tell the dtype to compute in (configuration {named!r}, weights stored as {most!r}): "
-            "give dtype float32, bfloat16 or float16 yourself"
+            f"{path}: cannot choose a compute dtype (config.json names {named!r}, the weights are stored as {most!r}): "
+            "set dtype to float32, bfloat16 or float16"
         )
     return DTYPE_OF_SAFETENSORS[most]
 
 
 def has_tokenizer(path: str | pathlib.Path) -> bool:
-    """Whether the directory holds tokenizer files."""
+    """Returns whether the directory holds a tokenizer."""
     return any((pathlib.Path(path) / name).exists() for name in TOKENIZER_FILES)
 
 
 def tokenizer_fingerprint(path: str | pathlib.Path) -> str:
-    """sha256 (hex) over the table id -> token, added tokens included; "" if the checkpoint has no tokenizer.
+    """Hashes the table id -> token, added tokens included: sha256 in hex, or "" if there is no tokenizer.
 
-    Equal for a 0.6B and a 14B model of one family, whatever files their tokenizers are stored in. Two tokenizers with
-    the same table may still split text differently; token ids mean the same, and that is what scoring needs.
+    The 0.6B and the 14B model of one family have equal fingerprints, whichever files store their tokenizers. Two
+    tokenizers with the same table may split text differently, but scoring only needs ids to mean the same tokens.
 
     Raises:
         ValueError: the tokenizer files are damaged.
@@ -220,7 +244,7 @@ def tokenizer_fingerprint(path: str | pathlib.Path) -> str:
 
 
 def _token_table(path: pathlib.Path) -> dict[int, str]:
-    """Id -> token, as `tokenizer.get_vocab()` of transformers has it."""
+    """Reads the table id -> token, equal to the inverse of transformers' `tokenizer.get_vocab()`."""
     file = path / "tokenizer.json"
     if not file.exists():
         from transformers import AutoTokenizer
@@ -232,10 +256,10 @@ def _token_table(path: pathlib.Path) -> dict[int, str]:
         vocab = tokenizer["model"]["vocab"]
         if isinstance(vocab, dict):  # BPE, WordLevel, WordPiece: token -> id
             table = {int(token_id): token for token, token_id in vocab.items()}
-        else:  # Unigram: [token, score] in the order of ids
+        else:  # Unigram: a list of [token, score], indexed by id
             table = {token_id: token for token_id, (token, _) in enumerate(vocab)}
         table.update({int(added["id"]): added["content"] for added in tokenizer.get("added_tokens", [])})
-        # transformers adds what only tokenizer_config.json names.
+        # transformers also adds tokens that only tokenizer_config.json names.
         config_file = path / "tokenizer_config.json"
         if config_file.exists():
             config = json.loads(config_file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Which model is this: a hash over configuration, weights (sampled when large) and compute dtype; adapters' too."""
+"""Fingerprints models and adapters: a hash over configuration, weights (sampled if large) and compute dtype."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jdistill.checkpoint_files import read_config, stored_tensors, tokenizer_fin
 
 __all__ = ["adapter_fingerprint", "model_fingerprint", "tokenizer_fingerprint"]
 
-# Of config.json, what no log-probability depends on: who wrote it, how it is stored, how it generates or trains.
+# Keys of config.json that no log-probability depends on: provenance, storage, generation, training.
 IRRELEVANT_KEYS = frozenset(
     {
         "_name_or_path",
@@ -28,26 +28,26 @@ IRRELEVANT_KEYS = frozenset(
         "use_cache",
     }
 )
-# Of adapter_config.json.
+# The same for adapter_config.json.
 IRRELEVANT_ADAPTER_KEYS = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision"}
 )
-WHOLE_BYTES = 64 << 20  # smaller checkpoints are hashed whole: 0.05 s
-STRIDE_BYTES = 1 << 20  # of larger ones a sample every so many bytes of each tensor: 110 MB of a 14B model in bfloat16
-SAMPLE_BYTES = 4 << 10  # one page of a disk's cache
+WHOLE_BYTES = 64 << 20  # checkpoints up to this size are hashed whole: 0.05 s
+STRIDE_BYTES = 1 << 20  # larger ones: one sample per stride of each tensor, 110 MB of a 14B model in bfloat16
+SAMPLE_BYTES = 4 << 10  # one page of the page cache
 
 
 def model_fingerprint(path: str | os.PathLike[str], dtype: str) -> str:
-    """sha256 (hex) of a checkpoint computed in `dtype`; the same for every engine and every way to shard the files.
+    """Hashes a checkpoint that is computed in `dtype`: sha256 in hex, independent of engine and sharding.
 
-    A change of one weight in a large checkpoint can be missed; an optimizer step changes weights everywhere and cannot.
+    A change of a single weight in a large checkpoint can be missed; an optimizer step changes every tensor, and is not.
 
     Args:
         path: Hugging Face checkpoint directory.
-        dtype: what the engine computes in, e.g. "bfloat16"; scores differ between dtypes.
+        dtype: the engine's compute dtype, e.g. "bfloat16"; scores differ between dtypes.
 
     Raises:
-        FileNotFoundError, ValueError: not a whole checkpoint (`jdistill.checkpoint_files.check_checkpoint`).
+        FileNotFoundError, ValueError: the checkpoint is incomplete (`jdistill.checkpoint_files.check_checkpoint`).
     """
     config = {key: value for key, value in read_config(path).items() if key not in IRRELEVANT_KEYS}
     tensors = stored_tensors(path)
@@ -67,7 +67,7 @@ def model_fingerprint(path: str | os.PathLike[str], dtype: str) -> str:
             for offset, size_bytes in samples:
                 data = os.pread(files[tensor.file], size_bytes, tensor.start + offset)
                 if len(data) != size_bytes:
-                    raise ValueError(f"{tensor.file} became shorter while it was read: is it being written?")
+                    raise ValueError(f"{tensor.file} shrank while it was read: is another process writing it?")
                 digest.update(data)
     finally:
         for descriptor in files.values():
@@ -76,11 +76,11 @@ def model_fingerprint(path: str | os.PathLike[str], dtype: str) -> str:
 
 
 def adapter_fingerprint(base: str, path: str | os.PathLike[str]) -> str:
-    """sha256 (hex) of a LoRA adapter on the model of fingerprint `base`; wherever adapter and base model lie.
+    """Hashes a LoRA adapter together with its base model: sha256 in hex, independent of both directories' paths.
 
     Args:
-        base: of model_fingerprint, which tells the dtype too.
-        path: directory that PEFT has saved.
+        base: the base model's `model_fingerprint`, which covers the dtype too.
+        path: adapter directory in PEFT's format.
     """
     path = pathlib.Path(path)
     config = json.loads((path / "adapter_config.json").read_text())

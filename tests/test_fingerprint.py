@@ -89,7 +89,7 @@ def test_limits_come_from_the_configuration_nested_or_not(tiny):
     assert (context_length(config), vocab_size(config)) == (128, 512)
     nested = {"text_config": {"max_position_embeddings": 77, "vocab_size": 9}}
     assert (context_length(nested), vocab_size(nested)) == (77, 9)
-    with pytest.raises(ValueError, match="give max_sequence_length yourself"):
+    with pytest.raises(ValueError, match="the longest sequence is unknown: set max_sequence_length"):
         context_length({})
 
 
@@ -108,6 +108,48 @@ def test_the_fingerprint_ignores_who_wrote_it_and_how_it_is_sharded(tiny):
     assert model_fingerprint(tiny, "float32") == before
     shard(tiny)
     assert model_fingerprint(tiny, "float32") == before
+
+
+def drop_index(path):
+    """Leaves two shards without an index."""
+    shard(path)
+    (path / "model.safetensors.index.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("layout", "stray", "expected"),
+    [
+        (lambda path: None, True, ["model.safetensors"]),
+        (shard, True, ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]),
+        (drop_index, False, ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]),
+    ],
+    ids=["single file", "shards and index", "shards without index"],
+)
+def test_fingerprint_and_loader_read_the_same_files(tiny, monkeypatch, layout, stray, expected):
+    models = pytest.importorskip("jdistill.models")
+    from jdistill.models import checkpoint
+
+    layout(tiny)
+    if stray:  # beside the weights, and part of them for neither: it is no safetensors file
+        (tiny / "consolidated.safetensors").write_bytes(b"stray")
+    hashed, loaded = set(), set()
+    open_descriptor, safe_open = fingerprint.os.open, checkpoint.safetensors.safe_open
+
+    def recorded_open(file, flags):
+        hashed.add(file)
+        return open_descriptor(file, flags)
+
+    def recorded_safe_open(file, framework):
+        loaded.add(file)
+        return safe_open(file, framework=framework)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fingerprint.os, "open", recorded_open)
+        model_fingerprint(tiny, "float32")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.safetensors, "safe_open", recorded_safe_open)
+        models.load(tiny)
+    assert sorted(file.name for file in hashed) == sorted(file.name for file in loaded) == expected
 
 
 def test_the_fingerprint_sees_dtype_configuration_names_and_any_weight(tiny):

@@ -1,4 +1,4 @@
-"""`jdistill sample`: completions of a checkpoint, as they end."""
+"""`jdistill sample`: samples completions from a checkpoint and prints them as they end."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import time
 from typing import Any
 
 DESCRIPTION = """\
-Sample completions from a Hugging Face checkpoint with the sampler that `jdistill train` uses. They are printed as they
-end, so short ones come first; --jsonl writes one JSON object a line, with token ids and log-probabilities.
+Sample completions from a Hugging Face checkpoint with the sampler that `jdistill train` uses. Each is printed as it
+ends, so short ones come first; --jsonl writes one JSON object per line, with token ids and log-probabilities.
 
 examples:
   jdistill sample --model DIR --prompt "850+636=" --num-completions 4
@@ -19,7 +19,7 @@ examples:
   jdistill sample --model DIR --prompts-file prompts.txt --greedy --jsonl > answers.jsonl
   jdistill sample --model DIR --token-ids 8,5,0,10 --token-ids 1,2,3
 
-A prompts file has one prompt a line; in a .jsonl file a line is {"prompt": TEXT} or {"token_ids": [..]}.
+A prompts file has one prompt per line; in a .jsonl file each line is {"prompt": TEXT} or {"token_ids": [..]}.
 The same seed, prompts and checkpoint give the same completions."""
 
 
@@ -28,51 +28,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts")
-    prompts.add_argument("--prompts-file", metavar="FILE", help="one prompt a line, or JSONL (see above)")
+    prompts.add_argument("--prompts-file", metavar="FILE", help="one prompt per line, or JSONL (see above)")
     prompts.add_argument("--token-ids", action="append", metavar="I,J,K", help="a prompt as token ids; may be repeated")
-    parser.add_argument("--chat", action="store_true", help="each prompt is a user's message: apply the chat template")
-    parser.add_argument("--num-completions", type=int, default=1, metavar="N", help="for each prompt (default 1)")
+    parser.add_argument(
+        "--chat", action="store_true", help="apply the chat template to each prompt, as a user's message"
+    )
+    parser.add_argument(
+        "--num-completions", type=int, default=1, metavar="N", help="completions per prompt (default 1)"
+    )
     add_sampling_arguments(parser)
     parser.add_argument(
         "--stop-token-ids",
         metavar="I,J",
-        help="end at any of these (default: eos_token_id of generation_config.json, config.json or the tokenizer)",
+        help="end a completion at any of these (default: end tokens of the tokenizer and of generation_config.json)",
     )
-    parser.add_argument("--jsonl", action="store_true", help="one JSON object a line")
+    parser.add_argument("--jsonl", action="store_true", help="write one JSON object per line")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model and --dtype, which `jdistill eval` has too."""
+    """Adds --model and --dtype, which `jdistill eval` shares."""
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint directory")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of the computation (default: float32 on a CPU, bfloat16 on an accelerator)",
+        help="compute dtype (default: float32 on a CPU, bfloat16 on an accelerator)",
     )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Temperature, limits and seed, which `jdistill eval` has too."""
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling and the log-probs (default 1)")
-    parser.add_argument("--greedy", action="store_true", help="the most likely token each time")
+    """Adds temperature, limits and seed, which `jdistill eval` shares."""
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="temperature of sampling and log-probs (default 1)"
+    )
+    parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
     parser.add_argument(
         "--max-new-tokens",
         type=int,
         metavar="R",
-        help="limit of a completion (default 512, or what the model can hold)",
+        help="longest completion (default 512, or as many tokens as the model has positions left)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--max-rows", type=int, default=256, metavar="B", help="sequences decoded at once; less needs less memory"
+        "--max-rows", type=int, default=256, metavar="B", help="sequences decoded at once; fewer need less memory"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Samples and prints."""
+    """Samples completions and prints each as it ends."""
     from jdistill import checkpoint_files
 
-    checkpoint_files.check_checkpoint(args.model)  # before jax and the weights: a typo is answered at once
+    checkpoint_files.check_checkpoint(args.model)  # before importing jax and loading weights, so a typo fails at once
     check_sampling_arguments(args)
     if args.num_completions < 1:
         raise ValueError(f"--num-completions must be at least 1, got {args.num_completions}")
@@ -103,30 +109,8 @@ def run(args: argparse.Namespace) -> int:
         ):
             p, c = group[completion.index]
             num_tokens += len(completion.completion_ids)
-            text, prompt_text = None, prompts[p][0]
-            if tokenizer is not None:
-                text = tokenizer.decode(completion.completion_ids.tolist(), skip_special_tokens=True)
-                prompt_text = prompt_text or tokenizer.decode(list(prompts[p][1]), skip_special_tokens=False)
-            if args.jsonl:
-                line = {
-                    "prompt_index": p,
-                    "completion_index": c,
-                    "prompt": prompt_text,
-                    "text": text,
-                    "prompt_token_ids": list(map(int, prompts[p][1])),
-                    "token_ids": completion.completion_ids.tolist(),
-                    "logprobs": completion.sampler_logprobs.tolist(),
-                    "mean_logprob": float(completion.sampler_logprobs.mean()),
-                    "finish_reason": completion.finish_reason,
-                }
-                print(json.dumps(line, ensure_ascii=False), flush=True)
-                continue
-            print(
-                f"-- prompt {p}, completion {c}: {len(completion.completion_ids)} tokens, {completion.finish_reason}, "
-                f"mean log-prob {completion.sampler_logprobs.mean():.3f}"
-            )
-            shown = f"{prompt_text}{text}" if text is not None else " ".join(map(str, completion.token_ids))
-            print(shown, flush=True)
+            answer = _answer(tokenizer, (p, c), prompts[p], completion)
+            print(json.dumps(answer, ensure_ascii=False) if args.jsonl else _as_text(answer), flush=True)
     seconds = time.monotonic() - began
     print(
         f"{len(requests)} completions, {num_tokens:,} tokens in {seconds:.1f} s "
@@ -136,8 +120,39 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _answer(
+    tokenizer: Any, place: tuple[int, int], prompt: tuple[str | None, list[int]], completion: Any
+) -> dict[str, Any]:
+    """Describes one completion: a line of --jsonl. Texts that need a tokenizer are None without one."""
+    text, prompt_text = None, prompt[0]
+    if tokenizer is not None:
+        text = tokenizer.decode(completion.completion_ids.tolist(), skip_special_tokens=True)
+        prompt_text = prompt_text or tokenizer.decode(list(prompt[1]), skip_special_tokens=False)
+    return {
+        "prompt_index": place[0],
+        "completion_index": place[1],
+        "prompt": prompt_text,
+        "text": text,
+        "prompt_token_ids": list(map(int, prompt[1])),
+        "token_ids": completion.completion_ids.tolist(),
+        "logprobs": completion.sampler_logprobs.tolist(),
+        "mean_logprob": float(completion.sampler_logprobs.mean()),
+        "finish_reason": completion.finish_reason,
+    }
+
+
+def _as_text(answer: dict[str, Any]) -> str:
+    header = (
+        f"-- prompt {answer['prompt_index']}, completion {answer['completion_index']}: "
+        f"{len(answer['token_ids'])} tokens, {answer['finish_reason']}, mean log-prob {answer['mean_logprob']:.3f}"
+    )
+    if answer["text"] is not None:
+        return f"{header}\n{answer['prompt']}{answer['text']}"
+    return f"{header}\n{' '.join(map(str, answer['prompt_token_ids'] + answer['token_ids']))}"
+
+
 def check_sampling_arguments(args: argparse.Namespace) -> None:
-    """Raises ValueError for sizes and a temperature that make no sense."""
+    """Checks sizes, temperature and seed; raises ValueError for one out of range."""
     for name in ("max_new_tokens", "max_rows"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -149,10 +164,10 @@ def check_sampling_arguments(args: argparse.Namespace) -> None:
 
 
 def load_sampler(args: argparse.Namespace, prompt_length: int, stop_token_ids: tuple[int, ...]) -> tuple[Any, Any]:
-    """(Sampler, parameters) of args.model for prompts of up to `prompt_length` tokens.
+    """Loads args.model; returns its sampler for prompts of up to `prompt_length` tokens, and its parameters.
 
     Raises:
-        ValueError: prompt and completion together are longer than the model's positions.
+        ValueError: prompt and completion together exceed the model's positions.
     """
     import jax
     from flax import nnx
@@ -165,10 +180,12 @@ def load_sampler(args: argparse.Namespace, prompt_length: int, stop_token_ids: t
     max_new_tokens = min(512, left) if args.max_new_tokens is None else args.max_new_tokens
     if left < max(1, max_new_tokens):
         remedy = (
-            f"--max-new-tokens can be at most {left}, got {max_new_tokens}" if left > 0 else "nothing can follow it"
+            f"--max-new-tokens can be at most {left}, got {max_new_tokens}"
+            if left > 0
+            else "no position is left for a completion"
         )
         raise ValueError(
-            f"{args.model} has {limit} positions (max_position_embeddings in config.json), the longest prompt has "
+            f"{args.model} has {limit} positions (max_position_embeddings in config.json), and the longest prompt has "
             f"{prompt_length} tokens: {remedy}"
         )
     dtype = args.dtype
@@ -183,7 +200,7 @@ def load_sampler(args: argparse.Namespace, prompt_length: int, stop_token_ids: t
 
 
 def _read_prompts(args: argparse.Namespace, tokenizer: Any) -> list[tuple[str | None, list[int]]]:
-    """(text or None, token ids) of each prompt."""
+    """Reads each prompt as (text, token ids); the text is None where token ids were given."""
     prompts: list[tuple[str | None, list[int]]]
     if args.token_ids is not None:
         prompts = [(None, _int_list("--token-ids", text)) for text in args.token_ids]
@@ -203,9 +220,9 @@ def _read_prompts(args: argparse.Namespace, tokenizer: Any) -> list[tuple[str | 
                     else (line, _encode(args, tokenizer, line))
                 )
     if args.chat and any(text is None for text, _ in prompts):
-        raise ValueError("--chat applies a template to text; a prompt of token ids is taken as it is: leave out --chat")
+        raise ValueError("--chat applies a template to text, but a prompt is given as token ids: omit --chat")
     if not prompts:
-        raise ValueError(f"--prompts-file: {args.prompts_file} has no prompts; expected one a line")
+        raise ValueError(f"--prompts-file: {args.prompts_file} has no prompts; expected one per line")
     return prompts
 
 
@@ -226,30 +243,29 @@ def _from_json(args: argparse.Namespace, tokenizer: Any, line: str, where: str) 
 def _encode(args: argparse.Namespace, tokenizer: Any, text: str) -> list[int]:
     if tokenizer is None:
         raise ValueError(
-            f"{args.model} has no tokenizer: copy tokenizer.json from the checkpoint that it comes from, "
+            f"{args.model} has no tokenizer: copy tokenizer.json from the checkpoint it was made from, "
             "or give --token-ids"
         )
     if not args.chat:
         return tokenizer.encode(text)
     if tokenizer.chat_template is None:
-        raise ValueError(f"the tokenizer in {args.model} has no chat template: leave out --chat")
+        raise ValueError(f"the tokenizer in {args.model} has no chat template: omit --chat")
     messages = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def _stop_token_ids(args: argparse.Namespace, tokenizer: Any) -> tuple[int, ...]:
+    from jdistill.turn_end import read_turn_end
+
     if args.stop_token_ids is not None:
         return tuple(_int_list("--stop-token-ids", args.stop_token_ids))
-    for name in ("generation_config.json", "config.json"):  # the order in which Hugging Face's generate() looks
-        path = pathlib.Path(args.model) / name
-        if path.is_file():
-            ids = json.loads(path.read_text()).get("eos_token_id")
-            if ids is not None:
-                return tuple(ids) if isinstance(ids, list) else (ids,)
-    if tokenizer is not None and tokenizer.eos_token_id is not None:
-        return (tokenizer.eos_token_id,)
-    print(f"{args.model} names no end token: completions go on to --max-new-tokens", file=sys.stderr)
-    return ()
+    stop_token_ids = read_turn_end(args.model, tokenizer).stop_token_ids
+    if not stop_token_ids:
+        print(
+            f"{args.model} has no end token: completions continue to --max-new-tokens unless you set --stop-token-ids",
+            file=sys.stderr,
+        )
+    return stop_token_ids
 
 
 def _int_list(flag: str, text: str) -> list[int]:

@@ -74,7 +74,7 @@ class RemoteTeacher:
                 task.tokenizer,
                 self._teacher_task.tokenizer,
                 student_stop_ids=task.stop_token_ids,
-                teacher_stop_id=self._teacher_task.stop_token_ids[0],
+                teacher_stop_id=self._teacher_task.turn_end.appended_id,
                 max_length=min(info.model.max_sequence_length for info in infos),
             )
         capabilities = [

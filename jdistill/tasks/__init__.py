@@ -10,7 +10,7 @@ from typing import Any
 
 from jdistill.tasks.base import Problem, Task
 
-# A task is added by one file and one line here; tests/tasks/test_contract.py then tests it.
+# To add a task, add its file and its line here; tests/tasks/test_contract.py then tests it.
 TASKS = {
     "addition": "jdistill.tasks.addition:Addition",
     "gsm8k": "jdistill.tasks.gsm8k:Gsm8k",
@@ -27,21 +27,21 @@ def create_task(
     seed: int = 0,
     max_prompt_tokens: int | None = None,
 ) -> Task:
-    """Makes the task `name` (a key of TASKS).
+    """Creates the task `name`.
 
     Args:
-        name: `task.name` of the configuration.
-        options: `task.options`, checked strictly against the task's own `Options`.
-        tokenizer_path: checkpoint directory whose tokenizer and chat template are used.
-        seed: orders the training problems; the held-out ones do not depend on it.
-        max_prompt_tokens: a longer prompt is an error when the task is made, rather than in the middle of a run.
+        name: `task.name` of the configuration, a key of TASKS.
+        options: `task.options`, checked strictly against the task's `Options`.
+        tokenizer_path: checkpoint directory with the tokenizer and the chat template.
+        seed: orders the training problems; the held-out problems do not depend on it.
+        max_prompt_tokens: longest prompt; a longer one fails here rather than in the middle of a run.
 
     Raises:
-        ValueError: unknown task, bad options, no tokenizer, bad data; the message names the remedy.
+        ValueError: unknown task, invalid options, no tokenizer, or invalid data; the message names the remedy.
     """
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(TASKS)}"
+        hint = f"did you mean {near[0]}?" if near else f"available: {', '.join(TASKS)}"
         raise ValueError(f"task.name: no task {name!r}; {hint}")
     module, _, cls = TASKS[name].partition(":")
     return getattr(importlib.import_module(module), cls).create(

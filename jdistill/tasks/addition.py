@@ -1,7 +1,7 @@
 """Fixed-width addition with a scratchpad: a task that a one-megabyte model learns in minutes on a CPU.
 
-With three digits: prompt `850+636=`, response `0+6+0=06,5+3+0=08,8+6+0=14,#1486` and the end token. A column, from the
-ones on, is `digit+digit+carry=` and its two-digit sum; the answer follows the `#` with one digit more than the terms.
+With three digits: prompt `850+636=`, response `0+6+0=06,5+3+0=08,8+6+0=14,#1486` and the end token. Each column, from
+the ones up, is `digit+digit+carry=` and its two-digit sum; the answer after `#` has one digit more than the terms.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import pydantic
 
 from jdistill.config import Section
 from jdistill.tasks.base import Problem, Task
+from jdistill.turn_end import TurnEnd
 
 CHARACTERS = "0123456789+=,#"
 PAD, END = "<pad>", "<end>"
 VOCABULARY = {token: i for i, token in enumerate([*CHARACTERS, PAD, END])}
+MAX_LENGTH = 128  # tokens; three digits need 41, nine 113
 
 
 class AdditionOptions(Section):
@@ -27,12 +29,12 @@ class AdditionOptions(Section):
 
     num_digits: int = pydantic.Field(3, ge=2, le=9, description="digits of each term, zero-padded")
     teachers: tuple[str, ...] = pydantic.Field(
-        (), strict=False, description="names in teacher.several; problem i goes to name i modulo their number"
+        (), strict=False, description="names in teacher.several; problem i goes to teacher i modulo their number"
     )
 
 
 class Addition(Task):
-    """Reward 1.0 for the right answer after the `#` and an ended response, else 0.0."""
+    """Addition problems; the reward is 1.0 if a response ended and has the right answer after `#`, else 0.0."""
 
     name = "addition"
     Options = AdditionOptions
@@ -46,30 +48,32 @@ class Addition(Task):
         if missing or tokenizer.eos_token != END:
             raise ValueError(
                 f"task addition needs a tokenizer with one token for each of {CHARACTERS} and the end token {END}; "
-                f"this one ({tokenizer.name_or_path}) has no token for {missing}, "
-                f"its end token is {tokenizer.eos_token!r}: "
-                "make the models with examples/addition/make_models.py"
+                f"the one in {tokenizer.name_or_path} has no token for {missing}, "
+                f"and its end token is {tokenizer.eos_token!r}: "
+                "create the models with examples/addition/make_models.py"
             )
         self._text_of = {i: token for token, i in self._id_of.items()}
-        self.stop_token_ids = (self._id_of[END],)
+        self.turn_end = TurnEnd((self._id_of[END],), self._id_of[END])
         self.num_train = None
-        self.num_eval = 10 ** (2 * self.num_digits) // 16  # about half of what is held out: found by few draws
+        self.num_eval = (
+            10 ** (2 * self.num_digits) // 16
+        )  # about half of the held-out problems, so that few draws find them
         prompt_length = 2 * self.num_digits + 2
         if max_prompt_tokens is not None and prompt_length > max_prompt_tokens:
             raise ValueError(
                 f"a prompt of task addition has {prompt_length} tokens, "
-                f"rollout.max_prompt_tokens is {max_prompt_tokens}: raise it"
+                f"but rollout.max_prompt_tokens is {max_prompt_tokens}: raise it"
             )
 
     def train_problem(self, index: int) -> Problem:
-        """A problem drawn by (seed, index); never a held-out one."""
+        """Draws a problem that is not held out from (seed, index)."""
         attempt = 0
         while is_held_out(prompt := self._draw(f"train/{self.seed}/{index}/{attempt}")):
             attempt += 1
         return self._problem(index, "train", prompt)
 
     def eval_problems(self, num: int) -> list[Problem]:
-        """`num` different held-out problems, the same for every seed."""
+        """Draws `num` distinct held-out problems, the same for every seed."""
         self._check_num_eval(num)
         prompts: dict[str, None] = {}  # ordered
         draw = 0
@@ -81,31 +85,31 @@ class Addition(Task):
         return [self._problem(i, "eval", prompt) for i, prompt in enumerate(prompts)]
 
     def reward(self, problem: Problem, completion_ids: np.ndarray) -> float:
-        """1.0 if the text between the first `#` and the end token is the answer, else 0.0; the scratchpad is free."""
+        """Returns 1.0 if the text between the first `#` and the end token is the answer, whatever precedes it."""
         if not self.ended(completion_ids):
             return 0.0
-        # Any other token (padding, say) becomes a "?", so that it can't vanish and leave the right answer.
+        # Any other token (e.g. padding) becomes a "?"; dropping it could leave the right answer.
         text = "".join(self._text_of.get(int(i), "?") for i in completion_ids[:-1])
         return float(text.partition("#")[2] == problem.data["answer"])
 
     def privileged_prompt_ids(self, problem: Problem) -> np.ndarray:
-        """The solution, a comma, the prompt."""
+        """Returns the solution, a comma and the prompt."""
         a, b = problem.data["a"], problem.data["b"]
         return self._encode(f"{solution(a, b)},{a}+{b}=")
 
     def teacher(self, problem: Problem) -> str:
-        """One after the other; see `task.options.teachers`."""
+        """Assigns problems to `task.options.teachers` round-robin."""
         names = self.options.teachers
         if not names:
-            raise ValueError("teacher.several needs task.options.teachers: their names")
+            raise ValueError("teacher.several needs task.options.teachers: list the teachers' names there")
         return names[problem.index % len(names)]
 
     def solution_ids(self, problem: Problem) -> np.ndarray:
-        """The scratchpad, the answer, the end token."""
+        """Returns the scratchpad, the answer and the end token."""
         return self._encode([*solution(problem.data["a"], problem.data["b"]), END])
 
     def _draw(self, key: str) -> str:
-        # A hash of a counter rather than a generator: nothing to store and nothing that another numpy could change.
+        # A hash of a counter needs no stored state, and unlike a generator it cannot change with numpy's version.
         number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "little")
         high, low = divmod(number % 10 ** (2 * self.num_digits), 10**self.num_digits)
         return f"{high:0{self.num_digits}}+{low:0{self.num_digits}}="
@@ -120,16 +124,16 @@ class Addition(Task):
 
 
 def is_held_out(prompt: str) -> bool:
-    """Whether `850+636=` is held out: an eighth of all prompts, by a real hash.
+    """Returns whether a prompt such as `850+636=` is held out: an eighth of all prompts, chosen by a hash.
 
-    A linear hash such as (a + b) % 8 would hold out whole carry classes, and the held-out accuracy would then measure
-    something else.
+    A linear rule such as (a + b) % 8 would hold out whole carry classes, and held-out accuracy would then measure
+    extrapolation to them.
     """
     return hashlib.blake2b(prompt.encode(), digest_size=1).digest()[0] % 8 == 0
 
 
 def solution(a: str, b: str) -> str:
-    """The right response to `a+b=` without the end token; `a` and `b` are decimal strings of equal length."""
+    """Returns the right response to `a+b=` without the end token; `a` and `b` are decimal strings of equal length."""
     columns = []
     carry = 0
     for digit_a, digit_b in zip(reversed(a), reversed(b), strict=True):
@@ -140,12 +144,12 @@ def solution(a: str, b: str) -> str:
 
 
 def write_tokenizer(path: str | pathlib.Path) -> None:
-    """Writes a Hugging Face fast tokenizer with one token a character: tokenizer.json and tokenizer_config.json."""
+    """Writes a Hugging Face fast tokenizer, one token per character: tokenizer.json and tokenizer_config.json."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()  # without one, decoding puts spaces between the characters
+    tokenizer.decoder = decoders.Fuse()  # without a decoder, decoding puts spaces between the characters
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD, END)])
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -162,13 +166,10 @@ def write_tokenizer(path: str | pathlib.Path) -> None:
     )
 
 
-MAX_LENGTH = 128  # tokens; three digits need 41, nine 113
-
-
 def write_model(path: str | pathlib.Path, *, num_layers: int, dtype: str = "float32") -> None:
     """Writes a checkpoint directory without weights: config.json (Qwen3 shape, width 128) and the tokenizer.
 
-    2 layers are 0.40 M parameters, 4 layers 0.79 M. `jdistill train` with `model.init: random` makes the weights.
+    2 layers have 0.40 M parameters, 4 layers 0.79 M. `jdistill train` with `model.init: random` creates the weights.
     """
     path = pathlib.Path(path)
     write_tokenizer(path)

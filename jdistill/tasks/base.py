@@ -1,4 +1,4 @@
-"""What a task is: numbered training problems, fixed held-out problems, a reward.
+"""Defines a task: numbered training problems, fixed held-out problems, a reward.
 
 Dimension key: `R` tokens of a completion, `N` problems of a file.
 """
@@ -13,38 +13,45 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from jdistill import checkpoint_files
 from jdistill.config import ConfigError, Section, parse
+from jdistill.turn_end import TurnEnd
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One prompt and what its reward needs."""
+    """One prompt, and the data that its reward needs."""
 
-    index: int  # the argument of train_problem, or the place in eval_problems
+    index: int  # argument of train_problem, or position in eval_problems
     split: Literal["train", "eval"]
     prompt_ids: np.ndarray  # int32
-    data: Mapping[str, Any]  # of the task's own making, e.g. the right answer
+    data: Mapping[str, Any]  # the task's own fields, e.g. the right answer
 
 
 class Task(abc.ABC):
     """Prompts and rewards in the tokens of one tokenizer.
 
-    `train_problem` is a pure function of its index and the task's seed, so that a resumed run sees what an
-    uninterrupted one would, whatever was asked before.
+    `train_problem` is a pure function of its index and the task's seed, whatever was asked for before, so a resumed run
+    sees the same problems as an uninterrupted one.
     """
 
     name: ClassVar[str]  # the key in TASKS
     Options: ClassVar[type[Section]]  # schema of `task.options`
 
-    stop_token_ids: tuple[int, ...]  # a completion ends with the first of these, and includes it
-    num_train: int | None  # different training problems; None: practically unbounded
-    num_eval: int  # how many held-out problems can be asked for
+    turn_end: TurnEnd  # how completions and solutions end
+    num_train: int | None  # number of distinct training problems; None: practically unbounded
+    num_eval: int  # number of held-out problems
 
     def __init__(self, options: Section, tokenizer: Any, *, seed: int, max_prompt_tokens: int | None) -> None:
         self.options = options
         self.tokenizer = tokenizer
         self.seed = seed
         self.max_prompt_tokens = max_prompt_tokens
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a completion, which includes the first one sampled."""
+        return self.turn_end.stop_token_ids
 
     @classmethod
     def create(
@@ -55,7 +62,7 @@ class Task(abc.ABC):
         seed: int = 0,
         max_prompt_tokens: int | None = None,
     ) -> Task:
-        """Checks the options, loads the tokenizer, makes the task. See `jdistill.tasks.create_task`."""
+        """Checks the options, loads the tokenizer and creates the task; see `jdistill.tasks.create_task`."""
         try:
             checked = parse(cls.Options, dict(options), source=f"task.options of {cls.name}")
         except ConfigError as e:
@@ -66,75 +73,77 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def train_problem(self, index: int) -> Problem:
-        """Training problem number `index` (0, 1, 2 ... without end)."""
+        """Returns training problem number `index`: 0, 1, 2 and so on without end."""
 
     @abc.abstractmethod
     def eval_problems(self, num: int) -> list[Problem]:
-        """The first `num` held-out problems: always the same ones, whatever the seed, and never training problems.
+        """Returns the first `num` held-out problems: the same for every seed, and never training problems.
 
         Raises:
-            ValueError: there are fewer.
+            ValueError: the task has fewer.
         """
 
     @abc.abstractmethod
     def reward(self, problem: Problem, completion_ids: np.ndarray) -> float:
-        """Reward of int32[R] sampled tokens, the stop token included where the completion ended by itself."""
+        """Returns the reward of int32[R] sampled tokens; a completion that ended by itself includes its stop token."""
 
     @abc.abstractmethod
     def solution_ids(self, problem: Problem) -> np.ndarray:
-        """int32[R], a right completion with its stop token, for the supervised objective.
+        """Returns a right completion for the supervised objective: int32[R], its stop token included.
 
         Raises:
-            ValueError: the task has none, with the reason.
+            ValueError: the task has no solutions; the message gives the reason.
         """
 
     def privileged_prompt_ids(self, problem: Problem) -> np.ndarray:
-        """int32, the prompt as a teacher sees it that knows more than the student: the solution, say.
+        """Returns the prompt of a teacher that knows more than the student, e.g. the solution: int32 token ids.
 
         Raises:
-            ValueError: the task has none.
+            ValueError: the task has no privileged prompt.
         """
         raise ValueError(f"task {self.name} has no privileged prompt: set teacher.privileged: false")
 
     def teacher(self, problem: Problem) -> str:
-        """Which of `teacher.several` scores this problem's completions.
+        """Returns the name in `teacher.several` of the teacher that scores this problem's completions.
 
         Raises:
-            ValueError: the task does not say.
+            ValueError: the task does not choose between teachers.
         """
-        raise ValueError(f"task {self.name} names no teacher for its problems: give one teacher, not teacher.several")
+        raise ValueError(
+            f"task {self.name} does not choose a teacher for each problem: give one teacher, not teacher.several"
+        )
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of some tokens, special tokens included."""
+        """Returns the text of `ids`, special tokens included."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def ended(self, completion_ids: np.ndarray) -> bool:
-        """Whether the completion ended by itself, rather than by a length limit."""
+        """Returns whether a completion ended by itself rather than at a length limit."""
         return len(completion_ids) > 0 and int(completion_ids[-1]) in self.stop_token_ids
 
     def _check_num_eval(self, num: int) -> None:
         if not 0 <= num <= self.num_eval:
             raise ValueError(
-                f"{num} held-out problems asked of task {self.name}, which has {self.num_eval}: "
+                f"{num} held-out problems were requested, but task {self.name} has {self.num_eval}: "
                 f"set eval.num_prompts to at most {self.num_eval}"
             )
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Any:
-    """The Hugging Face tokenizer of a checkpoint directory; never from the network.
+    """Loads the Hugging Face tokenizer of a checkpoint directory; never from the network.
 
     Raises:
-        ValueError: no directory, or no tokenizer that can be read in it.
+        ValueError: the directory does not exist, or holds no readable tokenizer.
     """
     path = pathlib.Path(path)
     if not path.is_dir():
         raise ValueError(f"no directory {path}: model.path must be a checkpoint directory with a tokenizer in it")
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not checkpoint_files.has_tokenizer(path):
         raise ValueError(
-            f"{path} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json): copy it from the checkpoint "
+            f"{path} has no tokenizer ({', '.join(checkpoint_files.TOKENIZER_FILES)}): copy it from the checkpoint "
             "that the model comes from"
         )
-    from transformers import AutoTokenizer  # slow to import, and not needed to look at TASKS
+    from transformers import AutoTokenizer  # imported here because it is slow, and listing TASKS does not need it
 
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
@@ -143,9 +152,9 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
 
 
 def epoch_permutation(seed: int, epoch: int, num: int) -> np.ndarray:
-    """int64[N], a permutation that is a pure function of its arguments.
+    """Returns a permutation, int64[N], that is a pure function of its arguments.
 
-    Sorts the raw output of a counter-based generator: numpy promises that it never changes, which it does not promise
-    for `Generator.permutation`, and a resumed run may meet a newer numpy.
+    It sorts the raw output of a counter-based generator, which numpy guarantees never to change; numpy gives no such
+    guarantee for `Generator.permutation`, and a resumed run may use a newer numpy.
     """
     return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(num), kind="stable")

@@ -1,6 +1,6 @@
 r"""Grade-school mathematics (GSM8K) from local JSONL files of `{"question": ..., "answer": "... #### 72"}`.
 
-The answer format is the published one by default: the final number after `####`. `answer_format: boxed` asks for
+By default the answer has the published format: the final number after `####`. `answer_format: boxed` asks for
 `\boxed{}` instead, which chat models know better. The last such number is compared exactly with the reference.
 
 Reference: Cobbe et al., "Training Verifiers to Solve Math Word Problems", 2021.
@@ -20,6 +20,7 @@ import pydantic
 
 from jdistill.config import Section
 from jdistill.tasks.base import Problem, Task, epoch_permutation
+from jdistill.turn_end import read_turn_end
 
 INSTRUCTIONS = {
     "####": 'Let\'s think step by step and output the final answer after "####".',
@@ -44,7 +45,7 @@ class Gsm8kOptions(Section):
 
 
 class Gsm8k(Task):
-    """Reward 1.0 for the right final number in an ended completion, else 0.0."""
+    """GSM8K problems; the reward is 1.0 if a completion ended and its final number is right, else 0.0."""
 
     name = "gsm8k"
     Options = Gsm8kOptions
@@ -57,14 +58,15 @@ class Gsm8k(Task):
         self._template_options = {} if options.enable_thinking is None else {"enable_thinking": options.enable_thinking}
         if not tokenizer.chat_template:
             raise ValueError(
-                f"the tokenizer in {tokenizer.name_or_path} has no chat template, which the prompts of gsm8k are "
-                "written with: use an instruction-tuned checkpoint, or put a chat_template.jinja beside tokenizer.json"
+                f"the tokenizer in {tokenizer.name_or_path} has no chat template, which gsm8k needs for its prompts: "
+                "use an instruction-tuned checkpoint, or put a chat_template.jinja beside tokenizer.json"
             )
-        if tokenizer.eos_token_id is None:
+        self.turn_end = read_turn_end(tokenizer.name_or_path, tokenizer)
+        if self.turn_end.appended_id is None:
             raise ValueError(
-                f"the tokenizer in {tokenizer.name_or_path} has no end token: a completion could never end"
+                f"the tokenizer in {tokenizer.name_or_path} has no end token, so solutions cannot end: "
+                "set eos_token in its tokenizer_config.json"
             )
-        self.stop_token_ids = _stop_token_ids(tokenizer)
         self._train = self._read(options.train_path, "train")
         self._eval = self._read(options.test_path, "eval")
         self.num_train = len(self._train)
@@ -72,36 +74,36 @@ class Gsm8k(Task):
         self._order: tuple[int, np.ndarray] = (0, epoch_permutation(seed, 0, self.num_train))
 
     def train_problem(self, index: int) -> Problem:
-        """Each epoch visits every line once, in an order of its own that (seed, epoch) gives."""
+        """Visits every line once per epoch, in an order that (seed, epoch) determines."""
         epoch, place = divmod(index, len(self._train))
         if self._order[0] != epoch:
             self._order = (epoch, epoch_permutation(self.seed, epoch, len(self._train)))
         return dataclasses.replace(self._train[self._order[1][place]], index=index)
 
     def eval_problems(self, num: int) -> list[Problem]:
-        """The first `num` lines of the test file."""
+        """Returns the first `num` lines of the test file."""
         self._check_num_eval(num)
         return self._eval[:num]
 
     def reward(self, problem: Problem, completion_ids: np.ndarray) -> float:
-        """1.0 for the right number. A completion that was cut off has no final answer, even where it holds a number."""
+        """Returns 1.0 for the right number; a completion that was cut off has no final answer, even with a number."""
         if not self.ended(completion_ids):
             return 0.0
         text = self.tokenizer.decode([int(i) for i in completion_ids[:-1]], skip_special_tokens=True)
         return float(final_number(text, self.answer_format) == decimal.Decimal(problem.data["answer"]))
 
     def solution_ids(self, problem: Problem) -> np.ndarray:
-        """The published reasoning and the final answer in the format that the prompt asks for, then the end token."""
+        """Returns the published reasoning, the final answer in the format that the prompt asks for, the end token."""
         reasoning = problem.data["solution"]
         if not self.keep_calculator:
             reasoning = re.sub(r"<<[^<>]*>>", "", reasoning)
         answer = problem.data["answer"]
         final = f"#### {answer}" if self.answer_format == "####" else f"\\boxed{{{answer}}}"
         ids = self.tokenizer(f"{reasoning}\n{final}", add_special_tokens=False)["input_ids"]
-        return np.array([*ids, self.tokenizer.eos_token_id], np.int32)
+        return np.array([*ids, self.turn_end.appended_id], np.int32)
 
     def _read(self, path: str, split: Literal["train", "eval"]) -> list[Problem]:
-        """All problems of a file, tokenized, so that whatever is wrong with it is known before the first step."""
+        """Reads and tokenizes all problems of a file, so that a bad line fails before the first step."""
         lines = _read_jsonl(path)
         chats = [
             [{"role": "user", "content": f"{question}\n{INSTRUCTIONS[self.answer_format]}"}]
@@ -110,14 +112,14 @@ class Gsm8k(Task):
         texts = self.tokenizer.apply_chat_template(
             chats, tokenize=False, add_generation_prompt=True, **self._template_options
         )
-        # The template writes the special tokens itself: a tokenizer that adds a BOS would add a second one.
+        # The template already writes the special tokens; a tokenizer that adds a BOS would add a second one.
         all_ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         problems = []
         for (number, question, solution, answer), ids in zip(lines, all_ids, strict=True):
             if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
                 raise ValueError(
-                    f"{path} line {number}: the prompt has {len(ids)} tokens, rollout.max_prompt_tokens is "
-                    f"{self.max_prompt_tokens}: raise it, or take the line out"
+                    f"{path} line {number}: the prompt has {len(ids)} tokens, but rollout.max_prompt_tokens is "
+                    f"{self.max_prompt_tokens}: raise it, or remove the line"
                 )
             data = {"question": question, "solution": solution, "answer": answer}
             problems.append(Problem(len(problems), split, np.array(ids, np.int32), data))
@@ -125,7 +127,7 @@ class Gsm8k(Task):
 
 
 def _read_jsonl(path: str) -> list[tuple[int, str, str, str]]:
-    """[(line number from 1, question, reasoning, answer)] of a file; blank lines are skipped."""
+    """Reads (line number from 1, question, reasoning, answer) of each line that is not blank."""
     try:
         raw_lines = pathlib.Path(path).read_bytes().split(b"\n")
     except OSError as e:
@@ -146,7 +148,7 @@ def _read_jsonl(path: str) -> list[tuple[int, str, str, str]]:
         for field in ("question", "answer"):
             if not isinstance(line.get(field), str) or not line[field].strip():
                 raise ValueError(
-                    f"{where}: expected a text in {field!r}, got {line.get(field)!r}; fields: {sorted(line)}"
+                    f"{where}: expected a string in {field!r}, got {line.get(field)!r}; fields: {sorted(line)}"
                 )
         reasoning, marker, _ = line["answer"].rpartition("####")
         answer = final_number(line["answer"], "####")
@@ -154,19 +156,19 @@ def _read_jsonl(path: str) -> list[tuple[int, str, str, str]]:
             raise ValueError(f"{where}: expected an answer that ends in '#### number', got ...{line['answer'][-40:]!r}")
         lines.append((number, line["question"].strip(), reasoning.strip(), f"{answer:f}"))
     if not lines:
-        raise ValueError(f'{path} is empty: expected one {{"question": ..., "answer": ...}} a line')
+        raise ValueError(f'{path} is empty: expected one {{"question": ..., "answer": ...}} per line')
     return lines
 
 
-# A number as people write it: sign, currency sign, thousands separators, a full stop at the end, a unit without digits.
+# A number as people write it: sign, currency sign, thousands separators, full stop at the end, unit without digits.
 _NUMBER = re.compile(r"([-+]?)\s*[$€£]?\s*(-?)\s*(\d[\d,]*(?:\.\d+)?|\.\d+)\s*\.?(?:\s*[%°A-Za-z][^\d]*)?")
 
 
 def final_number(text: str, answer_format: Literal["####", "boxed"]) -> decimal.Decimal | None:
-    r"""The number after the last `####` (to the end of its line) or in the last `\boxed{}`; None if there is none.
+    r"""Parses the number after the last `####`, up to the end of its line, or in the last `\boxed{}`; None without one.
 
-    There is no fallback to the last number of the text, which would reward a format that was not asked for. `18`,
-    `18.00`, `$18`, `18 dollars`, `18.` are the same number; `18/3` and `18 or 19` are none.
+    It does not fall back to the last number of the text, which would reward a format that the prompt did not ask for.
+    `18`, `18.00`, `$18`, `18 dollars` and `18.` are the same number; `18/3` and `18 or 19` are not numbers.
     """
     if answer_format == "####":
         _, marker, rest = text.rpartition("####")
@@ -180,7 +182,7 @@ def final_number(text: str, answer_format: Literal["####", "boxed"]) -> decimal.
         span = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r" \1", boxed)
         span = span.replace("{,}", ",").replace("\\%", "%").replace("\\$", "$")
         span = re.sub(r"\\[,!;: ]", "", span)  # LaTeX's thin spaces, as in 1\,000
-    # U+2212 is the minus sign that typeset text has.
+    # U+2212 is the minus sign of typeset text.
     match = _NUMBER.fullmatch(span.replace("\u2212", "-").strip().strip("*$").strip())
     if match is None:
         return None
@@ -189,7 +191,7 @@ def final_number(text: str, answer_format: Literal["####", "boxed"]) -> decimal.
 
 
 def _last_boxed(text: str) -> str | None:
-    """What is inside the last `\\boxed{...}`, braces balanced."""
+    """Returns the content of the last `\\boxed{...}` with balanced braces; None without one."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -200,18 +202,3 @@ def _last_boxed(text: str) -> str | None:
         if depth == 0:
             return text[start:i]
     return None
-
-
-def _stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
-    """The tokenizer's end token first, then the others of generation_config.json (Qwen3 has two)."""
-    stop = [int(tokenizer.eos_token_id)]
-    path = pathlib.Path(tokenizer.name_or_path) / "generation_config.json"
-    if path.is_file():
-        try:
-            more = json.loads(path.read_text()).get("eos_token_id")
-        except (ValueError, AttributeError) as e:
-            raise ValueError(f"{path} is not a JSON object: {e}") from None
-        for token_id in more if isinstance(more, list) else [more]:
-            if token_id is not None and token_id not in stop:
-                stop.append(int(token_id))
-    return tuple(stop)

@@ -119,7 +119,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(run, tmp_path
         ([str(tmp_path / "taken"), *to], "not the directory of a `jdistill train` run"),
         ([str(run), "--to", str(tmp_path / "taken")], "exists: remove it"),
         ([str(run), *to, "--step", "5"], "no checkpoint of step 5"),
-        ([str(run), *to, "--source", str(tmp_path / "gone")], "say where it is now with --source"),
+        ([str(run), *to, "--source", str(tmp_path / "gone")], "give its present path with --source"),
     ]:
         assert cli.main(["export", *argv]) == 2
         assert message in capsys.readouterr().err

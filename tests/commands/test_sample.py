@@ -1,6 +1,7 @@
 """`jdistill sample` on a random checkpoint, against the sampler's promises and a full forward pass."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -76,16 +77,41 @@ def test_stop_tokens_can_be_chosen(checkpoint, capsys):
     assert len(line["token_ids"]) == 1 and line["finish_reason"] == "stop"
 
 
+def test_by_default_a_completion_stops_at_the_end_tokens_of_tokenizer_and_generation_config(
+    checkpoint, capsys, tmp_path
+):
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    argv = ["--model", model, "--token-ids", "1,2", "--max-new-tokens", 30, "--jsonl"]
+    others = [i for i in range(len(VOCABULARY)) if i != VOCABULARY["<end>"]]
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": others}))
+    code, out, err = run(capsys, *argv)
+    # Any first token stops: <end> by the tokenizer, the others by generation_config.json.
+    assert code == 0 and len(json.loads(out)["token_ids"]) == 1
+    assert "has no end token" not in err
+    (model / "generation_config.json").write_text("{")
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and f"{model / 'generation_config.json'} is not JSON" in err
+
+
+def test_a_checkpoint_without_an_end_token_is_a_warning(checkpoint, capsys, tmp_path):
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    code, out, err = run(capsys, "--model", model, "--token-ids", "1,2", "--max-new-tokens", 5, "--jsonl")
+    assert code == 0 and len(json.loads(out)["token_ids"]) == 5
+    assert "has no end token: completions continue to --max-new-tokens" in err
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--prompt", "1+1=", "--chat"], "has no chat template: leave out --chat"),
-        (["--token-ids", "1,2", "--chat"], "a prompt of token ids is taken as it is: leave out --chat"),
+        (["--prompt", "1+1=", "--chat"], "has no chat template: omit --chat"),
+        (["--token-ids", "1,2", "--chat"], "a prompt is given as token ids: omit --chat"),
         (["--token-ids", "1;2"], "--token-ids: expected token ids like 5,6,7, got '1;2'"),
         (["--token-ids", "1,99"], "prompt 0, token 1: id 99 is outside the model's vocabulary of 16"),
         (["--prompts-file", "nowhere.txt"], "--prompts-file: no file nowhere.txt"),
         (["--prompt", "1", "--max-new-tokens", "128"], "--max-new-tokens can be at most 127, got 128"),
-        (["--prompt", "1" * 128], "the longest prompt has 128 tokens: nothing can follow it"),
+        (["--prompt", "1" * 128], "the longest prompt has 128 tokens: no position is left for a completion"),
         (["--prompt", "1", "--temperature", "0"], "--temperature must be above 0, got 0.0"),
         (["--prompt", "1", "--num-completions", "0"], "--num-completions must be at least 1, got 0"),
         (["--prompt", "1", "--max-rows", "0"], "--max-rows must be at least 1, got 0"),
@@ -103,7 +129,7 @@ def test_a_wrong_request_is_answered_with_a_remedy_and_exit_code_2(checkpoint, c
         ("{", "line 1: not JSON"),
         ('{"text": "a"}', 'line 1: expected {"prompt": TEXT} or {"token_ids": [..]}, got {"text": "a"}'),
         ('{"token_ids": [1, 2.5]}', "line 1: expected"),
-        ("\n", "has no prompts; expected one a line"),
+        ("\n", "has no prompts; expected one per line"),
     ],
 )
 def test_a_bad_prompts_file_is_named_with_its_line(checkpoint, capsys, tmp_path, text, message):

@@ -178,7 +178,7 @@ def test_absent_fields_take_the_defaults_of_transformers(tmp_path):
 
 
 def test_a_directory_that_is_no_checkpoint_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing is there"):
+    with pytest.raises(FileNotFoundError, match="it does not exist"):
         models.config_from_hf(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         models.config_from_hf(tmp_path)

@@ -120,7 +120,7 @@ def test_a_tokenizer_of_another_model_is_refused(task, tmp_path):
     addition.write_tokenizer(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<pad>"}))
-    with pytest.raises(ValueError, match=r"its end token is '<pad>': make the models with examples/addition"):
+    with pytest.raises(ValueError, match=r"its end token is '<pad>': create the models with examples/addition"):
         create_task("addition", {}, tmp_path)
 
 

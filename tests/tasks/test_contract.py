@@ -124,7 +124,7 @@ def test_a_directory_without_a_tokenizer_is_an_error_with_a_remedy(recipe, tmp_p
 def test_an_unknown_task_names_the_nearest_one():
     with pytest.raises(ValueError, match=r"no task 'adition'; did you mean addition\?"):
         create_task("adition", {}, "unused")
-    with pytest.raises(ValueError, match="there are: addition, gsm8k"):
+    with pytest.raises(ValueError, match="available: addition, gsm8k"):
         create_task("chess", {}, "unused")
 
 

@@ -141,8 +141,8 @@ def test_every_epoch_visits_every_line_once_in_another_order(make):
         ("\n \n", r"train.jsonl is empty"),
         ('{"question": "a", "answer": "#### 1"}\n{"question": ', r"train.jsonl line 2 is not JSON"),
         ('\n["question"]', r"train.jsonl line 2: expected an object .* got list"),
-        ('{"question": "a"}', r"train.jsonl line 1: expected a text in 'answer', got None; fields: \['question'\]"),
-        ('{"question": 3, "answer": "#### 1"}', r"train.jsonl line 1: expected a text in 'question', got 3"),
+        ('{"question": "a"}', r"train.jsonl line 1: expected a string in 'answer', got None; fields: \['question'\]"),
+        ('{"question": 3, "answer": "#### 1"}', r"train.jsonl line 1: expected a string in 'question', got 3"),
         ('{"question": "a", "answer": "72"}', r"train.jsonl line 1: expected an answer that ends in '#### number'"),
         ('{"question": "a", "answer": "#### many"}', r"train.jsonl line 1: expected an answer that ends in"),
     ],
@@ -166,7 +166,7 @@ def test_a_file_that_is_not_there_names_the_option_to_set(make):
 def test_a_prompt_over_the_limit_names_file_and_line(make):
     long = json.dumps({"question": "x" * 200, "answer": "#### 1"})
     with pytest.raises(
-        ValueError, match=r"test.jsonl line 1: the prompt has \d+ tokens, rollout.max_prompt_tokens is 150"
+        ValueError, match=r"test.jsonl line 1: the prompt has \d+ tokens, but rollout.max_prompt_tokens is 150"
     ):
         make(test=long, max_prompt_tokens=150)
 
