@@ -43,11 +43,6 @@ class Retokenized:
     segment_ids: Int[np.ndarray, "R"]  # int32: of each student token, 0, 1, 2 ... in order; -1: not usable
     teacher_segment_ids: Int[np.ndarray, "U"]  # int32: the same of each teacher token
 
-    @property
-    def usable_share(self) -> float:
-        """Of the student's tokens."""
-        return float(np.mean(self.segment_ids >= 0))
-
 
 class CrossTokenizer:
     """From one tokenizer's tokens to another's, both Hugging Face fast tokenizers.
