@@ -70,9 +70,6 @@ def kdrl_annealing(step: Step, *, begin: float, end: float, decrement: float) ->
     return jnp.maximum(begin - decrement * jnp.asarray(step, float), end)
 
 
-SCHEDULES = {"constant": constant, "linear": linear, "cosine": cosine, "kdrl": kdrl_annealing}
-
-
 def _progress(step: Step, num_steps: int) -> Float[Array, ""]:
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")

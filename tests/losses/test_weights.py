@@ -69,11 +69,6 @@ def test_invalid_arguments_are_refused(call, message):
         call()
 
 
-def test_the_table_lists_every_schedule():
-    assert set(weights.SCHEDULES) == {"constant", "linear", "cosine", "kdrl"}
-    assert weights.SCHEDULES["kdrl"] is weights.kdrl_annealing
-
-
 def test_the_reward_guided_mask_keeps_the_scored_tokens_of_wrong_answers():
     mask_BT = jnp.array([[False, True, True], [True, True, False], [True, False, False]])
     found = weights.reward_guided_mask(jnp.array([0.0, 1.0, 0.5]), mask_BT, threshold=0.5)
