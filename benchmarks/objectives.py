@@ -89,7 +89,7 @@ def main() -> None:
             path = "examples/addition/teacher" if name == "perfect" else imperfect_teacher(args.to)
             sections.append(one_teacher(args, name, str(path)))
         text = [
-            "# The objectives side by side",
+            "# Objectives, side by side",
             "",
             f"`python -m benchmarks.objectives {' '.join(sys.argv[1:])}`, {datetime.date.today()}, Python "
             f"{sys.version.split()[0]}, "
@@ -170,12 +170,12 @@ def one_teacher(args: argparse.Namespace, name: str, path: str) -> list[str]:
         f"## The {name} teacher: {accuracy['eval/accuracy']:.3f} right at T = 1, "
         f"{accuracy['eval/accuracy_greedy']:.3f} greedy",
         "",
-        "| arm | rate | accuracy, T = 1 | accuracy, greedy | true reverse KL, nats a token | response, tokens |",
+        "| arm | rate | accuracy, T = 1 | accuracy, greedy | true reverse KL, nats per token | response, tokens |",
         "| --- | ---: | --- | --- | --- | --- |",
         *rows,
         "",
-        "Cosine between the gradient of an estimator on one batch of 128 completions and the exact gradient of the "
-        "per-token reverse KL at the same positions, at the student that every run begins with and at the one that "
+        "Cosine between an estimator's gradient on one batch of 128 completions and the exact gradient of the "
+        "per-token reverse KL at the same positions, for the student that every run begins with and for the one that "
         f"{last} ends with:",
         "",
         "| estimator | at the beginning | at the end |",

@@ -154,16 +154,17 @@ def train(sides: Sides) -> tuple[list[Table], Figures]:
     for side in ("ours", "tunix", "torch"):
         check(f"{NAMES[side]}'s first loss", found.first[side]["loss"], work.LOSS_FIRST, 1e-6)
     tokens = work.NUM_ROWS * work.ROW_TOKENS
-    texts = {"topk": "jdistill, distillation over the student's top 8 in place of the reference term"}
+    texts = {"topk": "jdistill, distillation over the student's top 8 instead of the reference term"}
     table = found.table("Training step, 16 x 256 tokens, GRPO + reference term + entropy", tokens, "tokens/s", texts)
     flops = work.train_flops()
     peak = {way: answers[-1]["peak_rss_mib"] for way, answers in found.answers.items()}
     table.notes += [
-        f"{flops / 1e9:.0f} GFLOP of matrix products a step: "
+        f"{flops / 1e9:.0f} GFLOP of matrix products per step: "
         + ", ".join(f"{NAMES[side]} {flops / found.median(side) / 1e9:.0f} GFLOP/s" for side in NAMES)
         + ".",
-        f"All three find {work.LOSS_FIRST} as the first loss, ours from its policy loss and log-probs: its own loss "
-        "takes another estimator of the same term, at the same cost, since the peers' has the wrong gradient.",
+        f"All three compute {work.LOSS_FIRST} as the first loss. Ours is put together from the policy loss and "
+        "log-probs: our own loss uses another estimator of the reference term, at the same cost, because the one that "
+        "the others use has the wrong gradient.",
     ]
     return [table], {
         "train_vs_tunix": found.faster("ours", "tunix"),
@@ -186,7 +187,7 @@ def generate(sides: Sides) -> tuple[list[Table], Figures]:
     check("tokens generated", min(a["tokens"] for turns in found.answers.values() for a in turns), tokens, 0)
     unit = "new tokens/s"
     table = found.table(
-        "Sampler, 16 prompts of 64 tokens, 192 new ones each, with log-probs (not PyTorch)", tokens, unit
+        "Sampler, 16 prompts of 64 tokens, 192 new tokens each, with log-probs (PyTorch: without)", tokens, unit
     )
     first_token = sides.turns("first_token", ["ours", "tunix"], 2 if sides.quick else 7)
     second = first_token.table("Time to first token: the same with one new token", work.NUM_ROWS, unit)
@@ -210,7 +211,7 @@ def generate_varied(sides: Sides) -> tuple[list[Table], Figures]:
     title = f"Sampler, {len(lengths)} requests of 64 + {lengths.min()} to {lengths.max()} tokens ({lengths.mean():.0f})"
     table = found.table(title, tokens, "new tokens/s")
     table.notes.append(
-        "Tokens that a request did not ask for do not count. A batch that runs to its longest request computes "
+        "Only tokens that a request asked for count. A batch that runs until its longest request ends computes "
         f"{len(lengths) * lengths.max() / tokens:.2f} x as many."
     )
     return [table], {
@@ -280,10 +281,10 @@ def logprob(sides: Sides) -> tuple[list[Table], Figures]:
             table.add(name, number(temporaries), number(half), number(fastest[form, variant]))
     table.add("log_softmax, log-prob", number(facts["naive"]["temp_mib_log_softmax"]), "", "")
     table.notes += [
-        f"Temporaries by the compiled program's own memory analysis; chunks of {facts['ours']['chunk_tokens']} tokens "
-        "(the default).",
-        f"Ours differs from the naive form's gradients by {facts['ours']['gradient_error']:.1g} of the largest. "
-        f"{loads(at_load)}",
+        f"Temporaries come from the compiled program's memory analysis; chunks of {facts['ours']['chunk_tokens']} "
+        "tokens (the default).",
+        f"Our gradients differ from the naive form's by at most {facts['ours']['gradient_error']:.1g} of the largest "
+        f"one. {loads(at_load)}",
     ]
     ours, naive = facts["ours"]["temp_mib"], facts["naive"]["temp_mib"]
     figures: Figures = {
@@ -326,7 +327,7 @@ def with_teacher(sides: Sides) -> tuple[list[Table], Figures]:
     count, num_steps = (1, 6) if sides.quick else (2, 12)
     texts = {"varied": "completions of 1 to 64 tokens", "equal": "completions of 34 tokens, all ending at once"}
     table = Table(
-        "`jdistill train`: a step beside a teacher that takes as long as the rollout, and without a teacher",
+        "`jdistill train`: a step with a teacher that takes as long as the rollout, and without a teacher",
         ["rollout", "without s", "rollout s", "with s", "rollout s", "waited s", "with / without"],
     )
     figures: Figures = {}
@@ -346,8 +347,8 @@ def with_teacher(sides: Sides) -> tuple[list[Table], Figures]:
         waited = [pair["with"]["teacher_wait_s"] / pair["without"]["rollout_s"] for pair in pairs]
         figures[f"teacher_wait_share_{case}"] = statistics.median(waited)
     table.notes += [
-        "The sidecar over gRPC with an engine that waits: a teacher on a machine of its own. 16 prompts x 8.",
-        f"Medians over the {num_steps} steps of a run less the first two, {count} pairs of runs. {loads(at_load)}",
+        "The teacher is a sidecar over gRPC whose engine only waits, as if it ran on another machine. 16 prompts x 8.",
+        f"Medians over the {num_steps} steps of a run except the first two, {count} pairs of runs. {loads(at_load)}",
     ]
     return [table], figures
 
@@ -411,17 +412,18 @@ def write(path: pathlib.Path, tables: list[Table], sides: Sides) -> None:
     cores = len(os.sched_getaffinity(0))
     arguments = "".join(f" {word}" for word in sys.argv[1:] if "/" not in word)
     lines = [
-        "# The student, side by side with Tunix and PyTorch",
+        "# The student compared with Tunix and PyTorch",
         "",
         f"`make bench-student` (`python -m benchmarks.student{arguments}`), {datetime.date.today()}.",
         "",
         *(f"- {text}." for text in versions),
         "",
-        f"{cores} shared cores, no GPU, float32; what else ran on them shows as the load in each table's notes (above "
-        f"{cores}: others were computing too). So trust ratios: ways take turns, and a ratio is the median over them.",
-        "The model is of Qwen3's architecture with random weights: 4 layers, width 256, 8 heads, vocabulary 8,192.",
+        f"{cores} shared cores, no GPU, float32. The load in each table's notes shows what else ran on them (above "
+        f"{cores}: others were computing too), so trust ratios rather than absolute numbers: the ways take turns, and "
+        "a ratio is the median over the turns.",
+        "The model has Qwen3's architecture and random weights: 4 layers, width 256, 8 heads, vocabulary 8,192.",
         "",
-        f"All figures of the run, as one object: [{path.stem}.json]({path.stem}.json).",
+        f"All figures of the run as JSON: [{path.stem}.json]({path.stem}.json).",
         "",
     ]
     path.parent.mkdir(parents=True, exist_ok=True)

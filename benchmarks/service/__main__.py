@@ -67,7 +67,7 @@ def main() -> None:
     if output is None and not args.quick and set(args.only) == set(SECTIONS):
         output = pathlib.Path(__file__).parent.parent / "results" / "service.md"
     if output is not None:
-        write(output, tables, ["All figures of the run, as one object: [service.json](service.json)."])
+        write(output, tables, ["All figures of the run as JSON: [service.json](service.json)."])
         output.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures))
 
@@ -188,16 +188,17 @@ def one_workload(directory: pathlib.Path, workload: str, *, quick: bool) -> tupl
     # Over the whole prompt as vLLM scores it, and as our extension does: it made the whole prompt faster too.
     response_gain, own_response_gain = gain("AsyncLLM", "in process"), gain("sidecar, whole", "sidecar")
     table.notes += [
-        f"Sidecar against the same engine in process: {statistics.median(vs_in_process):.3f} of its tokens/s "
+        f"The sidecar reaches {statistics.median(vs_in_process):.3f} of the tokens/s of the same engine in process "
         f"({spread(vs_in_process)}, {len(vs_in_process)} pairs); whole sequence: {statistics.median(vs_whole):.3f}.",
-        f"Response only: {statistics.median(response_gain):.2f} x the whole prompt by vLLM's prompt_logprobs, both in "
-        f"process; {statistics.median(own_response_gain):.2f} x the whole sequence by this project "
+        f"Scoring only the response is {statistics.median(response_gain):.2f} x as fast as vLLM's prompt_logprobs for "
+        f"the whole prompt, both in process, and {statistics.median(own_response_gain):.2f} x as fast as this "
+        "project's scoring of the whole sequence "
         f"(at most {(LENGTH - 1) / work.RESPONSE_TOKENS:.2f} x, where the model's body costs nothing).",
-        "By the best turn of each way, which the load of a busy machine disturbs least, the sidecar has "
-        f"{best('in process'):.3f} of the same engine's tokens/s in process, {best('HTTP, 1'):.2f} x those of HTTP one "
-        f"by one, {best('HTTP, 16'):.2f} x those of HTTP over 16 connections.",
+        "In the best turn of each way, which is the least disturbed by the machine's load, the sidecar reaches "
+        f"{best('in process'):.3f} of the tokens/s of the same engine in process, {best('HTTP, 1'):.2f} x those of "
+        f"HTTP one by one, and {best('HTTP, 16'):.2f} x those of HTTP over 16 connections.",
         f"One sequence of {LENGTH} tokens alone: the sidecar adds {added_ms[0]:.1f} ms (p50), {added_ms[1]:.1f} ms "
-        "(p90) to what the engine takes in process.",
+        "(p90) to the engine's time in process.",
         f"Load of the machine (1 minute) while measuring: {min(at_load):g} to {max(at_load):g}.",
     ]
     key = workload.replace("-", "_")
@@ -307,8 +308,8 @@ def wire_alone(directory: pathlib.Path, *, quick: bool) -> tuple[Table, dict[str
             cells += [number(statistics.median(rates[way, top_k])), spread(rates[way, top_k]), " + ".join(spent)]
         table.add(text, *cells)
     table.notes.append(
-        "CPU ms: of a batch, in the client and in the server. The larger of the two bounds what two free cores give, "
-        "whatever else ran while this was measured."
+        "CPU ms: per batch, in the client + in the server. The larger of the two bounds what two free cores can reach, "
+        "whatever else ran during the measurement."
     )
     table.notes.append(f"Load of the machine (1 minute) while measuring: {min(at_load):g} to {max(at_load):g}.")
     figures: dict[str, Any] = {"load_wire": max(at_load)}
@@ -325,7 +326,7 @@ def service_costs(directory: pathlib.Path, *, quick: bool) -> tuple[Table, dict[
     """Measures CPU, bytes and latency of the service with an engine that costs nothing."""
     sequences = work.sequences(64, vocab_size=VOCAB_SIZE, length=512, first_scored=1)
     num_scored = sum(s.num_scored for s in sequences)
-    table = Table("What service and client cost, engine apart", ["", "top-0", "top-64"])
+    table = Table("What service and client cost without the engine", ["", "top-0", "top-64"])
     figures: dict[str, Any] = {}
     rows: dict[str, list[str]] = {}
     with (
@@ -355,9 +356,14 @@ def service_costs(directory: pathlib.Path, *, quick: bool) -> tuple[Table, dict[
             for name, text, key, value in (
                 ("client CPU seconds per million scored tokens", f"{own_s:.3f}", "client_cpu_s_per_million", own_s),
                 ("server CPU seconds per million scored tokens", f"{its_s:.3f}", "server_cpu_s_per_million", its_s),
-                ("bytes per scored token, both ways, all framing", f"{num_bytes:.1f}", "bytes_per_token", num_bytes),
-                ("one 512-token sequence there and back, ms, p50", f"{p50:.2f}", "latency_ms_p50", p50),
-                ("one 512-token sequence there and back, ms, p90", f"{p90:.2f}", "latency_ms_p90", p90),
+                (
+                    "bytes per scored token, both directions, with all framing",
+                    f"{num_bytes:.1f}",
+                    "bytes_per_token",
+                    num_bytes,
+                ),
+                ("round trip of one 512-token sequence, ms, p50", f"{p50:.2f}", "latency_ms_p50", p50),
+                ("round trip of one 512-token sequence, ms, p90", f"{p90:.2f}", "latency_ms_p90", p90),
             ):
                 rows.setdefault(name, []).append(text)
                 figures[f"{key}_top{top_k}"] = float(value)
@@ -391,7 +397,7 @@ def many_replicas(directory: pathlib.Path, *, quick: bool) -> tuple[Table, dict[
             at_load.append(load())
         hidden = [replicas.exposed_s(endpoints[0]) for _ in range(1 if quick else 3)]
     table = Table(
-        f"An engine that waits ({replicas.TOKENS_PER_S:,} tokens/s each), {len(sequences)} ragged sequences",
+        f"Replicas of a simulated engine ({replicas.TOKENS_PER_S:,} tokens/s each), {len(sequences)} ragged sequences",
         ["replicas", "tokens/s (median)", "times one replica"],
     )
     scaling = {n: statistics.median(r / one for r, one in zip(rates[n], rates[1], strict=True)) for n in counts}
@@ -401,8 +407,9 @@ def many_replicas(directory: pathlib.Path, *, quick: bool) -> tuple[Table, dict[
         statistics.median(h[name] for h in hidden) for name in ("exposed_s", "one_sequence_s", "afterwards_s")
     )
     table.notes += [
-        f"Scoring 32 x 4,096 tokens under a rollout that yields them one by one: {exposed * 1e3:.0f} ms are not hidden "
-        f"({afterwards * 1e3:,.0f} ms after the rollout); the last sequence takes the engine {one * 1e3:.0f} ms.",
+        f"Scoring 32 x 4,096 tokens during a rollout that yields them one by one: {exposed * 1e3:.0f} ms are not "
+        f"hidden (scoring them after the rollout takes {afterwards * 1e3:,.0f} ms); the engine needs {one * 1e3:.0f} "
+        "ms for the last sequence.",
         f"Load of the machine (1 minute) while measuring: {min(at_load):g} to {max(at_load):g}.",
     ]
     return table, _rounded(

@@ -81,12 +81,13 @@ def write(path: pathlib.Path, tables: list[Table], intro: list[str]) -> None:
             continue
     cores = len(os.sched_getaffinity(0))
     lines = [
-        "# The teacher service, side by side with other ways",
+        "# The teacher service compared with other ways to score",
         "",
         f"`make bench-service` (`python -m benchmarks.service{''.join(' ' + a for a in sys.argv[1:])}`), "
         f"{datetime.date.today()}, Python {platform.python_version()}, {', '.join(versions)}.",
-        f"{cores} shared cores, no GPU; what else ran on them shows as the load in each table's notes (above {cores}: "
-        "others were computing too). So trust ratios: ways take turns, and a ratio is the median over the turns.",
+        f"{cores} shared cores, no GPU. The load in each table's notes shows what else ran on them (above {cores}: "
+        "others were computing too), so trust ratios rather than absolute numbers: the ways take turns, and a ratio is "
+        "the median over the turns.",
         "",
         *intro,
         "",
