@@ -19,11 +19,6 @@ Step = int | Int[Array | np.ndarray, ""]
 # ---- schedules ----
 
 
-def constant(step: Step, *, value: float) -> Float[Array, ""]:
-    """Return the same weight at every step."""
-    return jnp.full(jnp.shape(step), value, dtype=float)
-
-
 def linear(step: Step, *, begin: float, end: float, num_steps: int) -> Float[Array, ""]:
     """Interpolate linearly from `begin` at step 0 to `end` at step `num_steps`, constant afterwards.
 

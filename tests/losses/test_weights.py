@@ -15,7 +15,6 @@ from jdistill.losses import masked, weights
 @pytest.mark.parametrize("compiled", [False, True])
 def test_schedules_by_hand(compiled):
     cases = [  # schedule, its arguments, step -> weight
-        (weights.constant, {"value": 0.3}, {0: 0.3, 7: 0.3}),
         (
             weights.linear,
             {"begin": 1.0, "end": 0.2, "num_steps": 4},
