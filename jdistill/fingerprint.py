@@ -7,7 +7,13 @@ import json
 import os
 import pathlib
 
-from jdistill.checkpoint_files import read_config, stored_tensors, tokenizer_fingerprint
+from jdistill.checkpoint_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    read_config,
+    stored_tensors,
+    tokenizer_fingerprint,
+)
 
 __all__ = ["adapter_fingerprint", "model_fingerprint", "tokenizer_fingerprint"]
 
@@ -83,10 +89,10 @@ def adapter_fingerprint(base: str, path: str | os.PathLike[str]) -> str:
         path: adapter directory in PEFT's format.
     """
     path = pathlib.Path(path)
-    config = json.loads((path / "adapter_config.json").read_text())
+    config = json.loads((path / ADAPTER_CONFIG).read_text())
     config = {key: value for key, value in config.items() if key not in IRRELEVANT_ADAPTER_KEYS}
     digest = hashlib.sha256(json.dumps([base, config], sort_keys=True).encode())
-    with open(path / "adapter_model.safetensors", "rb") as file:
+    with open(path / ADAPTER_WEIGHTS, "rb") as file:
         while data := file.read(1 << 20):
             digest.update(data)
     return digest.hexdigest()

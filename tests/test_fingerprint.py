@@ -240,7 +240,7 @@ def test_an_adapter_is_known_by_its_base_its_weights_and_its_scale_and_not_by_wh
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "IA3"}, "is of type 'IA3', expected LORA"),
+        ({"peft_type": "IA3"}, "has peft_type 'IA3', expected LORA"),
         ({"r": None}, "expected LORA with a rank r"),
         ({"modules_to_save": ["lm_head"]}, "changes lm_head, which is not supported; merge it into the checkpoint"),
         ({"target_modules": ["q_proj", "model.embed_tokens"]}, "changes model.embed_tokens"),

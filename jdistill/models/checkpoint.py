@@ -1,7 +1,7 @@
 """Reads and writes the safetensors of a checkpoint. Each device reads only the slices that it holds.
 
-Parameters are stacked over layers, and over experts where there are any; the checkpoint has one tensor for each layer
-and expert. Shapes with "hf" are those of the checkpoint (see layouts).
+Parameters are stacked over layers and experts, while the checkpoint has one tensor per layer and expert. Shapes with
+"hf" in their name are those of the checkpoint (see layouts).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class _Files:
         return self._handles[file].get_slice(name)[index]
 
     def check(self, name: str, parameter: str, shape: tuple[int, ...]) -> None:
-        """Raises ValueError unless the tensor has this shape and a dtype that is read."""
+        """Raises ValueError unless the tensor has this shape and a supported dtype."""
         tensor = self.stored[name]
         if tensor.shape != shape:
             raise ValueError(
@@ -144,7 +144,7 @@ def _check_names(
             f"{path}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are): "
             "not this model's checkpoint, or an incomplete one"
         )
-    # A tied model's own copy of the head is ignored by transformers and vLLM too; old Llamas stored their rotary table.
+    # transformers and vLLM also ignore a stored head of a tied model; old Llama checkpoints stored their rotary table.
     ignored = {tensors["head"][0]} if tied else set()
     odd = sorted(n for n in stored - expected - ignored if not n.endswith("rotary_emb.inv_freq"))
     if odd:

@@ -1,6 +1,6 @@
-"""Reads a Hugging Face config.json strictly, field by field, and writes the fields that all families share.
+"""Reads a Hugging Face config.json field by field, and writes the fields that all families share.
 
-Strict: a field that would change the numbers and is not implemented is an error, never ignored.
+Reading is strict: a field that is not implemented and could change the numbers is an error, never ignored.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from jdistill.models.config import DecoderConfig, Rope
 
-# Fields of config.json that change nothing in the forward pass, so any value is fine.
+# Fields of config.json that do not affect the forward pass: any value is accepted.
 HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_internal _commit_hash _name_or_path architectures bos_token_id
@@ -26,7 +26,7 @@ HARMLESS = frozenset(
 
 
 class HFFields:
-    """The fields of one config.json, each to be taken once; `finish` refuses what nobody took and that might matter."""
+    """The fields of one config.json; `finish` raises for fields that were not read and might change the model."""
 
     def __init__(self, fields: dict[str, Any], source: str):
         self._fields = dict(fields)
@@ -34,7 +34,11 @@ class HFFields:
         self.source = source
 
     def take(self, name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
-        """The field's value, checked; `default` (or an error) where it is absent or null."""
+        """Returns the value of a field, or `default` if it is absent or null.
+
+        Raises:
+            ValueError: the type is wrong, or the field is absent and there is no default.
+        """
         self._taken.add(name)
         value = self._fields.get(name)
         if value is None:
@@ -49,14 +53,14 @@ class HFFields:
         return value
 
     def take_unless_null(self, name: str, kind: type | tuple[type, ...], default: Any) -> Any:
-        """As `take`, but null is None and not the default: where null switches something off."""
+        """Like `take`, but null gives None: for fields where null switches a feature off."""
         if name in self._fields and self._fields[name] is None:
             self._taken.add(name)
             return None
         return self.take(name, kind, default)
 
     def sliding_layers(self, num_layers: int, default: Sequence[bool]) -> tuple[bool, ...]:
-        """Which layers slide, by `layer_types`; `default` where it is absent."""
+        """Returns one flag per layer, from `layer_types`: whether it has a sliding window; `default` if absent."""
         types = self.take("layer_types", list, None)
         if types is None:
             return tuple(default)
@@ -79,7 +83,7 @@ class HFFields:
             )
 
     def rope(self, *, max_position_embeddings: int) -> Rope:
-        """Reads both spellings: `rope_theta` + `rope_scaling`, and `rope_parameters` (transformers 5)."""
+        """Reads either spelling: `rope_theta` + `rope_scaling`, or `rope_parameters` (transformers 5)."""
         self.refuse_unless("partial_rotary_factor", 1)
         theta = self.take("rope_theta", float, None)
         original = self.take("original_max_position_embeddings", int, None)
@@ -93,7 +97,7 @@ class HFFields:
             raise ValueError(
                 f"{self.source}: rope_theta = {theta} but {where}.rope_theta = {inner_theta}: delete the wrong one"
             )
-        theta = inner_theta or theta or Rope.theta  # 10,000: what transformers assumes where it is absent
+        theta = inner_theta or theta or Rope.theta  # 10,000, the default of transformers
         rope.refuse_unless("partial_rotary_factor", 1)
         kind = rope.take("type", str, "default")
         kind = rope.take("rope_type", str, kind)
@@ -103,7 +107,7 @@ class HFFields:
                 "use another checkpoint, or serve it with the vllm or transformers engine"
             )
         if kind == "default":
-            # Left-overs of a scaling that is switched off mean nothing.
+            # The other fields are left over from a scaling that was switched off.
             return Rope(theta=theta)
         fields: dict[str, Any] = {"theta": theta, "kind": kind, "factor": rope.take("factor", float)}
         if kind in ("llama3", "yarn"):
@@ -121,7 +125,7 @@ class HFFields:
         return Rope(**fields)
 
     def finish(self) -> None:
-        """Raises ValueError for a field that nobody read and that is set to something."""
+        """Raises ValueError if a field was not read, is not harmless, and is set to anything but null or false."""
         unknown = {
             name: value
             for name, value in self._fields.items()
@@ -150,7 +154,7 @@ def _yarn_attention_factor(rope: HFFields, factor: float) -> float:
 
 
 def hf_fields(config: DecoderConfig) -> dict[str, Any]:
-    """The fields of config.json that all families share, in the spelling that every version of transformers reads."""
+    """Returns the fields of config.json that all families share, in a spelling that all transformers versions read."""
     rope = config.rope
     scaling: dict[str, Any] | None = None
     if rope.kind != "default":
@@ -180,7 +184,7 @@ def hf_fields(config: DecoderConfig) -> dict[str, Any]:
 
 
 def layer_types(config: DecoderConfig) -> list[str]:
-    """`sliding_layers` as config.json spells it."""
+    """Returns `layer_types` of config.json for `config.sliding_layers`."""
     return ["sliding_attention" if sliding else "full_attention" for sliding in config.sliding_layers]
 
 

@@ -1,9 +1,12 @@
-"""LoRA: adapters of low rank that are trained while the weights stay as they are: y = x W + alpha / rank * (x A) B.
+"""LoRA: trains low-rank adapters A and B while the weights W stay fixed: y = x W + alpha / rank * (x A) B.
 
-Reference: Hu et al. 2021, arXiv 2106.09685. The decoder computes both terms, in the rollout too: merged into bfloat16
-weights, most of what a few steps have changed would be rounded away, and the sampler would not be the policy trained.
+The decoder computes both terms, also in the rollout: in adapters merged into bfloat16 weights, rounding would remove
+most of what a few steps have changed, and the sampler would not be the policy that is trained.
 
-Dimension key: L layers, I inputs and O outputs of a matrix (all dims of a kind as one), r rank.
+Dimension key: L layers, I inputs and O outputs of a matrix (flattened to one dim each), r rank.
+
+Reference:
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, 2021.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
+from jdistill import checkpoint_files
 from jdistill.config import LoraSection
 from jdistill.models import checkpoint
 from jdistill.models.config import DecoderConfig, Lora
@@ -31,22 +35,22 @@ from jdistill.models.params import LORA_SUFFIXES, NUM_IN
 
 
 def lora_of(section: LoraSection | None) -> Lora | None:
-    """The adapters of a configuration's model.lora."""
+    """Returns the adapters that the configuration's model.lora describes."""
     return None if section is None else Lora(section.rank, section.alpha, section.targets)
 
 
 def trained_kind(config: DecoderConfig) -> type[nnx.Param]:
-    """Which parameters of a decoder are trained, as a filter: `nnx.split(decoder, trained_kind(config), ...)`.
+    """Returns the filter for the trained parameters: `nnx.split(decoder, trained_kind(config), ...)`.
 
-    All of them, or the adapters where there are any.
+    The adapters if the decoder has any, else all parameters.
     """
     return nnx.Param if config.lora is None else nnx.LoRAParam
 
 
 def merge_lora(decoder: Decoder) -> Decoder:
-    """The same model without adapters: they are added to the weights, which keep their dtype and sharding.
+    """Returns the model with its adapters added to the weights, which keep their dtype and sharding.
 
-    What has no adapter is shared with the decoder given, not copied.
+    Parameters without an adapter are shared with `decoder`, not copied.
     """
     lora = decoder.config.lora
     if lora is None:
@@ -74,20 +78,22 @@ def _merged(w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array
 
 
 def write_adapter(decoder: Decoder, path: str | pathlib.Path, tensors: Tensors, *, base: str | pathlib.Path) -> None:
-    """Writes the adapters alone, as PEFT saves them; whole or not at all.
+    """Writes the adapters atomically, without the base weights, in PEFT's format.
+
+    On several hosts every process calls this, and the first one writes.
 
     Args:
-        decoder: with adapters; they may be sharded.
-        path: a directory that does not exist yet (or is empty).
-        tensors: of the family's params.py.
-        base: the checkpoint that they stand on.
+        decoder: has adapters, which may be sharded.
+        path: directory to write; must not exist, or be empty.
+        tensors: the family's TENSORS.
+        base: checkpoint of the base model.
 
     Raises:
-        ValueError: no adapters, or `path` is taken.
+        ValueError: the decoder has no adapters, or `path` exists and is not an empty directory.
     """
     lora, path = decoder.config.lora, pathlib.Path(path)
     if lora is None:
-        raise ValueError("this model has no adapters: it was trained without model.lora; save the whole of it")
+        raise ValueError("this model has no adapters: it was trained without model.lora; save the whole model")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} exists and is not an empty directory: remove it, or write somewhere else")
     layers = nnx.to_pure_dict(nnx.state(decoder, nnx.LoRAParam))["layers"]
@@ -97,7 +103,7 @@ def write_adapter(decoder: Decoder, path: str | pathlib.Path, tensors: Tensors, 
         pattern, layout = tensors[f"layers.{target}"]
         module = pattern.removesuffix(".weight")
         modules.append(module.rpartition(".")[2])
-        # The first factor has the matrix's inputs, the second its outputs: only the first may begin with heads.
+        # A has the matrix's input dims, B its output dims, so only A may begin with heads.
         layouts = (layout if NUM_IN.get(target, 1) == 2 else LINEAR, LINEAR)
         for suffix, peft_name, one in zip(LORA_SUFFIXES, ("lora_A", "lora_B"), layouts, strict=True):
             for layer, value in enumerate(checkpoint.on_host(layers[target + suffix])):
@@ -118,8 +124,8 @@ def write_adapter(decoder: Decoder, path: str | pathlib.Path, tensors: Tensors, 
     if jax.process_index() == 0:
         temporary.mkdir(parents=True)
         try:
-            safetensors.numpy.save_file(values, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-            (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+            safetensors.numpy.save_file(values, temporary / checkpoint_files.ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            (temporary / checkpoint_files.ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -1,10 +1,10 @@
-"""Attention of the families that ask for more than causality: windows that differ by layer, softcaps, other scales.
+"""Attention with sliding windows that differ by layer, softcaps and other scales, for the families that have them.
 
-A block of queries sees all keys at a time, where the plain attention stops at the diagonal; that one is used wherever
-it will do.
+Slower than causal_attention, which models use unless they need one of these: each block of queries is multiplied with
+all keys, while causal_attention stops at the diagonal.
 
-Dimension key: B rows, S queries, M keys, N query heads, K key-value heads, G = N / K, H head_dim; C blocks, Q queries
-of one.
+Dimension key: B rows, S queries, M keys, N query heads, K key-value heads, G = N / K, H head_dim, C blocks, Q queries
+per block.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-_BLOCK_QUERIES = 128  # whose scores exist at once; of long rows only. 64 to 256 are as fast as one another on two cores
+_BLOCK_QUERIES = 128  # scores of this many exist at once. 64 to 256 are equally fast on two cores
 
 
 def masked_attention(
@@ -26,18 +26,19 @@ def masked_attention(
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "B S N H"]:
-    """Each query attends to the keys of its own slot and of those before it; logits and softmax are float32.
+    """Attends from each query to the keys in its own slot and in the slots before it; logits and softmax are float32.
 
-    The scores of a block of queries are made, and made again for the backward pass; those of all never exist together.
+    Rows longer than one block are computed block by block, and again in the backward pass, so that the scores of all
+    queries never exist at once.
 
     Args:
         q_BSNH: queries.
         k_BMKH: keys by slot.
         v_BMKH: values by slot.
-        slots_BS: the queries' own slots.
-        window: how many slots count, the query's own included; traced, so that layers may differ. None: all.
-        scale: what the products of queries and keys are multiplied by.
-        softcap: c: scaled products x become c * tanh(x / c). None: they stay.
+        slots_BS: slot of each query.
+        window: number of slots that a query sees, its own included; traced, because layers differ. None: all.
+        scale: factor of the products of queries and keys.
+        softcap: c; the scaled products x become c * tanh(x / c). None: no cap.
     """
     S = q_BSNH.shape[1]
     num_blocks = -(-S // _BLOCK_QUERIES)
@@ -46,13 +47,13 @@ def masked_attention(
         return _attend(*block, k_BMKH, v_BMKH, window=window, scale=scale, softcap=softcap)
 
     def cut(x):
-        """[B, S, ...] to [C, B, Q, ...], padded with zeros."""
+        """Reshapes [B, S, ...] to [C, B, Q, ...], padded with zeros."""
         x = jnp.pad(x, [(0, 0), (0, num_blocks * _BLOCK_QUERIES - S)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], num_blocks, _BLOCK_QUERIES, *x.shape[2:]), 1, 0)
 
     if num_blocks == 1:
         return attend((q_BSNH, slots_BS))
-    # prevent_cse=False: inside the loop nothing can be merged with the first forward pass, and the barrier costs.
+    # prevent_cse=False: in a loop XLA cannot merge the recomputation with the forward pass, and a barrier costs time.
     a_CBQNH = jax.lax.map(jax.checkpoint(attend, prevent_cse=False), (cut(q_BSNH), cut(slots_BS)))
     a_BCQNH = jnp.moveaxis(a_CBQNH, 0, 1)
     return a_BCQNH.reshape(a_BCQNH.shape[0], -1, *q_BSNH.shape[2:])[:, :S]
@@ -71,7 +72,7 @@ def _attend(q_BSNH, slots_BS, k_BMKH, v_BMKH, *, window, scale, softcap):
     q_BSKGH = q_BSNH.reshape(B, S, K, N // K, H)
     logits_BKGSM = jnp.einsum("BSKGH,BMKH->BKGSM", q_BSKGH, k_BMKH, preferred_element_type=jnp.float32) * scale
     logits_BKGSM = softcap * jnp.tanh(logits_BKGSM / softcap)
-    # Not -inf: an idle row, whose position is outside the cache, may see no slot at all.
+    # Not -inf: an idle row, whose position is outside the cache, may see no slot, and its softmax would be NaN.
     logits_BKGSM = jnp.where(mask_B1SM[:, :, None], logits_BKGSM, jnp.finfo(jnp.float32).min)
     probs_BKGSM = jax.nn.softmax(logits_BKGSM, axis=-1).astype(v_BMKH.dtype)
     return jnp.einsum("BKGSM,BMKH->BSKGH", probs_BKGSM, v_BMKH).reshape(B, S, N, H)

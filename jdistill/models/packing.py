@@ -1,10 +1,10 @@
-"""Ragged rows without their padding: all real tokens side by side, spread out into rows for attention alone.
+"""Packs ragged rows: real tokens are computed side by side without padding, and unpacked into rows only for attention.
 
-A transformer looks at one token at a time except in its attention. So the tokens of B rows lie in one line of P < B * S
-places, every matrix product is over P of them, and attention alone sees [B, S] again, where causality keeps padding
-away from every real token: packed rows cannot see each other on any backend, and no kernel has to know of them.
+Outside attention, a transformer processes each token independently. So the tokens of B rows are stored in one line of
+P < B * S places, and matrix products run over P tokens. Attention sees [B, S], where the causal mask hides the padding
+from every real token: packed rows cannot see each other on any backend, and no kernel needs to support packing.
 
-Dimension key: G groups of rows (devices that share a batch), B rows of a group, S tokens of a row, P places of a line.
+Dimension key: G groups of rows (devices that share a batch), B rows per group, S tokens per row, P places per line.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from jdistill import buckets
 
 
 class Packing(NamedTuple):
-    """Which token of which row is at which place, and the reverse."""
+    """Maps the tokens of rows to places in a line, and back."""
 
-    token_of: Int[Array, "G P"]  # b * S + s; B * S: nothing is there
-    place_of: Int[Array, "G B S"]  # P: padding, which is nowhere
+    token_of: Int[Array, "G P"]  # b * S + s; B * S: an empty place
+    place_of: Int[Array, "G B S"]  # P: padding, which has no place
 
     def pack(self, x: Shaped[Array, "G*B S *rest"]) -> Shaped[Array, "G P *rest"]:
-        """Rows -> a line a group; 0 (false) where nothing is."""
+        """Converts rows to one line per group; empty places hold 0 (false)."""
         G, B, S = self.place_of.shape
         return _take(x.reshape(G, B * S, *x.shape[2:]), self.token_of, self.place_of.reshape(G, B * S))
 
     def unpack(self, x: Shaped[Array, "G P *rest"]) -> Shaped[Array, "G*B S *rest"]:
-        """A line a group -> rows; 0 (false) where padding is."""
+        """Converts one line per group to rows; padding holds 0 (false)."""
         G, B, S = self.place_of.shape
         return _take(x, self.place_of.reshape(G, B * S), self.token_of).reshape(G * B, S, *x.shape[2:])
 
@@ -47,7 +47,7 @@ def _take_forward(x, index, inverse):
 
 def _take_backward(indices, grad):
     index, inverse = indices
-    # Each token is at one place, so the transposed gather is the other gather: no scatter, which would add one by one.
+    # Each token has one place, so the transpose is the inverse gather, not a scatter, which would add one by one.
     return _take(grad, inverse, index), None, None
 
 
@@ -55,16 +55,16 @@ _take.defvjp(_take_forward, _take_backward)
 
 
 def pack_rows(lengths: Sequence[int], row_length: int, *, num_groups: int = 1, places: int | None = None) -> Packing:
-    """The packing of rows whose first `lengths[b]` tokens are real.
+    """Returns the packing of rows whose first `lengths[b]` tokens are real.
 
     Args:
-        lengths: of each row, at most row_length.
+        lengths: number of real tokens of each row.
         row_length: S.
-        num_groups: G; each has the next len(lengths) / G rows.
-        places: P; default: `buckets.packed_places` of the group with the most tokens.
+        num_groups: G; each group takes the next len(lengths) / G rows.
+        places: P; None: `buckets.packed_places` of the group with the most tokens.
 
     Raises:
-        ValueError: a length below 0 or above S, rows that do not split into groups, more tokens than places.
+        ValueError: a length is below 0 or above S, G does not divide the number of rows, or tokens exceed places.
     """
     lengths_GB = np.asarray(lengths, np.int64)
     if lengths_GB.size % num_groups:

@@ -1,4 +1,4 @@
-"""Logical axes -> mesh axes: the one table that says how parameters are sharded."""
+"""Shards parameters: one table maps their logical axes to mesh axes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from jdistill.models.params import param_specs
 
 # Logical axis (declared beside each parameter in params.param_specs) -> mesh axis. "data" shards no parameter.
 MESH_AXES = {
-    "layer": None,  # scanned over: every device needs its part of every layer
+    "layer": None,  # scanned over, so every device needs its shard of every layer
     "width": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
-    # Not tensor, which splits every expert's MLP: experts are gathered at use, like any other weight on fsdp.
+    # Not tensor, which already splits each expert's MLP. Experts are gathered at use, like every weight on fsdp.
     "expert": "fsdp",
 }
 
 
 def param_shardings(decoder: Decoder, mesh: Mesh) -> nnx.State:
-    """The sharding of every parameter, in the structure of `nnx.state(decoder, nnx.Param)`.
+    """Returns the sharding of every parameter, in the structure of `nnx.state(decoder, nnx.Param)`.
 
     A dim that its mesh axis does not divide (2 key-value heads over 4 tensor devices) is replicated on that axis.
     """

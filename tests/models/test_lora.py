@@ -94,7 +94,7 @@ def test_the_same_seed_gives_the_same_adapters_and_another_others(start):
 
 
 def test_what_cannot_be_adapted_or_saved_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"q_proj.*expected some of query, key"):
+    with pytest.raises(ValueError, match=r"q_proj.*expected one or more of query, key"):
         models.Lora(rank=2, alpha=1.0, targets=("q_proj",))
     with pytest.raises(ValueError, match="on down, gate, up of 5 experts is not supported"):
         dataclasses.replace(MOE, lora=LORA)

@@ -189,7 +189,7 @@ def test_sleep_is_refused_without_offload(owned):
         ({"engine_args": {"api_key": "x"}}, "api_key is set by the sidecar itself"),
         ({"offload": True}, "GPUs only"),
         ({"urls": ["http://127.0.0.1:1"]}, "use engine sglang-http"),
-        ({"adapters": {"math": "/nowhere"}}, "is no LoRA adapter"),
+        ({"adapters": {"math": "/nowhere"}}, "is not a LoRA adapter"),
     ],
 )
 def test_an_impossible_configuration_is_refused_with_the_remedy_before_anything_starts(owned, change, words):

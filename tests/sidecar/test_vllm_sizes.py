@@ -53,7 +53,7 @@ class TestAdapters(AdapterContract):
             "sleep_level 2 forgets the adapters",
         ),
         ({"engine_args": {"max_loras": 4}}, "set adapters instead"),
-        ({"adapters": {"math": "no/such/adapter"}}, "is no LoRA adapter"),
+        ({"adapters": {"math": "no/such/adapter"}}, "is not a LoRA adapter"),
         ({"engine_args": {"pipeline_parallel_size": 2}}, "set pipeline_parallel_size instead"),
         ({"engine_args": {"gpu_memory_utilization": 0.5}}, "set memory_fraction instead"),
         ({"urls": ["http://127.0.0.1:1"]}, "two ways of naming an engine"),

@@ -1,4 +1,4 @@
-"""Gemma 2: softcaps, a sliding window in every second layer, norms before and after each block."""
+"""Gemma 2: softcaps, a sliding window in every other layer, norms before and after attention and MLP."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HIDDEN_ACT = "gelu_pytorch_tanh"
 # Parameter -> (name pattern in the checkpoint, layout).
 TENSORS = {
     **llama.TENSORS,
-    # Llama has this name for the norm before the MLP.
+    # In Llama checkpoints this name belongs to the norm before the MLP.
     "layers.post_attention_norm": ("model.layers.{layer}.post_attention_layernorm.weight", VECTOR),
     "layers.mlp_norm": ("model.layers.{layer}.pre_feedforward_layernorm.weight", VECTOR),
     "layers.post_mlp_norm": ("model.layers.{layer}.post_feedforward_layernorm.weight", VECTOR),
@@ -23,7 +23,7 @@ TENSORS = {
 
 
 def from_hf(fields: HFFields) -> DecoderConfig:
-    """Defaults are those of transformers' Gemma2Config, where sizes that matter have none."""
+    """Reads a config.json; defaults are those of transformers' Gemma2Config, but the main sizes are required."""
     return DecoderConfig(
         family="gemma2",
         attention_softcap=fields.take_unless_null("attn_logit_softcapping", float, 50.0),
@@ -35,13 +35,13 @@ def from_hf(fields: HFFields) -> DecoderConfig:
 def gemma_fields(
     fields: HFFields, *, max_position_embeddings: int, full_every: int, rope: Rope | None
 ) -> dict[str, Any]:
-    """What Gemma 2 and 3 share.
+    """Reads the fields that Gemma 2 and 3 share, as arguments of DecoderConfig.
 
     Args:
         fields: of config.json.
-        max_position_embeddings: the default.
-        full_every: one layer in so many attends to everything, the last of them; where layer_types does not say.
-        rope: of the layers with full attention; None: it is read from config.json.
+        max_position_embeddings: default if config.json has none.
+        full_every: without layer_types, the last of every `full_every` layers has full attention.
+        rope: rotation of the layers with full attention; None: read from config.json.
     """
     fields.refuse_unless("hidden_activation", HIDDEN_ACT)
     fields.refuse_unless("use_bidirectional_attention", False)
@@ -49,7 +49,7 @@ def gemma_fields(
     num_layers = fields.take("num_hidden_layers", int)
     max_position_embeddings = fields.take("max_position_embeddings", int, max_position_embeddings)
     window = fields.take_unless_null("sliding_window", int, 4096)
-    fields.refuse_unless("sliding_window_size", window)  # the first releases said it twice
+    fields.refuse_unless("sliding_window_size", window)  # the first releases had both fields
     sliding = fields.sliding_layers(num_layers, [(layer + 1) % full_every != 0 for layer in range(num_layers)])
     if window is None and any(sliding):
         raise ValueError(
@@ -82,7 +82,7 @@ def gemma_fields(
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The config.json that `from_hf` reads back."""
+    """Returns the config.json that `from_hf` reads back."""
     return {
         "architectures": [ARCHITECTURE],
         **gemma_hf_fields(config),
@@ -91,13 +91,13 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def gemma_hf_fields(config: DecoderConfig) -> dict[str, Any]:
-    """The fields of config.json that Gemma 2 and 3 share."""
+    """Returns the fields of config.json that Gemma 2 and 3 share."""
     scalar = config.head_dim if config.query_pre_attn_scalar is None else config.query_pre_attn_scalar
     return {
         **hf_fields(config),
         "hidden_activation": config.hidden_act,
         "attention_bias": config.qkv_bias,
-        # transformers takes a whole number only.
+        # transformers accepts only an int.
         "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
         "sliding_window": config.sliding_window,
         "layer_types": layer_types(config) or ["full_attention"] * config.num_layers,

@@ -1,4 +1,4 @@
-"""Gemma 3 (text): sliding layers with their own rotation, query and key norms, norms before and after each block."""
+"""Gemma 3 (text): sliding layers with separate rotary frequencies, query and key norms, and Gemma 2's block norms."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ TENSORS = {**qwen3.TENSORS, **gemma2.TENSORS}
 
 
 def from_hf(fields: HFFields) -> DecoderConfig:
-    """Defaults are those of transformers' Gemma3TextConfig, where sizes that matter have none."""
-    # transformers has the field, and no code that applies it.
+    """Reads a config.json; defaults are those of transformers' Gemma3TextConfig, but the main sizes are required."""
+    # transformers has the field but does not apply it.
     fields.refuse_unless("attn_logit_softcapping")
     pattern = fields.take("sliding_window_pattern", int, 6)
     fields.take("_sliding_window_pattern", int, pattern)  # layer_types is always beside it
@@ -39,13 +39,13 @@ def from_hf(fields: HFFields) -> DecoderConfig:
 
 
 def _rope(fields: HFFields, kind: str, flat_names: dict[str, str], theta: float) -> Rope:
-    """The rotation of one kind of layer, from either spelling.
+    """Reads the rotary embedding of one layer type, in either spelling.
 
     Args:
         fields: of config.json.
         kind: full_attention or sliding_attention, the key in `rope_parameters` (transformers 5).
-        flat_names: the older fields of config.json -> what they are called where there is one rotation.
-        theta: the default.
+        flat_names: the older fields of config.json -> their names in a model with a single rotation.
+        theta: default of rope_theta.
 
     Raises:
         ValueError: the two spellings disagree, or the rotation is not supported.
@@ -76,6 +76,6 @@ def _set(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The config.json that `from_hf` reads back, in the spelling that every version of transformers reads."""
+    """Returns the config.json that `from_hf` reads back, in a spelling that all transformers versions read."""
     local = config.local_rope or Rope()
     return {"architectures": [ARCHITECTURE], **gemma2.gemma_hf_fields(config), "rope_local_base_freq": local.theta}

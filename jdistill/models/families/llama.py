@@ -1,4 +1,4 @@
-"""Llama 2 and 3: biases by flag, rope scaling llama3. The other families use its tensor names."""
+"""Llama 2 and 3: optional biases, llama3 rope scaling. The other families start from its tensor names."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TENSORS = {
 
 
 def from_hf(fields: HFFields) -> DecoderConfig:
-    """Defaults are those of transformers' LlamaConfig."""
+    """Reads a config.json; defaults are those of transformers' LlamaConfig, but the main sizes are required."""
     attention_bias = fields.take("attention_bias", bool, False)
     num_heads = fields.take("num_attention_heads", int)
     hidden_size = fields.take("hidden_size", int)
@@ -62,7 +62,7 @@ def from_hf(fields: HFFields) -> DecoderConfig:
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The config.json that `from_hf` reads back."""
+    """Returns the config.json that `from_hf` reads back."""
     return {
         "architectures": [ARCHITECTURE],
         **hf_fields(config),

@@ -1,4 +1,4 @@
-"""Mistral 7B, Nemo and Small: Llama, with or without a sliding window."""
+"""Mistral 7B, Nemo and Small: Llama with an optional sliding window."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ TENSORS = llama.TENSORS
 
 
 def from_hf(fields: HFFields) -> DecoderConfig:
-    """Defaults are those of transformers' MistralConfig, where sizes that matter have none."""
+    """Reads a config.json; defaults are those of transformers' MistralConfig, but the main sizes are required."""
     num_layers = fields.take("num_hidden_layers", int)
     num_heads = fields.take("num_attention_heads", int)
     hidden_size = fields.take("hidden_size", int)
     max_position_embeddings = fields.take("max_position_embeddings", int, 4096 * 32)
-    # Absent is a window of 4096 (7B v0.1), null is none (all later ones).
+    # An absent field means a window of 4096 (7B v0.1), null means none (all later releases).
     window = fields.take_unless_null("sliding_window", int, 4096)
     return DecoderConfig(
         family="mistral",
@@ -43,5 +43,5 @@ def from_hf(fields: HFFields) -> DecoderConfig:
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The config.json that `from_hf` reads back."""
+    """Returns the config.json that `from_hf` reads back."""
     return {"architectures": [ARCHITECTURE], **hf_fields(config), "sliding_window": config.sliding_window}

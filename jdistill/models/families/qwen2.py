@@ -16,7 +16,7 @@ TENSORS = llama.TENSORS
 
 
 def from_hf(fields: HFFields) -> DecoderConfig:
-    """Defaults are those of transformers' Qwen2Config, where sizes that matter have none."""
+    """Reads a config.json; defaults are those of transformers' Qwen2Config, but the main sizes are required."""
     num_layers = fields.take("num_hidden_layers", int)
     num_heads = fields.take("num_attention_heads", int)
     hidden_size = fields.take("hidden_size", int)
@@ -41,12 +41,12 @@ def from_hf(fields: HFFields) -> DecoderConfig:
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The config.json that `from_hf` reads back."""
+    """Returns the config.json that `from_hf` reads back."""
     return {"architectures": [ARCHITECTURE], **hf_fields(config)}
 
 
 def refuse_sliding_window(fields: HFFields, num_layers: int) -> None:
-    """Raises ValueError where some layer attends to a window only; a window that no layer uses is fine."""
+    """Raises ValueError if a layer has sliding-window attention; a window that no layer uses is accepted."""
     window = fields.take("sliding_window", int, 4096)
     first_layer = fields.take("max_window_layers", int, 28)
     types = fields.take("layer_types", list, None)

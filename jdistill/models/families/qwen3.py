@@ -1,4 +1,4 @@
-"""Qwen3 (dense): norms of queries and keys, and a head_dim independent of the width."""
+"""Qwen3 (dense): query and key norms, and a head_dim independent of hidden_size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TENSORS = {
 
 
 def from_hf(fields: HFFields) -> DecoderConfig:
-    """Defaults are those of transformers' Qwen3Config, where sizes that matter have none."""
+    """Reads a config.json; defaults are those of transformers' Qwen3Config, but the main sizes are required."""
     attention_bias = fields.take("attention_bias", bool, False)
     num_layers = fields.take("num_hidden_layers", int)
     num_heads = fields.take("num_attention_heads", int)
@@ -48,7 +48,7 @@ def from_hf(fields: HFFields) -> DecoderConfig:
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The config.json that `from_hf` reads back."""
+    """Returns the config.json that `from_hf` reads back."""
     return {
         "architectures": [ARCHITECTURE],
         **hf_fields(config),

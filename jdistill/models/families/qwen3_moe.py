@@ -23,18 +23,18 @@ TENSORS = {
 
 
 def from_hf(fields: HFFields) -> DecoderConfig:
-    """Defaults are those of transformers' Qwen3MoeConfig, where sizes that matter have none."""
+    """Reads a config.json; defaults are those of transformers' Qwen3MoeConfig, but the main sizes are required."""
     attention_bias = fields.take("attention_bias", bool, False)
     num_layers = fields.take("num_hidden_layers", int)
     num_heads = fields.take("num_attention_heads", int)
     hidden_size = fields.take("hidden_size", int)
     max_position_embeddings = fields.take("max_position_embeddings", int, 32768)
     qwen2.refuse_sliding_window(fields, num_layers)
-    # Every layer has experts: a dense one among them would not stack.
+    # Layers are stacked, so a dense layer among those with experts is not supported.
     fields.refuse_unless("decoder_sparse_step", 1)
     fields.refuse_unless("mlp_only_layers", [])
-    fields.take("intermediate_size", int, 6144)  # of dense layers
-    fields.take("router_aux_loss_coef", float, 0.001)  # of a loss that is not this one
+    fields.take("intermediate_size", int, 6144)  # size of dense layers, which are refused above
+    fields.take("router_aux_loss_coef", float, 0.001)  # for an auxiliary loss that we do not have
     fields.take("output_router_logits", bool, False)
     num_experts = fields.take("num_local_experts", int, None)  # transformers 5's name
     return DecoderConfig(
@@ -45,7 +45,7 @@ def from_hf(fields: HFFields) -> DecoderConfig:
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=fields.take("num_key_value_heads", int, 4),
-        # transformers has no default of its own here, unlike for Qwen3.
+        # Unlike Qwen3Config, Qwen3MoeConfig has no default for head_dim.
         head_dim=fields.take("head_dim", int, hidden_size // num_heads),
         max_position_embeddings=max_position_embeddings,
         rms_norm_eps=fields.take("rms_norm_eps", float, 1e-6),
@@ -62,7 +62,7 @@ def from_hf(fields: HFFields) -> DecoderConfig:
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The config.json that `from_hf` reads back."""
+    """Returns the config.json that `from_hf` reads back."""
     return {
         "architectures": [ARCHITECTURE],
         **hf_fields(config),

@@ -23,6 +23,7 @@ import numpy as np
 import pydantic
 
 from jdistill.checkpoint_files import (
+    ADAPTER_CONFIG,
     checkpoint_dtype,
     context_length,
     read_config,
@@ -302,9 +303,9 @@ class HttpFrontEngine(Engine):
 
     def _adapter_info(self, name: str, path: str) -> ModelInfo:
         info = adapter_info(self.info, name, path)
-        if (pathlib.Path(path) / "adapter_config.json").is_file():
+        if (pathlib.Path(path) / ADAPTER_CONFIG).is_file():
             return info
-        # Its files are only at the server: the name is all that identifies it.
+        # The adapter's files are only on the server, so only its name and path identify it.
         known = f"{self.info.fingerprint} {name} {path}"
         return dataclasses.replace(info, fingerprint=hashlib.sha256(known.encode()).hexdigest())
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from jdistill.checkpoint_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     check_checkpoint,
     checkpoint_dtype,
     context_length,
@@ -28,7 +30,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_engine_args(engine: str, given: Mapping[str, Any], valid: Iterable[str]) -> None:
-    """Raises ValueError if `given` (engine_args of the configuration) names what `engine` does not know."""
+    """Raises ValueError if `given` (engine_args of the configuration) has a name that `engine` does not know."""
     valid = sorted(valid)
     for name in given:
         if name in valid:
@@ -43,18 +45,18 @@ def check_engine_args(engine: str, given: Mapping[str, Any], valid: Iterable[str
 
 
 def check_sizes(engine: str, config: TeacherServerConfig, *supported: str) -> None:
-    """Raises ValueError if the configuration asks for something `engine` lacks; names the field and the remedy.
+    """Raises ValueError, with field and remedy, if the configuration asks for something that `engine` lacks.
 
     Args:
-        engine: its name.
-        config: of the sidecar.
+        engine: the engine's name.
+        config: configuration of the sidecar.
         supported: the fields below that this engine supports.
     """
     remedies = {
         "tensor_parallel_size": "use the vllm or sglang engine to spread a model, or one sidecar per GPU as replicas",
         "pipeline_parallel_size": "use the vllm or sglang engine to spread a model",
         "data_parallel_size": "start several sidecars and give the client all their addresses",
-        "quantization": "use the vllm or sglang engine, or a checkpoint that is already quantised",
+        "quantization": "use the vllm or sglang engine, or a checkpoint that is already quantized",
         "memory_fraction": "leave it out: this engine takes what the model needs; max_batch_tokens bounds the rest",
         "adapters": "use the vllm engine, or merge the adapter into the checkpoint",
     }
@@ -65,20 +67,20 @@ def check_sizes(engine: str, config: TeacherServerConfig, *supported: str) -> No
 
 
 def adapter_rank(path: str | pathlib.Path) -> int:
-    """Returns the rank of a LoRA adapter in PEFT's format; raises ConfigError if the directory holds none."""
-    file = pathlib.Path(path) / "adapter_config.json"
+    """Returns the rank of a LoRA adapter in PEFT's format; raise ConfigError if `path` is not a supported adapter."""
+    file = pathlib.Path(path) / ADAPTER_CONFIG
     try:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as e:
         raise ConfigError(
-            f"adapters: {path} is no LoRA adapter ({type(e).__name__}: {e}); expected a directory that PEFT has saved: "
-            "adapter_config.json, adapter_model.safetensors"
+            f"adapters: {path} is not a LoRA adapter ({type(e).__name__}: {e}); expected a directory that PEFT saved, "
+            f"with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
         ) from None
     if config.get("peft_type") != "LORA" or not isinstance(config.get("r"), int):
-        raise ConfigError(f"adapters: {file} is of type {config.get('peft_type')!r}, expected LORA with a rank r")
-    if not (file.parent / "adapter_model.safetensors").is_file():
+        raise ConfigError(f"adapters: {file} has peft_type {config.get('peft_type')!r}, expected LORA with a rank r")
+    if not (file.parent / ADAPTER_WEIGHTS).is_file():
         raise ConfigError(
-            f"adapters: {path} has no adapter_model.safetensors; save the adapter as safetensors (a .bin file is a "
+            f"adapters: {path} has no {ADAPTER_WEIGHTS}; save the adapter as safetensors (a .bin file is a "
             "pickle, which can run code, and is not read)"
         )
     modules = [*(config.get("modules_to_save") or ()), *_words(config.get("target_modules"))]
@@ -92,22 +94,22 @@ def _words(names: Any) -> list[str]:
 
 
 def write_zero_adapter(path: str | pathlib.Path, to: str | pathlib.Path) -> None:
-    """Writes an adapter with the shapes of the one at `path` whose weights are all zero."""
+    """Writes an adapter to `to` with the shapes of the one at `path` and all weights zero."""
     from safetensors import safe_open
     from safetensors.numpy import save_file
 
     path, to = pathlib.Path(path), pathlib.Path(to)
-    (to / "adapter_config.json").write_bytes((path / "adapter_config.json").read_bytes())
-    with safe_open(path / "adapter_model.safetensors", framework="numpy") as file:
+    (to / ADAPTER_CONFIG).write_bytes((path / ADAPTER_CONFIG).read_bytes())
+    with safe_open(path / ADAPTER_WEIGHTS, framework="numpy") as file:
         zeros = {name: np.zeros(file.get_slice(name).get_shape(), np.float32) for name in file.keys()}
-    save_file(zeros, to / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(zeros, to / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def adapter_info(base: ModelInfo, name: str, path: str | pathlib.Path) -> ModelInfo:
     """Describes an adapter: the base model's limits, and a fingerprint over base and adapter files."""
-    if (pathlib.Path(path) / "adapter_model.safetensors").is_file():
+    if (pathlib.Path(path) / ADAPTER_WEIGHTS).is_file():
         fingerprint = adapter_fingerprint(base.fingerprint, path)
-    else:  # its files are only at the server behind an HTTP engine: the name is all that identifies it
+    else:  # behind an HTTP engine the files may be only on the server: then only name and path identify the adapter
         fingerprint = hashlib.sha256(f"{base.fingerprint} {name} {path}".encode()).hexdigest()
     return dataclasses.replace(base, model=name, base_model=base.model, fingerprint=fingerprint)
 
@@ -119,10 +121,10 @@ def model_info(
     max_candidate_count: int | None = None,
     any_temperature: bool = True,
 ) -> ModelInfo:
-    """Checks the checkpoint and describes it as this configuration serves it.
+    """Checks the checkpoint and describe it as this configuration serves it.
 
     Args:
-        config: of the sidecar.
+        config: configuration of the sidecar.
         max_top_k, max_candidate_count: the engine's limits; None: the whole vocabulary.
         any_temperature: whether the engine can score at a temperature other than 1.
 
