@@ -174,7 +174,8 @@ def train(size: Size, args: argparse.Namespace, peak_flops: float | None, bandwi
     from jdistill.config import TrainConfig, parse
     from jdistill.student.batch import TrainBatch
     from jdistill.student.optimizer import make_optimizer
-    from jdistill.student.step import init_state, make_train_step
+    from jdistill.student.state import init_state
+    from jdistill.student.step import make_train_step
 
     config = parse(
         TrainConfig,

@@ -27,7 +27,8 @@ from jdistill.rollout.sampler import Sampler
 from jdistill.student.batch import TrainBatch, make_batch
 from jdistill.student.logprobs import target_logprobs
 from jdistill.student.optimizer import make_optimizer
-from jdistill.student.step import TrainState, TrainStep, init_state, make_train_step
+from jdistill.student.state import TrainState, init_state
+from jdistill.student.step import TrainStep, make_train_step
 
 CANDIDATES = 8  # K of the distillation: objective.distill_top_k's default
 REMAT = "layer"
@@ -285,7 +286,7 @@ def compile_time(door: work.Door) -> None:
         step, state = steps[num_layers]
         jax.clear_caches()
         begin = time.perf_counter()
-        compiled = jax.jit(step.step, donate_argnums=0).lower(state, batch, step.frozen).compile()
+        compiled = jax.jit(step.program.step, donate_argnums=0).lower(state, batch, step.frozen).compile()
         return {
             "seconds": time.perf_counter() - begin,
             "temp_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,

@@ -67,14 +67,14 @@ def make_batch(
     """Puts completions, their advantages and the teacher's scores on the target grid.
 
     Args:
-        completions: one for each row, in the order of the rows.
-        advantages: one for each completion; every one of its tokens gets it.
-        scores: the teacher's, of exactly the completion's tokens, with its top-k or the candidates' log-probs where
-            they were asked; None without a teacher.
+        completions: one per row, in the order of the rows.
+        advantages: one per completion, for each of its tokens.
+        scores: the teacher's scores of exactly the completion's tokens, with its top-k or candidate log-probs where
+            the request asked for them; None without a teacher.
         max_length: S at most, prompt and completion; rows are padded to `buckets.row_length`.
-        rewards: of each completion, for a value head: it stands at the last token. None: left out.
-        distill_weights: of each completion, for the distillation's term; None: left out.
-        min_length: tokens that a row has to have room for, e.g. the longest row of another host.
+        rewards: of each completion, for a value head; placed at the last token. None: left out.
+        distill_weights: of each completion, for the distillation term; None: left out.
+        min_length: tokens that a row must have room for, e.g. the longest row of another host.
 
     Raises:
         ValueError: a completion without tokens or over max_length; scores of another number of tokens, or a number that
@@ -101,9 +101,14 @@ def make_batch(
     if rewards is not None:
         last_BT = mask_BT & (np.cumsum(mask_BT, axis=1) == mask_BT.sum(axis=1, keepdims=True))
         batch = batch._replace(token_rewards=_spread(rewards, last_BT))
-    if scores is None:
-        return batch
+    return batch if scores is None else _with_scores(batch, completions, scores)
 
+
+def _with_scores(
+    batch: TrainBatch, completions: Sequence[Completion], scores: Sequence[TokenScores] | Sequence[SegmentScores]
+) -> TrainBatch:
+    """Adds the teacher's log-probs of the sampled tokens, and its segments or candidates where it scored them."""
+    mask_BT = batch.loss_mask
     teacher_BT = np.zeros(mask_BT.shape, np.float32)
     for b, score in enumerate(scores):
         _put(teacher_BT[b], mask_BT[b], score.logprobs, f"the teacher's log-probs of completion {b}")
@@ -113,6 +118,12 @@ def make_batch(
         for b, score in enumerate(scores):
             _put(segments_BT[b], mask_BT[b], score.segment_ids, f"segment_ids of completion {b}")
         return batch._replace(teacher_segments=segments_BT)
+    return _with_candidates(batch, completions, scores)
+
+
+def _with_candidates(batch: TrainBatch, completions: Sequence[Completion], scores: Sequence[TokenScores]) -> TrainBatch:
+    """Adds the candidates, the teacher's own or the student's, and the teacher's log-probs of them."""
+    mask_BT = batch.loss_mask
     by_teacher = scores[0].top_ids is not None
     ids = [score.top_ids if by_teacher else c.candidate_ids for c, score in zip(completions, scores, strict=True)]
     found = [score.top_logprobs if by_teacher else score.candidate_logprobs for score in scores]
@@ -124,7 +135,7 @@ def make_batch(
         return batch
     ids_BTK = np.zeros((*mask_BT.shape, K), np.int32)
     candidates_BTK = np.zeros((*mask_BT.shape, K), np.float32)
-    for b in range(num_rows):
+    for b in range(len(completions)):
         if found[b] is None:
             raise ValueError(
                 f"completion {b} has {K} candidates a token and the teacher scored none of them: send candidate_ids "
@@ -136,7 +147,7 @@ def make_batch(
 
 
 def _spread(values_B: Float[np.ndarray, "B"], mask_BT: Bool[np.ndarray, "B T"]) -> Float[np.ndarray, "B T"]:
-    """A number of each row at each of its true targets, 0 elsewhere."""
+    """Spreads one number per row over the true targets of its mask; 0 elsewhere."""
     return np.where(mask_BT, np.asarray(values_B, np.float32)[:, None], np.float32(0))
 
 
@@ -147,7 +158,7 @@ def make_supervised_batch(
     max_length: int,
     min_length: int = 0,
 ) -> TrainBatch:
-    """Prompts and right completions -> a batch whose loss is on the completions' tokens.
+    """Makes a batch of prompts and correct completions, with the loss on the completions' tokens.
 
     Raises:
         ValueError: an empty prompt or solution, or more than max_length tokens.

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from jdistill.student.step import TrainState
+from jdistill.student.state import TrainState
 
 DIRECTORY = "checkpoints"
 

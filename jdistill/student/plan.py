@@ -27,7 +27,8 @@ from jdistill.student.batch import TrainBatch
 from jdistill.student.optimizer import make_optimizer
 from jdistill.student.recipe import Recipe, make_recipe
 from jdistill.student.sharding import mesh_sizes
-from jdistill.student.step import TrainState, TrainStep, ValueHead, make_train_step, moment_shardings
+from jdistill.student.state import TrainState, ValueHead, moment_shardings
+from jdistill.student.step import TrainStep, make_train_step
 
 
 class Item(NamedTuple):
@@ -222,7 +223,9 @@ def _logits_bytes(shapes: Shapes, layout: _Layout) -> int:
 def activations(shapes: Shapes, part: TrainBatch) -> int:
     """Bytes that the backward pass of these rows holds on to, parameters left out."""
     trained, frozen = (shapes.state.params, shapes.state.value_head), shapes.step.frozen
-    held = jax.eval_shape(lambda *given: jax.tree.leaves(shapes.step.backward_of(*given, part)), trained, frozen)
+    held = jax.eval_shape(
+        lambda *given: jax.tree.leaves(shapes.step.program.backward_of(*given, part)), trained, frozen
+    )
     own = collections.Counter((x.shape, x.dtype) for x in jax.tree.leaves((trained, frozen.base)))
     total = 0
     for x in held:
@@ -236,7 +239,9 @@ def activations(shapes: Shapes, part: TrainBatch) -> int:
 def compiled_bytes(shapes: Shapes) -> dict[str, int]:
     """Compiles the step for one device; returns XLA's bytes of its arguments, its temporaries, and their sum."""
     compiled = (
-        jax.jit(shapes.step.step, donate_argnums=0).lower(shapes.state, shapes.batch, shapes.step.frozen).compile()
+        jax.jit(shapes.step.program.step, donate_argnums=0)
+        .lower(shapes.state, shapes.batch, shapes.step.frozen)
+        .compile()
     )
     found = compiled.memory_analysis()
     arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes

@@ -25,7 +25,8 @@ from jdistill.student.metrics import MetricsWriter
 from jdistill.student.optimizer import make_optimizer
 from jdistill.student.progress import Progress
 from jdistill.student.recipe import Recipe, make_recipe
-from jdistill.student.step import TrainState, TrainStep, init_state, make_train_step
+from jdistill.student.state import TrainState, init_state
+from jdistill.student.step import TrainStep, make_train_step
 from jdistill.student.teacher import RemoteTeacher
 from jdistill.tasks.base import Task
 

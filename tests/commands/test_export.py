@@ -16,7 +16,7 @@ from jdistill import checkpoint_files, cli, models
 from jdistill.config import LoraSection, TrainConfig
 from jdistill.fingerprint import model_fingerprint
 from jdistill.student.checkpoint import Checkpoints
-from jdistill.student.step import TrainState
+from jdistill.student.state import TrainState
 from tests.sidecar.checkpoints import write_checkpoint
 
 

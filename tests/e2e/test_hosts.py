@@ -22,6 +22,10 @@ KEYS = [
     *("eval.every=3", "eval.num_prompts=5", "eval.greedy=false", "mesh={data: 1, fsdp: 4, tensor: 2}"),
 ]
 
+# A run takes about a minute on two calm cores, and several on busy ones: only a hang takes longer than this.
+HANGS_S = 800
+pytestmark = pytest.mark.timeout(3 * HANGS_S)
+
 
 def start(
     run_dir: pathlib.Path, num_devices: int, *argv: str, found: dict[str, str] | None = None
@@ -55,7 +59,7 @@ def finish(processes: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
     outputs = []
     try:
         for process in processes:
-            outputs.append(process.communicate(timeout=200)[0])
+            outputs.append(process.communicate(timeout=HANGS_S)[0])
     finally:
         for process in processes:
             process.kill()
@@ -76,7 +80,7 @@ def test_two_processes_stop_together_resume_and_train_what_one_does(
     run_dir = tmp_path / "run"
     processes = start_two(run_dir)
     lines = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + HANGS_S
     while not (lines.exists() and len(metrics.read(lines)) >= 2):  # steps 0 and 1
         assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
         time.sleep(0.05)
@@ -106,7 +110,7 @@ def test_what_one_process_finds_wrong_ends_all(tmp_path: pathlib.Path) -> None:
 def test_a_process_that_alone_meets_an_error_does_not_wait_for_the_others(tmp_path: pathlib.Path) -> None:
     first, second = start_two(tmp_path / "run", second=("rollout.max_prompt_tokens=100000",))
     try:
-        output = second.communicate(timeout=60)[0]
+        output = second.communicate(timeout=HANGS_S)[0]
     finally:
         first.kill()
         first.communicate()

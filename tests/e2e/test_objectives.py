@@ -132,7 +132,7 @@ def test_each_objective_is_a_step_from_its_yaml_keys(name, monkeypatch):
     asked = config.load(config.TrainConfig, "configs/demo.yaml", [*SMALL, *overrides])
     recipe.check(asked)
     shapes = make_shapes(asked)
-    state, found = jax.eval_shape(shapes.step.step, shapes.state, shapes.batch, shapes.step.frozen)
+    state, found = jax.eval_shape(shapes.step.program.step, shapes.state, shapes.batch, shapes.step.frozen)
     assert {"loss", "grad_norm", "finite", *reported} <= set(found)
     assert all(x.shape == () for x in found.values())
     as_before = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, shapes.state)

@@ -49,7 +49,7 @@ def start(run_dir: pathlib.Path, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], code: int = 0, timeout_s: float = 240) -> str:
+def finish(process: subprocess.Popen[str], code: int = 0, timeout_s: float = 280) -> str:
     output, _ = process.communicate(timeout=timeout_s)
     assert process.returncode == code, output
     return output
@@ -90,7 +90,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def wait_until_gone(pid: int, timeout_s: float = 20) -> None:
+def wait_until_gone(pid: int, timeout_s: float = 60) -> None:
     give_up = time.monotonic() + timeout_s
     while is_running(pid):
         assert time.monotonic() < give_up, f"process {pid} still runs"
@@ -281,7 +281,7 @@ def test_a_wrong_configuration_is_answered_with_the_remedy(
     tmp_path: pathlib.Path, overrides: list[str], says: str
 ) -> None:
     process = start(tmp_path / "run", *overrides)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=280)
     assert process.returncode in (1, 2)
     assert says in output
     assert "Traceback" not in output

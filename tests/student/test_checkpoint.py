@@ -17,7 +17,7 @@ from flax import nnx
 
 from jdistill import models
 from jdistill.student.checkpoint import Checkpoints, restore_params
-from jdistill.student.step import TrainState, init_state
+from jdistill.student.state import TrainState, init_state
 
 
 @functools.cache
@@ -143,7 +143,7 @@ SAVE_FOREVER = """
 import sys, itertools, jax.numpy as jnp, optax
 from flax import nnx
 from jdistill.student.checkpoint import Checkpoints
-from jdistill.student.step import TrainState
+from jdistill.student.state import TrainState
 checkpoints = Checkpoints(sys.argv[1], keep=2)
 for step in itertools.count(1):
     params = nnx.State({"w": nnx.Param(jnp.full((512, 1024), float(step)))})

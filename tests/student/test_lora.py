@@ -15,7 +15,8 @@ from jdistill import models
 from jdistill.models.config import LORA_TARGETS
 from jdistill.student.optimizer import make_optimizer
 from jdistill.student.sharding import make_mesh
-from jdistill.student.step import init_state, make_train_step
+from jdistill.student.state import init_state
+from jdistill.student.step import make_train_step
 from tests.student.test_step import V, decoder_config, random_batch, train_config
 
 LORA = models.Lora(rank=2, alpha=6.0, targets=LORA_TARGETS)
@@ -104,7 +105,7 @@ def test_weights_that_stay_are_kept_once_in_compute_dtype_and_cost_no_gradient(b
     def flops(decoder):
         graphdef, params, frozen = nnx.split(decoder, models.trained_kind(decoder.config), ...)
         step = make_train_step(graphdef, config, maker, base=frozen)
-        lowered = jax.jit(step.step).lower(init_state(params, maker), random_batch(16, 64), step.frozen)
+        lowered = jax.jit(step.program.step).lower(init_state(params, maker), random_batch(16, 64), step.frozen)
         return lowered.compile().cost_analysis()["flops"]
 
     # Large enough that adapters are small beside it.

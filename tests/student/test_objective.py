@@ -12,7 +12,8 @@ from jdistill.student import objective, recipe
 from jdistill.student.checkpoint import Checkpoints
 from jdistill.student.objective import Scored
 from jdistill.student.optimizer import make_optimizer
-from jdistill.student.step import init_state, make_train_step
+from jdistill.student.state import init_state
+from jdistill.student.step import make_train_step
 from tests.student.test_step import copy, make_params, plain_logprobs, random_batch, train_config
 
 

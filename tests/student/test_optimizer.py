@@ -16,7 +16,8 @@ from flax import nnx
 from jdistill.config import ConfigError
 from jdistill.student.optimizer import OPTIMIZERS, in_bfloat16, make_optimizer
 from jdistill.student.sharding import make_mesh
-from jdistill.student.step import init_state, make_train_step
+from jdistill.student.state import init_state
+from jdistill.student.step import make_train_step
 from tests.student.test_step import copy, make_params, random_batch, train_config
 
 RATES = {"adamw": 0.01, "lion": 0.003, "adafactor": 0.01, "muon": 0.01, "sgd": 0.5}

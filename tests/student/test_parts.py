@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from jdistill.config import ConfigError
 from jdistill.student.optimizer import make_optimizer
+from jdistill.student.placement import balanced_order
 from jdistill.student.recipe import make_recipe
-from jdistill.student.step import _balanced_order, init_state, make_train_step
+from jdistill.student.state import init_state
+from jdistill.student.step import make_train_step
 from tests.student.test_step import make_params, random_batch, train_config
 
 CASES = {
@@ -110,8 +112,8 @@ def test_accumulation_takes_less_memory_and_packing_less_work():
         graphdef, params = make_params()
         maker = make_optimizer(config.optimizer, config.num_steps)
         step = make_train_step(graphdef, config, maker)
-        packed = step._pack(batch, 1, 1) if config.optimizer.packing else (batch, None)
-        return jax.jit(step.step).lower(init_state(params, maker), packed[0], step.frozen, packed[1]).compile()
+        packed = step.placement.pack(batch, 1, 1) if config.optimizer.packing else (batch, None)
+        return jax.jit(step.program.step).lower(init_state(params, maker), packed[0], step.frozen, packed[1]).compile()
 
     plain = compiled()
     assert compiled(accumulate=8).memory_analysis().temp_size_in_bytes < plain.memory_analysis().temp_size_in_bytes / 3
@@ -139,7 +141,7 @@ def test_packed_batches_of_about_as_many_tokens_compile_once():
 def test_rows_stay_in_their_update_and_groups_are_balanced(sizes, rows_each, seed):
     U, A, G = sizes
     lengths_B = np.random.default_rng(seed).integers(0, 50, U * A * G * rows_each)
-    order = _balanced_order(lengths_B, U, A, G)
+    order = balanced_order(lengths_B, U, A, G)
     assert sorted(order) == list(range(len(order)))
     assert np.all(order % U == np.arange(len(order)) % U)
     for update in range(U):

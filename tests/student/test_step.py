@@ -20,7 +20,8 @@ from jdistill.student.batch import TrainBatch
 from jdistill.student.logprobs import target_logprobs
 from jdistill.student.optimizer import make_optimizer, make_schedule
 from jdistill.student.sharding import make_mesh
-from jdistill.student.step import init_state, make_train_step
+from jdistill.student.state import init_state
+from jdistill.student.step import make_train_step
 
 V, K = 19, 4
 
@@ -144,7 +145,7 @@ def test_no_array_of_all_tokens_by_the_vocabulary_is_ever_made():
     config = train_config(objective={"chunk_tokens": chunk})
     optimizer = make_optimizer(config.optimizer, 10)
     step = make_train_step(graphdef, config, optimizer)
-    jaxpr = jax.make_jaxpr(step.step)(init_state(params, optimizer), batch, step.frozen)
+    jaxpr = jax.make_jaxpr(step.program.step)(init_state(params, optimizer), batch, step.frozen)
 
     sizes = []
 
@@ -306,8 +307,8 @@ def test_one_compilation_for_each_shape():
     step = make_train_step(graphdef, config, optimizer)
     state = init_state(params, optimizer)
     traces = []
-    traced = step.step
-    step.step = lambda *args: traces.append(args[1].tokens.shape) or traced(*args)
+    traced = step.program.step
+    step.program.step = lambda *args: traces.append(args[1].tokens.shape) or traced(*args)
     for num_targets, seed in [(12, 0), (12, 1), (18, 0), (12, 2), (18, 1)]:
         state, _ = step(state, random_batch(num_targets=num_targets, seed=seed))
     assert traces == [(8, 13), (8, 19)]
