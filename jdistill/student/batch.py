@@ -1,11 +1,11 @@
-"""Ragged completions and scores -> arrays of a few static shapes on the target grid.
+"""Converts ragged completions and scores to arrays of a few static shapes on the target grid.
 
-Dimension key: N completions = B rows, S tokens of a row, T = S - 1 targets, R tokens of one completion, K candidates.
+Dimension key: N completions = B rows, S tokens per row, T = S - 1 targets, R tokens of one completion, K candidates.
 
 A worked example, prompt (5 6), completion (7 2), T = 4:
 
     tokens            5  6  7  2  2      [S = 5]; padding repeats the row's last token, which is a valid id
-    targets              6  7  2  2      [T = 4]; column t speaks of token t + 1
+    targets              6  7  2  2      [T = 4]; column t is about token t + 1
     loss_mask            F  T  T  F
 """
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 class TrainBatch(NamedTuple):
-    """One step's data. Where loss_mask is false the floats are 0 and mean nothing: a loss reads them under the mask.
+    """Data of one step. Where loss_mask is false the floats are 0 and have no meaning: losses must apply the mask.
 
-    Fields that an objective does not have are None; None is part of the static shape.
+    Fields that an objective does not use are None; which ones are None is part of the static shape.
     """
 
     tokens: Int[np.ndarray, "B S"]
@@ -37,9 +37,9 @@ class TrainBatch(NamedTuple):
     teacher_logprobs: Float[np.ndarray, "B T"] | None = None  # nats
     candidate_ids: Int[np.ndarray, "B T K"] | None = None  # the student's own top-k at sampling time, or the teacher's
     teacher_candidate_logprobs: Float[np.ndarray, "B T K"] | None = None  # nats
-    distill_weights: Float[np.ndarray, "B T"] | None = None  # of the distillation's term; None: 1 everywhere
-    teacher_segments: Int[np.ndarray, "B T"] | None = None  # of a teacher with another tokenizer; see losses.segments
-    token_rewards: Float[np.ndarray, "B T"] | None = None  # for a value head: the reward stands at the last token
+    distill_weights: Float[np.ndarray, "B T"] | None = None  # of the distillation term; None: 1 everywhere
+    teacher_segments: Int[np.ndarray, "B T"] | None = None  # for a teacher with another tokenizer; see losses.segments
+    token_rewards: Float[np.ndarray, "B T"] | None = None  # for a value head: the reward, at the last token
     # Added by the step, before its first update.
     proximal_logprobs: Float[np.ndarray, "B T"] | None = None
     reference_logprobs: Float[np.ndarray, "B T"] | None = None
@@ -48,9 +48,9 @@ class TrainBatch(NamedTuple):
 
 
 class SegmentScores(NamedTuple):
-    """What a teacher with another tokenizer says of one completion of R tokens; see `losses.segments`."""
+    """Scores of one completion of R tokens by a teacher with another tokenizer; see `losses.segments`."""
 
-    logprobs: Float[np.ndarray, "R"]  # nats; a segment's stands at its last token, 0 at its others
+    logprobs: Float[np.ndarray, "R"]  # nats; a segment's log-prob at its last token, 0 at its other tokens
     segment_ids: Int[np.ndarray, "R"]  # -1: not usable
 
 
@@ -68,17 +68,17 @@ def make_batch(
 
     Args:
         completions: one per row, in the order of the rows.
-        advantages: one per completion, for each of its tokens.
-        scores: the teacher's scores of exactly the completion's tokens, with its top-k or candidate log-probs where
-            the request asked for them; None without a teacher.
-        max_length: S at most, prompt and completion; rows are padded to `buckets.row_length`.
-        rewards: of each completion, for a value head; placed at the last token. None: left out.
-        distill_weights: of each completion, for the distillation term; None: left out.
-        min_length: tokens that a row must have room for, e.g. the longest row of another host.
+        advantages: one per completion, used for each of its tokens.
+        scores: the teacher's scores of exactly the completions' tokens, with its top-k or the candidates' log-probs if
+            they were requested; None without a teacher.
+        max_length: maximum of S, prompt and completion together; rows are padded to `buckets.row_length`.
+        rewards: one per completion, for a value head; written at the last token. None: left out.
+        distill_weights: one per completion, for the distillation term; None: left out.
+        min_length: minimum number of tokens that rows must have room for, e.g. the longest row of another host.
 
     Raises:
-        ValueError: a completion without tokens or over max_length; scores of another number of tokens, or a number that
-            is missing or not finite.
+        ValueError: a completion has no tokens or more than max_length; scores are for another number of tokens, or a
+            number is missing or not finite.
     """
     num_rows = len(completions)
     if len(advantages) != num_rows or (scores is not None and len(scores) != num_rows):
@@ -138,8 +138,8 @@ def _with_candidates(batch: TrainBatch, completions: Sequence[Completion], score
     for b in range(len(completions)):
         if found[b] is None:
             raise ValueError(
-                f"completion {b} has {K} candidates a token and the teacher scored none of them: send candidate_ids "
-                "with the sequence, or sample without candidates"
+                f"completion {b} has {K} candidates per token and the teacher scored none of them: send "
+                "candidate_ids with the sequence, or sample without candidates"
             )
         _put(ids_BTK[b], mask_BT[b], ids[b], f"candidate_ids of completion {b}")
         _put(candidates_BTK[b], mask_BT[b], found[b], f"the teacher's candidates of completion {b}")
@@ -161,7 +161,7 @@ def make_supervised_batch(
     """Makes a batch of prompts and correct completions, with the loss on the completions' tokens.
 
     Raises:
-        ValueError: an empty prompt or solution, or more than max_length tokens.
+        ValueError: a prompt or a solution is empty, or a row has more than max_length tokens.
     """
     rows = [np.concatenate(pair) for pair in zip(prompts, solutions, strict=True)]
     return TrainBatch(*_pad(rows, [len(prompt) for prompt in prompts], max_length=max_length, min_length=min_length))
@@ -170,7 +170,7 @@ def make_supervised_batch(
 def _pad(
     rows: Sequence[np.ndarray], prompt_lengths: Sequence[int], *, max_length: int, min_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """int32 tokens [B, S] and the mask [B, T] of the targets after each prompt."""
+    """Returns int32 tokens [B, S], and the mask [B, T] of the targets after each prompt."""
     if not rows:
         raise ValueError("a batch needs at least one row")
     longest = max(len(row) for row in rows)
@@ -192,7 +192,7 @@ def _pad(
 
 
 def _put(row: np.ndarray, mask_T: np.ndarray, values: np.ndarray, what: str) -> None:
-    """Writes the values of the scored targets into a row."""
+    """Writes the values of scored targets into a row; raises ValueError on a wrong shape or a non-finite value."""
     expected = (int(mask_T.sum()), *row.shape[1:])
     if values.shape != expected:
         raise ValueError(
@@ -202,7 +202,7 @@ def _put(row: np.ndarray, mask_T: np.ndarray, values: np.ndarray, what: str) -> 
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         where = np.argwhere(~np.isfinite(values))[0].tolist()
         raise ValueError(
-            f"{what} hold {values[tuple(where)]} at {where}: a missing score is never trained on, and a teacher that "
-            "gives probability 0 to what the student sampled has another vocabulary; compare the two checkpoints"
+            f"{what} hold {values[tuple(where)]} at {where}: a missing score is never trained on, and a teacher "
+            "that gives a sampled token probability 0 has another vocabulary; compare the two checkpoints"
         )
     row[mask_T] = values

@@ -1,4 +1,4 @@
-"""Checkpoints of a run with Orbax: written in the background, whole or not at all, restored onto any mesh."""
+"""Saves and restores a run's checkpoints with Orbax: written atomically in the background, restored onto any mesh."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ DIRECTORY = "checkpoints"
 class Checkpoints:
     """The checkpoints of one run, in run_dir/checkpoints/<step>/.
 
-    A checkpoint has these items: `params`, `optimizer` (its state, the step, the value head), `pending` (arrays of the
-    host, where there are any), `about` (JSON: what was given as extra, and the shapes of the others, so that another
-    model's checkpoint is found out before it is read).
-    Orbax writes to a temporary name and renames, so one that a crash cut short is never found.
+    A checkpoint has these items: `params`, `optimizer` (optimizer state, step, value head), `pending` (host arrays, if
+    any), `about` (JSON: `extra` as given to `save`, and the shapes of the other items, so that another model's
+    checkpoint is recognised before it is read).
+    Orbax writes under a temporary name and renames, so a checkpoint cut short by a crash is never listed.
 
     Args:
-        run_dir: the run's directory; made if it is not there.
-        keep: how many of the newest stay; None: all.
-        base: fingerprint of the weights that adapters stand beside, which are in no checkpoint; None: all are in it.
+        run_dir: the run's directory; created if missing.
+        keep: number of newest checkpoints to keep; None: all.
+        base: for a run with adapters, the fingerprint of the base weights, which are not saved; None: no adapters.
     """
 
     def __init__(self, run_dir: str | pathlib.Path, *, keep: int | None = None, base: str | None = None):
@@ -41,19 +41,19 @@ class Checkpoints:
         )
 
     def latest_step(self) -> int | None:
-        """The newest step that is saved or being saved; None if there is none."""
+        """Returns the newest step that is saved or being saved; None if there is none."""
         return self._manager.latest_step()
 
     def save(
         self, step: int, state: TrainState, extra: Mapping[str, Any], pending: Mapping[str, np.ndarray] | None = None
     ) -> None:
-        """Copies the state to the host and returns; it is written in the background. `close` waits for it.
+        """Copies the state to the host and writes it in the background; `close` waits until it is written.
 
         Args:
-            step: steps done.
+            step: number of completed steps.
             state: may be sharded; may be donated to a step as soon as this returns.
-            extra: what else a resume needs, e.g. the position in the data; JSON.
-            pending: what has been sampled and not trained on.
+            extra: JSON that a resume needs, e.g. the position in the data.
+            pending: arrays of completions that have been sampled but not trained on.
         """
         params, optimizer = nnx.to_pure_dict(state.params), _optimizer_item(state)
         shapes = {"params": _shapes(params), "optimizer": _shapes(optimizer)}
@@ -66,15 +66,15 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**items, about=ocp.args.JsonSave(about)))
 
     def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """The saved state, in the shapes and on the devices of `state`, and what was saved with it.
+        """Returns the saved state, with the shapes and shardings of `state`, and the `extra` saved with it.
 
         Args:
-            state: of the same run's model and optimizer; its values are not read.
-            step: which; None: the newest.
+            state: state of the same model and optimizer; its values are not read.
+            step: step of the checkpoint; None: the newest.
 
         Raises:
-            FileNotFoundError: there is none, or not that one.
-            ValueError: it is of another model or optimizer.
+            FileNotFoundError: there is no checkpoint, or none of this step.
+            ValueError: the checkpoint is of another model or optimizer.
         """
         step = self._find(step)
         params, optimizer = nnx.to_pure_dict(state.params), _optimizer_item(state)
@@ -92,7 +92,7 @@ class Checkpoints:
         return TrainState(new_params, opt_state, restored.optimizer["step"], value_head), about["extra"]
 
     def restore_pending(self, step: int | None = None) -> dict[str, np.ndarray] | None:
-        """What was given as pending; None: nothing. Raises as `restore` does."""
+        """Returns the `pending` given to `save`, or None if it was empty. Raises the same errors as `restore`."""
         step = self._find(step)
         shapes = self._about(step).get("pending")
         if not shapes:
@@ -102,7 +102,7 @@ class Checkpoints:
         return {name: np.asarray(x) for name, x in restored.pending.items()}
 
     def restore_params(self, params: nnx.State, step: int | None = None) -> nnx.State:
-        """The saved parameters alone, in the shapes and on the devices of `params`. Raises as `restore` does."""
+        """Returns only the saved parameters, with the shapes and shardings of `params`. Raises as `restore` does."""
         step = self._find(step)
         saved = nnx.to_pure_dict(params)
         self._about(step, params=saved)
@@ -126,7 +126,7 @@ class Checkpoints:
         return steps[-1] if step is None else step
 
     def _about(self, step: int, **items: Any) -> dict[str, Any]:
-        """The JSON of a checkpoint, after comparing its shapes with those of the items to be restored."""
+        """Reads a checkpoint's JSON, and checks its shapes and base weights against those to be restored."""
         about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
         for name, tree in items.items():
             saved, wanted = about["shapes"][name], _shapes(tree)
@@ -142,8 +142,8 @@ class Checkpoints:
                 )
         if self._base != about.get("base"):
             raise ValueError(
-                f"{self._directory / str(step)} holds adapters for other weights than these: they were changed, or "
-                "they are another model's; give the model.path that the run was started with, as it was then"
+                f"{self._directory / str(step)} holds adapters for other weights than these: model.path was "
+                "changed since, or is another model; give the unchanged model.path that the run was started with"
             )
         return about
 
@@ -156,21 +156,21 @@ def restore_params(
     kind: type[nnx.Param] = nnx.Param,
     base: str | None = None,
 ) -> int:
-    """Puts a run's saved parameters into a decoder; returns their step.
+    """Loads a run's saved parameters into a decoder; returns their step.
 
     Args:
-        run_dir: of `jdistill train`.
-        decoder: of the run's architecture; its parameters' shapes and devices are kept, their values replaced.
-        step: which; None: the newest.
-        kind: of the parameters that the run trained; see models.trained_kind.
-        base: of a run with adapters, the fingerprint of the decoder's other weights.
+        run_dir: directory of a `jdistill train` run.
+        decoder: a decoder of the run's architecture; the values of its parameters are replaced.
+        step: step of the checkpoint; None: the newest.
+        kind: kind of the parameters that the run trained; see models.trained_kind.
+        base: for a run with adapters, the fingerprint of the decoder's other weights.
 
     Raises:
-        FileNotFoundError: no such run or checkpoint.
-        ValueError: of another model.
+        FileNotFoundError: there is no such run or checkpoint.
+        ValueError: the checkpoint is of another model.
     """
     if not (pathlib.Path(run_dir) / DIRECTORY).is_dir():
-        raise FileNotFoundError(f"{run_dir} holds no {DIRECTORY}/: it is not the directory of a run that saved one")
+        raise FileNotFoundError(f"{run_dir} has no {DIRECTORY}/: it is not the directory of a run with a checkpoint")
     checkpoints = Checkpoints(run_dir, base=base)
     try:
         step = checkpoints._find(step)
@@ -181,7 +181,7 @@ def restore_params(
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
-    # As a list of leaves: optax's state nests named tuples, and their names are no part of what a run depends on.
+    # A list of leaves: a checkpoint must not depend on the names of the tuples that optax nests.
     leaves = jax.tree.leaves((state.opt_state, state.value_head))
     return {"leaves": {f"{i:04d}": leaf for i, leaf in enumerate(leaves)}, "step": state.step}
 

@@ -1,4 +1,4 @@
-"""How many programs XLA has compiled in this process: after the first steps of a run it should be none."""
+"""Counts the programs that XLA compiles in this process; after the first steps of a run there should be none."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 import jax.monitoring
 
-_EVENT = "/jax/core/compile/backend_compile_duration"  # also of a program that comes from JAX's cache on disk
+_EVENT = "/jax/core/compile/backend_compile_duration"  # also sent for a program from JAX's cache on disk
 
 
 class Compilations:
-    """Counts from when it is made. Listeners of JAX stay for good, so make one for a process and keep it."""
+    """Counts compilations since its construction. JAX keeps listeners forever, so make only one per process."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -1,19 +1,19 @@
-"""The student's completions in the tokens of a teacher that has another tokenizer, and the teacher's scores back.
+"""Converts completions to the tokens of a teacher with another tokenizer, and its scores back to the student's tokens.
 
-Both tokenisations are laid over the same bytes of text. Where a student's token and a teacher's token end at the same
-byte, the two agree on a boundary; what lies between two boundaries is a segment, and both sides have a log-prob for its
-bytes: the sum over its tokens. Bytes rather than characters, since a token may be a part of one.
+Both tokenisations are aligned by the bytes of the text. Where a student token and a teacher token end at the same byte,
+there is a boundary; the tokens between two boundaries are a segment, and each side's log-prob of the segment is the sum
+over its tokens. Bytes rather than characters, because a token may end inside a character.
 
     student   |Hel|lo| wor|ld|<end>|
     teacher   |Hello| w|orld|</s>|        segments: Hello, " world", the end
 
-A segment is left out, never guessed: where the teacher's tokenizer changed the text (normalisation, lower case),
-where the student's tokens are not UTF-8, from a special token in the middle of a completion on, beyond the teacher's
-longest sequence, the last one of a completion that was cut off (a cut word is split otherwise than a whole one), and
-those of suspiciously many tokens.
+A segment is left out, never guessed, where the teacher's tokenizer changed the text (normalisation, lower case), where
+the student's tokens are not UTF-8, after a special token inside the completion, beyond the teacher's longest sequence,
+at the end of a truncated completion (a truncated word is split differently from a whole one), and where it has
+suspiciously many tokens.
 
-The prompt is not aligned: the task writes it for each tokenizer with that one's chat template. So a boundary always
-lies between prompt and completion, where a teacher that tokenises the whole might have merged the two.
+The prompt is not aligned: the task renders it for each tokenizer with that tokenizer's chat template. So there is
+always a boundary between prompt and completion, although the teacher's tokenizer might merge tokens across it.
 
 Dimension key: `R` student tokens of a completion, `U` teacher tokens of it, `P` teacher tokens of its prompt.
 """
@@ -30,34 +30,34 @@ import numpy as np
 from jaxtyping import Float, Int
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# Decoders under which a token is the same bytes wherever it stands.
+# Decoders with which a token's bytes do not depend on its neighbours.
 _DECODERS = {None, "ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
 
 
 @dataclass(frozen=True, eq=False)
 class Retokenized:
-    """One completion in the teacher's tokens."""
+    """A prompt and its completion in the teacher's tokens."""
 
     token_ids: Int[np.ndarray, "P+U"]  # int32: the teacher's prompt, and the completion in the teacher's tokens
-    spans: tuple[tuple[int, int], ...]  # what to have scored: the completion
-    segment_ids: Int[np.ndarray, "R"]  # int32: of each student token, 0, 1, 2 ... in order; -1: not usable
-    teacher_segment_ids: Int[np.ndarray, "U"]  # int32: the same of each teacher token
+    spans: tuple[tuple[int, int], ...]  # the targets to score: the completion
+    segment_ids: Int[np.ndarray, "R"]  # int32: segment of each student token, numbered from 0 in order; -1: not usable
+    teacher_segment_ids: Int[np.ndarray, "U"]  # int32: the same for each teacher token
 
 
 class CrossTokenizer:
-    """From one tokenizer's tokens to another's, both Hugging Face fast tokenizers.
+    """Converts one tokenizer's tokens to another's; both are Hugging Face fast tokenizers.
 
     Args:
         student: tokenizer of the sampled tokens.
         teacher: tokenizer of the teacher.
-        student_stop_ids: a completion that ends with one of these ended by itself.
-        teacher_stop_id: what stands for them in the teacher's tokens.
+        student_stop_ids: a completion that ends with one of these was not truncated.
+        teacher_stop_id: the teacher's token in place of them.
         max_length: the teacher's longest sequence, in its tokens.
-        max_segment_tokens: a segment of more tokens, on either side, is not used.
+        max_segment_tokens: a segment with more tokens, on either side, is not used.
 
     Raises:
-        ValueError: a tokenizer whose tokens are not the same bytes wherever they stand (WordPiece, for one), or that
-            has no fast implementation; says which.
+        ValueError: a tokenizer has no fast implementation, or its tokens' bytes depend on their neighbours (as in
+            WordPiece).
     """
 
     def __init__(
@@ -78,26 +78,26 @@ class CrossTokenizer:
         self._teacher_stop_id = teacher_stop_id
         self._max_length = max_length
         self._max_segment_tokens = max_segment_tokens
-        # A copy: text that spells a special token must stay text, while the task's own prompts have special tokens.
+        # A copy: a completion that spells a special token stays text, while the task's prompts use special tokens.
         self._backend = Tokenizer.from_str(teacher.backend_tokenizer.to_str())
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
 
     def retokenize(self, teacher_prompt_ids: Int[np.ndarray, "P"], completion_ids: Int[np.ndarray, "R"]) -> Retokenized:
-        """A completion as the teacher is asked about it.
+        """Converts a completion to the sequence that the teacher scores.
 
         Args:
             teacher_prompt_ids: the prompt in the teacher's tokens.
-            completion_ids: what the student sampled, its stop token included where it ended by itself.
+            completion_ids: the student's sampled tokens, with the stop token unless it was truncated.
 
         Raises:
-            ValueError: the prompt alone is as long as the teacher's longest sequence.
+            ValueError: the prompt leaves no room within the teacher's longest sequence.
         """
         room = self._max_length - len(teacher_prompt_ids)
         if room < 1:
             raise ValueError(
-                f"a prompt has {len(teacher_prompt_ids)} of the teacher's tokens, and its longest sequence "
+                f"a prompt has {len(teacher_prompt_ids)} teacher tokens, which leaves no room in the teacher's "
                 f"{self._max_length}: raise the teacher's max_sequence_length, or lower rollout.max_prompt_tokens"
             )
         ended = len(completion_ids) > 0 and int(completion_ids[-1]) in self._student_stop_ids
@@ -109,22 +109,22 @@ class CrossTokenizer:
         length = student_ends[-1] if len(student_ends) else 0
         boundaries = np.intersect1d(student_ends, teacher_ends[teacher_ends >= 0])
         boundaries = np.union1d(boundaries[boundaries > 0], [length] if length else []).astype(np.int64)
-        # A token belongs to the first boundary at or after its end; one that ends inside of a character, or of what the
-        # teacher changed, to that of the next token that does not.
+        # A token belongs to the first boundary at or after its end. One that ends inside a character, or in text that the
+        # teacher changed, belongs to the boundary of the next token that does not.
         teacher_ends = np.where(teacher_ends < 0, length, teacher_ends)
         teacher_of = np.searchsorted(boundaries, np.minimum.accumulate(teacher_ends[::-1])[::-1])
         student_of = np.searchsorted(boundaries, student_ends)
         is_wrong = np.logical_or.reduceat(is_wrong, [0, *boundaries[:-1]]) if len(boundaries) else np.zeros(0, bool)
         if len(boundaries) and not ended:
             is_wrong[-1] = True
-        is_wrong = np.append(is_wrong, not ended)  # a last segment, of the end
+        is_wrong = np.append(is_wrong, not ended)  # the last segment is the stop token
         if ended:
             student_of = np.append(student_of, len(boundaries))
             teacher_of = np.append(teacher_of, len(boundaries))
             teacher_ids = [*teacher_ids, self._teacher_stop_id]
         is_wrong[teacher_of[room:]] = True
         for of in (student_of, teacher_of):
-            # A segment that only one side has tokens of cannot be compared.
+            # A segment without tokens on one side cannot be compared.
             counts = np.bincount(of, minlength=len(is_wrong))
             is_wrong |= (counts == 0) | (counts > self._max_segment_tokens)
         numbers = np.where(is_wrong, -1, np.cumsum(~is_wrong) - 1).astype(np.int32)
@@ -132,18 +132,23 @@ class CrossTokenizer:
         segment_ids[: len(student_of)] = numbers[student_of]
         teacher_segment_ids = numbers[teacher_of][:room]
         teacher_ids = teacher_ids[:room]
-        if not teacher_ids:  # a sequence without anything to score is no request: the answer is not used
+        if not teacher_ids:  # a request must score at least one token; this score is not used
             teacher_ids, teacher_segment_ids = [self._teacher_stop_id], np.full(1, -1, np.int32)
         token_ids = np.concatenate([teacher_prompt_ids, np.asarray(teacher_ids, np.int32)]).astype(np.int32)
         spans = ((len(teacher_prompt_ids), len(token_ids)),)
         return Retokenized(token_ids, spans, segment_ids, teacher_segment_ids)
 
     def _student_piece(self, token_id: int) -> bytes | None:
-        # A vocabulary that was padded to a round size has ids beyond the tokenizer's.
+        # A model's vocabulary may be padded beyond the tokenizer's.
         return self._student_bytes[token_id] if token_id < len(self._student_bytes) else None
 
     def _encode(self, raw: bytes) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """The teacher's ids of N bytes, the byte at which each ends (-1: inside of something), bool[N] not to use."""
+        """Tokenizes N bytes with the teacher's tokenizer.
+
+        Returns:
+            The teacher's ids; the byte at which each ends (-1: inside a character or a replaced byte); bool[N], true at
+            bytes that must not be used.
+        """
         characters = raw.decode("utf-8", errors="surrogateescape")
         is_bad = np.array([0xDC80 <= ord(c) <= 0xDCFF for c in characters], bool)
         text = re.sub("[\udc80-\udcff]", "\ufffd", characters)
@@ -160,17 +165,17 @@ class CrossTokenizer:
             ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
             if not is_bad.any():
                 return ids, ends, is_wrong
-            # The byte of `raw` for each byte of `encoded`; inside of a replaced character there is none.
+            # The byte of `raw` for each byte of `encoded`; -1 inside a replaced character.
             places = np.full(len(encoded) + 1, -1, np.int64)
             good = np.repeat(~is_bad, sizes)
             first = np.repeat(starts[:-1], sizes)
             places[:-1][good] = (np.arange(len(encoded)) - first + np.repeat(raw_starts[:-1], sizes))[good]
             places[starts] = raw_starts
             return ids, places[ends], is_wrong
-        # The teacher's tokens spell another text: go by the characters they come from, and leave out what differs.
+        # The teacher's tokens spell another text: align by the characters they came from, and leave out differences.
         begins, ends = np.array(offsets, np.int64).reshape(-1, 2).T
         latest = np.minimum.accumulate(np.append(begins[1:], len(text))[::-1])[::-1]
-        is_boundary = ends <= latest  # else a later token has a part of the same character
+        is_boundary = ends <= latest  # false if a later token holds a part of the same character
         begin, spelled = 0, b""
         for piece, end, closes in zip(pieces, ends, is_boundary, strict=True):
             spelled += b"\xff" if piece is None else piece
@@ -182,10 +187,10 @@ class CrossTokenizer:
         return ids, np.where(is_boundary, raw_starts[ends], -1), is_wrong
 
     def _split(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The teacher's ids of a text that goes on after a prompt, and their characters."""
+        """Tokenizes a text that continues a prompt; returns the teacher's ids and their character ranges."""
         found = self._backend.encode(text, add_special_tokens=False)
         if found.ids and not text.startswith(" ") and (self._teacher_bytes[found.ids[0]] or b"").startswith(b" "):
-            # SentencePiece puts a space before a text; a text that goes on has none. So it goes on after a line feed.
+            # SentencePiece adds a space before a text, but a continuation has none: tokenize it after a line feed.
             longer = self._backend.encode("\n" + text, add_special_tokens=False)
             first = next((i for i, (begin, _) in enumerate(longer.offsets) if begin >= 1), None)
             if first is not None and all(end <= 1 for _, end in longer.offsets[:first]):
@@ -196,9 +201,9 @@ class CrossTokenizer:
 def scatter(
     retokenized: Retokenized, logprobs: Float[np.ndarray, "U"]
 ) -> tuple[Float[np.ndarray, "R"], Int[np.ndarray, "R"]]:
-    """The teacher's scores in the student's places: (float32[R] nats, int32[R] segment ids), for `losses.segments`.
+    """Maps the teacher's scores to the student's tokens, for `losses.segments`: float32[R] nats, int32[R] segment ids.
 
-    A segment's log-prob stands at the segment's last token; 0 at its others and at tokens that are not usable.
+    A segment's log-prob is at its last token; its other tokens and unusable tokens have 0.
     """
     segment_ids = retokenized.segment_ids
     used = retokenized.teacher_segment_ids >= 0
@@ -210,7 +215,7 @@ def scatter(
 
 
 def _bytes_of_tokens(tokenizer: Any) -> list[bytes | None]:
-    """Of each id its bytes; None for a special or unknown token, which has none."""
+    """Returns the bytes of each token id; None for special and unknown tokens, which have no text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     name = getattr(tokenizer, "name_or_path", tokenizer)
     if backend is None:
@@ -218,9 +223,9 @@ def _bytes_of_tokens(tokenizer: Any) -> list[bytes | None]:
     kinds = set(_kinds(None if backend.decoder is None else json.loads(backend.decoder.__getstate__())))
     if not kinds <= _DECODERS:
         raise ValueError(
-            f"the tokenizer of {name} joins its tokens by {', '.join(sorted(map(str, kinds - _DECODERS)))}, so that a "
-            "token's text depends on its neighbours: give teacher and student tokenizers of byte-level BPE or "
-            "SentencePiece"
+            f"the tokenizer of {name} has the decoder {', '.join(sorted(map(str, kinds - _DECODERS)))}, with which a "
+            "token's text depends on its neighbours: use byte-level BPE or SentencePiece tokenizers for teacher and "
+            "student"
         )
     added = tokenizer.added_tokens_decoder
     found: list[bytes | None] = []
@@ -249,7 +254,7 @@ def _kinds(decoder: dict[str, Any] | None) -> list[str | None]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes a byte as a printable character: itself, or one from U+0100 on for those that are not."""
+    """Maps the characters of byte-level BPE to bytes: printable bytes stand for themselves, others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

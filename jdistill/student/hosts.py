@@ -58,7 +58,7 @@ def is_alone_on_host(environ: Mapping[str, str]) -> bool:
 
 
 def count() -> int:
-    """Number of processes. Any process may call this alone."""
+    """Returns the number of processes. Any process may call this alone."""
     return jax.process_count()
 
 
@@ -68,23 +68,23 @@ def is_first() -> bool:
 
 
 def own_part(num: int) -> slice:
-    """Slice of `num` items owned by this process; `num` is a multiple of the number of processes."""
+    """Returns the slice of `num` items owned by this process; `num` is a multiple of the number of processes."""
     each = num // count()
     return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
 
 
 def gather(rows: np.ndarray) -> np.ndarray:
-    """The rows of all processes, concatenated in the order of the processes."""
+    """Concatenates the rows of all processes, in the order of the processes."""
     return rows if count() == 1 else np.asarray(multihost_utils.process_allgather(rows, tiled=True))
 
 
 def total(numbers: np.ndarray) -> np.ndarray:
-    """The sum over all processes."""
+    """Sums over all processes."""
     return numbers if count() == 1 else np.asarray(multihost_utils.process_allgather(numbers)).sum(axis=0)
 
 
 def maximum(number: int) -> int:
-    """The largest of all processes' numbers."""
+    """Returns the largest number of all processes."""
     return number if count() == 1 else int(gather(np.array([number], np.int32)).max())
 
 

@@ -1,12 +1,14 @@
-"""Hidden states -> log-probs of targets and candidates, in chunks: no [tokens, vocabulary] array outlives a chunk.
+"""Computes log-probs of targets and candidates from hidden states in chunks of targets.
 
-Unscored targets cost nothing: the scored ones are brought together first, and only chunks that hold any are computed.
-The backward pass is written out. Where the loss is a sum over targets (`loss_of_targets`), a chunk's share of the
-gradient is known while its logits are there, and nothing is computed twice: three matrix products of [C, D] x [D, V].
-In general (`target_logprobs`) the gradient comes when all log-probs are known, and the logits are computed again.
+No [tokens, vocabulary] array outlives a chunk. Unscored targets cost nothing: targets are ordered so that the scored
+ones come first, and only chunks that contain scored targets are computed.
+
+The backward pass is written by hand. If the loss is a sum over targets (`loss_of_targets`), the gradient of a chunk is
+computed while its logits exist, and nothing is computed twice: three matrix products of [C, D] x [D, V] per chunk. In
+general (`target_logprobs`) the gradient arrives after all log-probs are known, so the logits are computed again.
 
 Dimension key: B sequences, T targets, D width, V vocabulary, K candidates; N shards of the batch (devices on the mesh's
-batch axes), M = B / N * T targets of a shard, C targets of a chunk.
+batch axes), M = B / N * T targets per shard, C targets per chunk.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from jdistill.models.mesh import batch_sharding
 
 
 class TargetLogprobs(NamedTuple):
-    """In nats, float32; 0 where a target is not scored."""
+    """Log-probs and entropies in nats, float32; 0 where a target is not scored."""
 
     logprobs: Float[Array, "B T"]
     candidate_logprobs: Float[Array, "B T K"] | None
-    entropy: Float[Array, "B T"]  # of the whole distribution; a metric, it has no gradient
+    entropy: Float[Array, "B T"]  # of the whole distribution; a metric without a gradient
 
 
 def target_logprobs(
@@ -43,18 +45,21 @@ def target_logprobs(
     mesh: Mesh | None = None,
     softcap: float | None = None,
 ) -> TargetLogprobs:
-    """Log-softmax of hidden @ head / temperature at the targets and the candidates; differentiable in hidden and head.
+    """Computes log-softmax of hidden @ head / temperature at targets and candidates; differentiable in hidden and head.
 
     Args:
-        hidden: after the final norm.
-        head: the output projection, of the same dtype. Logits are float32 whatever it is.
-        target_ids: the tokens that were sampled.
-        loss_mask: which of them are scored; nothing is computed for the others.
-        candidate_ids: more tokens to score at each target.
-        temperature: of the softmax.
-        chunk_tokens: C, targets of one device whose logits exist at once.
+        hidden: hidden states after the final norm.
+        head: the output projection, in the dtype of hidden. Logits are float32 for every dtype.
+        target_ids: the sampled tokens.
+        loss_mask: true where a target is scored; nothing is computed for the others.
+        candidate_ids: further tokens to score at each target.
+        temperature: divides the logits.
+        chunk_tokens: C, the number of targets per device whose logits exist at once.
         mesh: the batch is split over its batch axes; None: one device.
-        softcap: c, where the model's logits x are c * tanh(x / c), before the temperature. None: they are x.
+        softcap: c; logits x become c * tanh(x / c) before the temperature. None: no cap.
+
+    Raises:
+        ValueError: the rows cannot be split over the mesh's batch axes.
     """
     plan, arrays = _planned(hidden, target_ids, loss_mask, candidate_ids, temperature, softcap, chunk_tokens, mesh)
     return plan.on_grid(*_chunked(plan, arrays[0], head, *arrays[1:]))
@@ -74,16 +79,19 @@ def loss_of_targets(
     mesh: Mesh | None = None,
     softcap: float | None = None,
 ) -> tuple[Float[Array, ""], TargetLogprobs]:
-    """A loss of the targets' log-probs, differentiable in hidden and head; and these log-probs, without a gradient.
+    """Computes a loss of the targets' log-probs, differentiable in hidden and head.
 
-    The same as `loss(target_logprobs(...), given)`, for three quarters of its work.
+    Equal to `loss(target_logprobs(...), given)`, with three quarters of its work.
 
     Args:
-        loss: a sum over targets, each a function of that target's log-probs and entropy alone, and of `given`. Its
-            gradient at a target is asked for when the log-probs of others are still 0.
-        given: all arrays that `loss` reads beside; they get no gradient.
-        hidden, head, target_ids, loss_mask, candidate_ids, temperature, chunk_tokens, mesh, softcap: of
+        loss: a sum over targets of a function of `given` and of that target's log-probs and entropy. Its gradient at a
+            target is taken while the log-probs of targets in later chunks are still 0.
+        given: the other arrays that `loss` reads; they get no gradient.
+        hidden, head, target_ids, loss_mask, candidate_ids, temperature, chunk_tokens, mesh, softcap: see
             `target_logprobs`.
+
+    Returns:
+        The loss, and the log-probs without a gradient.
     """
     plan, arrays = _planned(hidden, target_ids, loss_mask, candidate_ids, temperature, softcap, chunk_tokens, mesh)
     value, scored = _fused(plan, loss, given, arrays[0], head, *arrays[1:])
@@ -91,12 +99,12 @@ def loss_of_targets(
 
 
 class _Plan(NamedTuple):
-    """What is static of a call."""
+    """Static arguments of one call."""
 
     temperature: float
     softcap: float | None
     chunk: int  # C
-    mesh: Mesh | None  # None where one device has all rows
+    mesh: Mesh | None  # None: one device holds all rows
     num_rows: int  # B
     has_candidates: bool
 
@@ -112,14 +120,14 @@ class _Plan(NamedTuple):
 def _planned(
     hidden, target_ids, loss_mask, candidate_ids, temperature, softcap, chunk_tokens, mesh
 ) -> tuple[_Plan, tuple[jax.Array, jax.Array, jax.Array]]:
-    """The plan, and hidden, ids and mask by shard: [N, M, ...]."""
+    """Returns the plan, and hidden, ids and mask split into shards: [N, M, ...]."""
     B, T, D = hidden.shape
     num_shards = 1
     if mesh is not None:
         num_shards = mesh.size // mesh.shape.get("tensor", 1)
         if B % num_shards:
             raise ValueError(
-                f"{B} rows of a batch cannot be split over {num_shards} devices: make the rows of an update a multiple "
+                f"{B} rows of a batch cannot be split over {num_shards} devices: make the rows per update a multiple "
                 "of mesh.data * mesh.fsdp"
             )
     M = B // num_shards * T
@@ -137,7 +145,7 @@ def _split_rows(x, mesh: Mesh | None):
 
 
 def _whole_width(head_DV, mesh: Mesh | None):
-    """The head gathered over every axis but the vocabulary's, once, not once for each chunk."""
+    """Gathers the head over every axis except the vocabulary's: once here instead of once per chunk."""
     if mesh is None:
         return head_DV
     vocab = "tensor" if head_DV.shape[1] % mesh.shape.get("tensor", 1) == 0 and "tensor" in mesh.shape else None
@@ -145,11 +153,11 @@ def _whole_width(head_DV, mesh: Mesh | None):
 
 
 class _Order(NamedTuple):
-    """Scored targets first."""
+    """Order of targets within each shard, the scored ones first."""
 
     forth: jax.Array  # [N, M padded to whole chunks], place in order -> target
     back: jax.Array  # [N, M], target -> place in order
-    num_chunks: jax.Array  # that hold a scored target, on the shard with the most of them
+    num_chunks: jax.Array  # chunks that contain a scored target, on the shard with the most of them
 
 
 def _order(mask_NM, chunk: int) -> _Order:
@@ -160,7 +168,7 @@ def _order(mask_NM, chunk: int) -> _Order:
 
 
 def _take(x, index_NM):
-    """Rows of x [N, M, ...] at index [N, C], shard by shard."""
+    """Takes the rows of x [N, M, ...] at index [N, C] in each shard."""
     return jax.vmap(lambda rows, index: rows[index])(x, index_NM)
 
 
@@ -169,7 +177,7 @@ def _chunk_of(x, i, chunk: int):
 
 
 def _logits(hidden_NCD, head_DV, temperature: float, softcap: float | None):
-    # On NVIDIA GPUs the default for float32 is TF32, whose 10-bit mantissa is not what float32 promises.
+    # The default for float32 on NVIDIA GPUs is TF32, whose mantissa has 10 bits instead of 23.
     logits_NCV = jnp.einsum(
         "NCD,DV->NCV", hidden_NCD, head_DV, precision=_precision(head_DV), preferred_element_type=jnp.float32
     )
@@ -183,14 +191,14 @@ def _precision(x) -> jax.lax.Precision | None:
 
 
 class _Chunk(NamedTuple):
-    """What is known of C targets while their logits are there."""
+    """Results for C targets, kept while their logits exist."""
 
     logprobs: jax.Array  # [N, C, K]
     entropy: jax.Array  # [N, C]
-    norm: jax.Array  # [N, C], log of the softmax's denominator
+    norm: jax.Array  # [N, C], logarithm of the softmax's denominator
     logits: jax.Array  # [N, C, V]
-    exp: jax.Array  # [N, C, V], of the logits less their maximum
-    sum: jax.Array  # [N, C], of exp
+    exp: jax.Array  # [N, C, V], exp(logits - their maximum)
+    sum: jax.Array  # [N, C], sum of exp over the vocabulary
 
 
 def _compute(plan: _Plan, hidden_NCD, head_DV, ids_NCK) -> _Chunk:
@@ -199,15 +207,15 @@ def _compute(plan: _Plan, hidden_NCD, head_DV, ids_NCK) -> _Chunk:
     exp_NCV = jnp.exp(logits_NCV - max_NC1)
     sum_NC = jnp.sum(exp_NCV, axis=-1)
     norm_NC = max_NC1[..., 0] + jnp.log(sum_NC)
-    # einsum, not sum(exp * logits): XLA's CPU reduction of that product takes 10 times as long, longer than the
-    # projection itself.
+    # einsum, not sum(exp * logits): on CPUs XLA reduces that product 10 times slower, slower than the projection
+    # itself.
     weighted_NC = jnp.einsum("NCV,NCV->NC", exp_NCV, logits_NCV, precision=jax.lax.Precision.HIGHEST)
     logprobs_NCK = jnp.take_along_axis(logits_NCV, ids_NCK, axis=-1) - norm_NC[..., None]
     return _Chunk(logprobs_NCK, norm_NC - weighted_NC / sum_NC, norm_NC, logits_NCV, exp_NCV, sum_NC)
 
 
 def _gradients(plan: _Plan, grad_NCK, hidden_NCD, head_DV, ids_NCK, logits_NCV, exp_NCV, sum_NC):
-    """Of a chunk's hidden states, and of the head by each shard's chunk, from that of its log-probs."""
+    """Returns the gradients of a chunk's hidden states and, per shard, of the head, from those of its log-probs."""
     grad_NCV = -(jnp.sum(grad_NCK, axis=-1) / sum_NC)[..., None] * exp_NCV
     grad_NCV = jax.vmap(jax.vmap(lambda row, ids, grad: row.at[ids].add(grad)))(grad_NCV, ids_NCK, grad_NCK)
     if plan.softcap is not None:  # tanh' = 1 - tanh^2, and tanh is the capped logit over the cap
@@ -219,14 +227,14 @@ def _gradients(plan: _Plan, grad_NCK, hidden_NCD, head_DV, ids_NCK, logits_NCV, 
 
 
 def _empty_gradients(plan: _Plan, order: _Order, hidden_NMD, head_DV) -> tuple[jax.Array, jax.Array]:
-    """Of the hidden states in order, and of the head by shard: each sums its own chunks, added up once at the end."""
+    """Returns zero gradients of the ordered hidden states and, per shard, of the head; shards are summed at the end."""
     hidden = jnp.zeros((*order.forth.shape, hidden_NMD.shape[2]), hidden_NMD.dtype)
     head = jnp.zeros((len(hidden_NMD), *head_DV.shape), jnp.float32)
     return _split_rows(hidden, plan.mesh), _split_rows(head, plan.mesh)
 
 
 def _real(order: _Order, num_targets: int, i, chunk: int):
-    """bool [C]: the places that fill up the last chunk repeat target 0, which counts once."""
+    """Returns bool [C], false at the places that pad the last chunk: they repeat target 0, which must count once."""
     return jax.lax.dynamic_slice_in_dim(jnp.arange(order.forth.shape[1]) < num_targets, i * chunk, chunk)
 
 
@@ -258,7 +266,7 @@ def _forward(plan: _Plan, hidden_NMD, head_DV, ids_NMK, mask_NM):
 
 def _backward(plan: _Plan, residuals, cotangents):
     hidden_NMD, head_DV, ids_NMK, mask_NM, norm_NM = residuals
-    # entropy's cotangent is 0: target_logprobs stops it. where(): the others' are 0 too, unless a caller reads them.
+    # The cotangent of entropy is 0: target_logprobs stops it. where(): a caller's loss may read unscored log-probs.
     grad_NMK = jnp.where(mask_NM[..., None], cotangents[0], 0)
     order = _order(mask_NM, plan.chunk)
     whole_DV = _whole_width(head_DV, plan.mesh)
@@ -313,7 +321,7 @@ def _fused_forward(plan: _Plan, loss, given, hidden_NMD, head_DV, ids_NMK, mask_
         mask_NC = _take(mask_NM, index_NC)
         logprobs_NMK = put(logprobs_NMK, index_NC, jnp.where(mask_NC[..., None], chunk.logprobs, 0))
         entropy_NM = put(entropy_NM, index_NC, jnp.where(mask_NC, chunk.entropy, 0))
-        # Over all targets, of which this chunk's are looked at: next to a vocabulary that is nothing.
+        # The gradient covers all targets, although only this chunk's is used: cheap compared with [C, V] logits.
         grad_NMK = jax.grad(of_logprobs)(logprobs_NMK, entropy_NM)
         counts_NC = mask_NC & _real(order, M, i, plan.chunk)
         grad_NCK = jnp.where(counts_NC[..., None], _take(grad_NMK, index_NC), 0)
@@ -332,7 +340,7 @@ def _fused_forward(plan: _Plan, loss, given, hidden_NMD, head_DV, ids_NMK, mask_
 
 
 def _fused_backward(plan: _Plan, loss, grads, cotangents):
-    # The log-probs' own cotangents are 0: loss_of_targets stops them.
+    # The cotangents of the log-probs are 0: loss_of_targets stops them.
     grad_hidden_NMD, grad_head_DV = (cotangents[0].astype(grad.dtype) * grad for grad in grads)
     return None, grad_hidden_NMD, grad_head_DV, None, None
 

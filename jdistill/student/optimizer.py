@@ -1,4 +1,4 @@
-"""Optimizers by name, each one of optax's, with a warm-up, a decay and gradient clipping, from the configuration."""
+"""Builds the optimizer from the configuration: optax's, by name, with schedule, weight decay and gradient clipping."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from jdistill.config import ConfigError, OptimizerSection
 
 
 def make_schedule(section: OptimizerSection, num_steps: int) -> optax.Schedule:
-    """The learning rate as a function of the number of updates that were made.
+    """Returns the learning rate as a function of the number of updates made.
 
-    All updates of a step have the same rate. Step i of the warm-up (from 0) has (i + 1) / warmup_steps of the rate, so
-    that none is wasted on 0; from there it goes to `end_factor` of it at the last step, num_steps - 1.
+    All updates of a step use the same rate. Step i of the warm-up (from 0) uses (i + 1) / warmup_steps of the rate, so
+    no step is wasted on rate 0; afterwards the rate decays to `end_factor` of it at the last step, num_steps - 1.
     """
 
     def schedule(num_updates: jax.typing.ArrayLike) -> jax.Array:
@@ -40,7 +40,7 @@ def make_schedule(section: OptimizerSection, num_steps: int) -> optax.Schedule:
 
 
 class Kind(NamedTuple):
-    """One optimizer: how it is made of its rate, its options and what decays; and its options with their defaults."""
+    """One optimizer: its constructor, from (rate, decay, mask, **options), and its options with their defaults."""
 
     make: Callable[..., optax.GradientTransformation]
     options: dict[str, float]
@@ -55,14 +55,14 @@ def _lion(rate, decay, mask, *, b1, b2):
 
 
 def _adafactor(rate, decay, mask):
-    # The rate is the rate: by default it would be relative to each parameter's size.
+    # By default optax would scale the rate by each parameter's size.
     return optax.adafactor(
         rate, multiply_by_parameter_scale=False, weight_decay_rate=decay or None, weight_decay_mask=mask
     )
 
 
 def _muon(rate, decay, mask, *, b1, b2, eps):
-    # consistent_rms: updates of Adam's size, so that both halves share one rate (Liu et al., arXiv 2502.16982).
+    # consistent_rms: updates have Adam's size, so Muon and AdamW share one rate (Liu et al., arXiv 2502.16982).
     return optax.contrib.muon(
         rate,
         eps=eps,
@@ -79,7 +79,7 @@ def _sgd(rate, decay, mask, *, b1):
     return optax.chain(optax.add_decayed_weights(decay, mask), optax.sgd(rate, momentum=b1 or None))
 
 
-# Name -> what optimizer.name takes. b1 is the decay of the first moment (sgd: the momentum), b2 of the second.
+# The values of optimizer.name. b1 is the decay of the first moment (sgd: the momentum), b2 that of the second.
 OPTIMIZERS = {
     "adamw": Kind(_adamw, {"b1": 0.9, "b2": 0.95, "eps": 1e-8}),
     "lion": Kind(_lion, {"b1": 0.9, "b2": 0.99}),
@@ -88,7 +88,7 @@ OPTIMIZERS = {
     "sgd": Kind(_sgd, {"b1": 0.0}),
 }
 
-# Of the layers' matrices, stacked over layers (and experts): the dims that they sum over, and those that they make.
+# Input and output dims of the attention matrices, which are stacked over layers.
 _IN_OUT = {name: ((1,), (2, 3)) for name in ("query", "key", "value")} | {"output": ((1, 2), (3,))}
 
 
@@ -103,27 +103,27 @@ def _matrices(params: optax.Params) -> Any:
 
 
 def _name(path: Any) -> str:
-    """A parameter's own name, e.g. "query_norm" of layers.query_norm."""
-    # The keys alone: the last entry of a path is the attribute .value, and there is a parameter of that name too.
+    """Returns the last part of a parameter's name, e.g. "query_norm" for layers.query_norm."""
+    # Only dict keys: a path ends with the attribute .value, and there is a parameter called value too.
     return next((str(entry.key) for entry in reversed(path) if isinstance(entry, jax.tree_util.DictKey)), "")
 
 
 def _decays(params: optax.Params) -> optax.Params:
-    # By name: with layers stacked a scale of a norm has two dims, like a matrix.
+    # By name: stacked over layers, the scale of a norm has two dims, like a matrix.
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not any(word in jax.tree_util.keystr(path) for word in ("norm", "bias")), params
     )
 
 
 def make_optimizer(section: OptimizerSection, num_steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then the optimizer of that name; norms' scales and biases do not decay.
+    """Builds clipping by the global norm, followed by the named optimizer; norm scales and biases do not decay.
 
     Args:
-        section: name, rates and sizes.
-        num_steps: of the whole run, for the schedule.
+        section: the configuration.
+        num_steps: number of steps of the whole run, for the schedule.
 
     Raises:
-        ConfigError: an unknown name, or an option that the optimizer does not have.
+        ConfigError: the name is unknown, or the optimizer does not have a given option.
     """
     kind = OPTIMIZERS.get(section.name)
     if kind is None:
@@ -140,18 +140,18 @@ def make_optimizer(section: OptimizerSection, num_steps: int) -> optax.GradientT
 
 
 class RoundedState(NamedTuple):
-    """The state of an optimizer whose arrays are kept in bfloat16, and how often it was rounded."""
+    """State of an optimizer whose moments are kept in bfloat16, and the number of updates, which seeds the rounding."""
 
     inner: Any
     count: jax.Array
 
 
 def in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """An optimizer that computes in float32 and keeps its moments in bfloat16, in half of the memory.
+    """Keeps an optimizer's moments in bfloat16, which halves their memory, and computes in float32.
 
-    Rounded at random, up or down with the probability that makes the expectation exact: a moment moves by less than
-    bfloat16's 1/256 a step (b2 = 0.999: by 1/1000), which rounding to nearest would lose every time. The randomness is
-    a function of the number of updates, so that a resumed run goes on as it would have.
+    Rounding is stochastic, up or down with the probability that makes the expectation exact: per step a moment moves by
+    less than bfloat16's resolution of 1/256 (b2 = 0.999: by 1/1000), and rounding to nearest would lose every change.
+    The randomness is a function of the number of updates, so a resumed run equals the uninterrupted one.
     """
 
     def round_state(state: Any, count: jax.Array) -> Any:
@@ -178,23 +178,23 @@ def _is_moment(x: jax.Array) -> bool:
 
 
 def _round_randomly(x: jax.Array, seed: jax.Array) -> jax.Array:
-    """float32 -> bfloat16, which is its upper half: what is added to the lower half decides whether it carries."""
+    """Rounds float32 to bfloat16, its upper 16 bits, up if adding random bits to the lower 16 carries."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (_hash(_places(x.shape) ^ _hash(seed)) & 0xFFFF)
     rounded = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
 def _places(shape: tuple[int, ...]) -> jax.Array:
-    """uint32 of that shape: 0, 1, 2, ..."""
+    """Returns the flat index of each element, uint32 of that shape."""
     strides = np.cumprod([1, *shape[:0:-1]], dtype=np.uint32)[::-1]
     return sum(jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * stride for dim, stride in enumerate(strides))
 
 
 def _hash(x: jax.Array) -> jax.Array:
-    """uint32 -> uint32, every bit of it a function of all bits of x.
+    """Hashes uint32 to uint32 so that every output bit depends on all bits of x.
 
-    Wellons's lowbias32 (github.com/skeeto/hash-prospector), and not jax.random.bits: it is computed where it is used,
-    while random bits would first be written, as much memory as the rounding saves.
+    Wellons's lowbias32 (github.com/skeeto/hash-prospector), not jax.random.bits: XLA fuses it into the rounding, while
+    random bits would first be written to memory, as much as the rounding saves.
     """
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> shift)) * np.uint32(factor)

@@ -1,10 +1,10 @@
-"""JAX engine: this project's own decoders, in a few static shapes, so that few programs are compiled.
+"""JAX engine: scores with jdistill's decoders, in a few static shapes, so that few programs are compiled.
 
-A sequence is padded to the bucket of its own length and runs among a fixed number of rows, so its scores do not depend
-on what else is in the batch. Only the scored positions are projected onto the vocabulary, in chunks of a fixed size.
+A sequence is padded to the bucket of its length and runs in a pass with a fixed number of rows, so its scores do not
+depend on the rest of the batch. Only scored positions are projected onto the vocabulary, in chunks of a fixed size.
 
-Dimension key: B rows of a pass, S bucket length, D hidden size, V vocabulary, N scored positions of the whole batch, n
-of a chunk, K top-k, C candidates.
+Dimension key: B rows per pass, S bucket length, D hidden size, V vocabulary, N scored positions of the whole batch, n
+scored positions per chunk, K top-k, C candidates.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from jdistill.sidecar.engines.options import check_engine_args, check_sizes, mod
 from jdistill.wire.errors import EngineDeadError
 from jdistill.wire.types import SequenceToScore, TokenScores
 
-# What `engine_args` may name, with the default.
+# The names that `engine_args` may have, and their defaults.
 ENGINE_ARGS: dict[str, int | None] = {
     "pass_tokens": None,  # padded tokens of one forward pass; None: max_batch_tokens, on a CPU at most CPU_PASS_TOKENS
-    "chunk_tokens": None,  # positions whose logits exist at once; None: as many as make CHUNK_LOGITS, at most 1024
+    "chunk_tokens": None,  # positions whose logits exist at once; None: CHUNK_LOGITS / vocab_size, from 16 to 1024
 }
-# A pass always has all its rows, and on a CPU an empty row costs as much as a full one: 1,024 tokens fill two to
-# sixteen cores, and one lone sequence does not wait for 16,384.
+# A pass always computes all its rows, and on a CPU an empty row costs as much as a full one: 1,024 tokens keep two to
+# sixteen cores busy, and a single sequence does not pay for 16,384.
 CPU_PASS_TOKENS = 1024
 CHUNK_LOGITS = 64 << 20  # 256 MiB in float32
 
@@ -93,7 +93,7 @@ class JaxEngine(BatchedEngine):
         ids: dict[int, np.ndarray] = {}
         results: dict[int, list[np.ndarray]] = {}
         try:
-            # All passes are dispatched before the first result is read: the device does not wait for the host.
+            # All passes are dispatched before the first result is read, so the device does not wait for the host.
             pending = []
             for S, indices in passes:
                 tokens_BS = np.zeros((self._num_rows(S), S), np.int32)
@@ -104,7 +104,7 @@ class JaxEngine(BatchedEngine):
                 pending.append(self._score_pass(tokens_BS, chosen, top_k, temperature))
             for (_, indices), chunks in zip(passes, pending, strict=True):
                 counts = [sequences[i].num_scored for i in indices]
-                # [N, ...] of this pass without the padding of its last chunk, then cut by sequence.
+                # [N, ...] of this pass without the padding of its last chunk, then split by sequence.
                 joined = [
                     np.concatenate([np.asarray(x) for x in part])[: sum(counts)] for part in zip(*chunks, strict=True)
                 ]
@@ -112,7 +112,7 @@ class JaxEngine(BatchedEngine):
                 for row, i in enumerate(indices):
                     results[i] = [cut[row] for cut in cuts]
         except jax.errors.JaxRuntimeError as e:
-            # Out of memory fails these sequences only; after any other error of an accelerator the process is lost.
+            # Out of memory fails only these sequences; after any other accelerator error the process is unusable.
             if "RESOURCE_EXHAUSTED" in str(e) or jax.default_backend() == "cpu":
                 raise
             raise EngineDeadError(f"the jax engine's device failed: {e}") from e
@@ -135,7 +135,7 @@ class JaxEngine(BatchedEngine):
     def _score_pass(
         self, tokens_BS: np.ndarray, sequences: list[SequenceToScore], top_k: int, temperature: float
     ) -> list[tuple[jax.Array, ...]]:
-        """Dispatches one forward pass and its projections; one tuple (see _project) a chunk."""
+        """Dispatches one forward pass and its projections; returns one tuple (see _project) per chunk."""
         positions = [sequence.scored_positions() for sequence in sequences]
         columns_N = np.concatenate(positions)
         rows_N = np.repeat(np.arange(len(sequences), dtype=np.int32), [len(p) for p in positions])
@@ -149,7 +149,7 @@ class JaxEngine(BatchedEngine):
         for start in range(0, len(rows_N), self._chunk_tokens):
             rows_n, columns_n, targets_n, candidates_nC = (
                 _padded(part[start : start + self._chunk_tokens], self._chunk_tokens)
-                for part in (rows_N, columns_N - 1, targets_N, candidates_NC)  # the logits at t - 1 speak of token t
+                for part in (rows_N, columns_N - 1, targets_N, candidates_NC)  # the logits at t - 1 are for token t
             )
             hidden_nD = self._take(hidden_BSD, rows_n, columns_n)
             chunks.append(
@@ -159,7 +159,7 @@ class JaxEngine(BatchedEngine):
 
     def unload(self) -> None:
         """See BatchedEngine.unload."""
-        self._params = None  # the compiled functions stay: waking costs a read, not a compilation
+        self._params = None  # compiled functions stay, so waking reads the weights and compiles nothing
 
 
 def _padded(values: np.ndarray, size: int) -> np.ndarray:
@@ -167,7 +167,7 @@ def _padded(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def _hidden(graphdef: nnx.GraphDef, params: nnx.State, tokens_BS: jax.Array) -> jax.Array:
-    # No lengths: padding is on the right, where causal attention never looks from a real token.
+    # No lengths are needed: padding is on the right, and causal attention hides it from real tokens.
     positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
     return nnx.merge(graphdef, params)(tokens_BS, positions_BS)[0]
 
@@ -182,7 +182,10 @@ def _project(
     *,
     top_k: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(targets' [n], top ids [n, K], their [n, K], candidates' [n, C]) log-probabilities, float32 nats."""
+    """Returns log-probs of targets [n], top-k ids [n, K], their log-probs [n, K] and those of candidates [n, C].
+
+    Log-probs are float32, in nats.
+    """
     logits_nV = nnx.merge(graphdef, params).logits(hidden_nD) / temperature
     normalizer_n1 = jax.nn.logsumexp(logits_nV, axis=-1, keepdims=True)
 
