@@ -109,8 +109,8 @@ class CrossTokenizer:
         length = student_ends[-1] if len(student_ends) else 0
         boundaries = np.intersect1d(student_ends, teacher_ends[teacher_ends >= 0])
         boundaries = np.union1d(boundaries[boundaries > 0], [length] if length else []).astype(np.int64)
-        # A token belongs to the first boundary at or after its end. One that ends inside a character, or in text that the
-        # teacher changed, belongs to the boundary of the next token that does not.
+        # A token belongs to the first boundary at or after its end. One that ends inside a character, or in text that
+        # the teacher changed, belongs to the boundary of the next token that does not.
         teacher_ends = np.where(teacher_ends < 0, length, teacher_ends)
         teacher_of = np.searchsorted(boundaries, np.minimum.accumulate(teacher_ends[::-1])[::-1])
         student_of = np.searchsorted(boundaries, student_ends)

@@ -54,7 +54,7 @@ def align(tokens_BS, mask_BT, lengths_B, candidates_BTC, top_k):
 
 @settings(max_examples=200, deadline=None)
 @given(batches())
-def test_every_target_gets_the_score_of_its_own_token_and_nothing_else_gets_any(batch):
+def test_every_scored_target_gets_the_score_of_its_token_and_the_rest_get_none(batch):
     tokens_BS, lengths_B, mask_BT, candidates_BTC, top_k, _ = batch
     got = align(tokens_BS, mask_BT, lengths_B, candidates_BTC, top_k)
     np.testing.assert_array_equal(got.valid, mask_BT)
@@ -111,6 +111,6 @@ GOOD = {"tokens_BS": np.zeros((2, 4), int), "loss_mask_BT": np.ones((2, 3), bool
         ({"candidate_ids_BTC": np.zeros((2, 4, 2), int)}, r"expected \[2, 3, C\]"),
     ],
 )
-def test_arrays_that_do_not_fit_together_are_refused(change, message):
+def test_arrays_of_different_shapes_are_refused(change, message):
     with pytest.raises(InvalidRequestError, match=message):
         alignment.to_sequences(**{**GOOD, **change})

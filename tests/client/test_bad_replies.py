@@ -99,7 +99,7 @@ BAD_REPLIES = {
 
 
 @pytest.mark.parametrize("name", BAD_REPLIES)
-def test_a_bad_reply_is_an_error_that_says_what_differed(start_teacher, connect, name):
+def test_a_bad_reply_is_an_error_that_names_the_difference(start_teacher, connect, name):
     fault, message = BAD_REPLIES[name]
     teacher = start_teacher()
     teacher.always = fault
@@ -109,7 +109,7 @@ def test_a_bad_reply_is_an_error_that_says_what_differed(start_teacher, connect,
 
 
 @pytest.mark.parametrize("name", BAD_REPLIES)
-def test_a_bad_reply_of_one_replica_is_replaced_by_another_replicas(start_teacher, connect, name):
+def test_after_a_bad_reply_another_replica_answers(start_teacher, connect, name):
     fault, _ = BAD_REPLIES[name]
     bad, good = start_teacher(), start_teacher()
     bad.always = fault
@@ -132,7 +132,7 @@ def test_pieces_of_a_sequence_out_of_order_are_refused(start_teacher, connect):
         connect(teacher).score([SequenceToScore(np.arange(5))])
 
 
-def test_a_service_that_finds_its_own_engine_wrong_is_treated_as_a_bad_reply(start_teacher, connect):
+def test_an_engine_error_that_the_service_reports_is_treated_as_a_bad_reply(start_teacher, connect):
     bad, good = start_teacher(), start_teacher()
 
     def found(teacher, context, chunks):

@@ -19,7 +19,7 @@ def unavailable(teacher, context, chunks):
     context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
 
 
-def test_a_broken_stream_repeats_only_what_had_not_come(start_teacher, connect):
+def test_after_a_broken_stream_only_missing_sequences_are_requested_again(start_teacher, connect):
     teacher = start_teacher()
     teacher.faults.append(unavailable)
     asked = [SequenceToScore(np.arange(n)) for n in (5, 6, 7, 8)]
@@ -28,7 +28,7 @@ def test_a_broken_stream_repeats_only_what_had_not_come(start_teacher, connect):
     assert [[len(s.token_ids) for s in call] for call in teacher.requests] == [[5, 6, 7, 8], [5, 6, 7]]
 
 
-def test_half_a_sequence_is_not_kept(start_teacher, connect):
+def test_a_partly_received_sequence_is_discarded(start_teacher, connect):
     teacher = start_teacher()
     teacher.chunk_bytes = 16 + 4 * 3
     teacher.faults.append(unavailable)
@@ -38,7 +38,7 @@ def test_half_a_sequence_is_not_kept(start_teacher, connect):
 
 
 @pytest.mark.parametrize("code", ["UNAVAILABLE", "CANCELLED", "ABORTED", "RESOURCE_EXHAUSTED"])
-def test_a_status_worth_a_retry_is_retried(start_teacher, connect, code):
+def test_a_transient_status_is_retried(start_teacher, connect, code):
     teacher = start_teacher()
 
     def fail(teacher, context, chunks):
@@ -51,7 +51,7 @@ def test_a_status_worth_a_retry_is_retried(start_teacher, connect, code):
     assert len(teacher.requests) == 3
 
 
-def test_an_overloaded_server_is_left_alone_for_as_long_as_it_asks(start_teacher, connect):
+def test_an_overloaded_server_gets_no_calls_for_the_delay_that_it_asks_for(start_teacher, connect):
     teacher = start_teacher()
 
     full = errors.OverloadedError("full")
@@ -113,7 +113,7 @@ def test_the_other_replicas_take_over_from_one_that_is_stopped(start_teacher, co
     wait_for(used_again)
 
 
-def test_a_replica_that_is_down_at_first_joins_later(start_teacher, connect):
+def test_a_replica_that_is_down_at_the_start_joins_later(start_teacher, connect):
     up, late = start_teacher(), start_teacher()
     late.stop()
     client = connect(up, late)
@@ -141,7 +141,7 @@ def test_a_client_may_be_started_before_its_teacher(start_teacher, connect):
     assert [s.token_ids.tolist() for call in teacher.requests for s in call] == [s.token_ids.tolist() for s in asked]
 
 
-def test_no_teacher_until_the_deadline_is_an_error_that_lists_every_endpoint(caplog):
+def test_without_a_teacher_until_the_deadline_the_error_lists_every_endpoint(caplog):
     with TeacherClient(["127.0.0.1:1", "127.0.0.1:2"], deadline_s=1.5) as client, caplog.at_level(logging.WARNING):
         for call in (client.info, lambda: client.score(sequences(1))):
             start = time.monotonic()
@@ -151,7 +151,7 @@ def test_no_teacher_until_the_deadline_is_an_error_that_lists_every_endpoint(cap
     assert "waiting for a teacher" in caplog.text
 
 
-def test_a_teacher_that_dies_for_good_is_a_deadline_error_with_the_attempts(start_teacher, connect):
+def test_a_teacher_that_stays_dead_is_a_deadline_error_with_the_attempts(start_teacher, connect):
     teacher = start_teacher()
     client = connect(teacher, deadline_s=3.0)
     client.info()
@@ -171,7 +171,7 @@ def test_a_teacher_that_hangs_ends_at_the_deadline(start_teacher, connect):
     assert time.monotonic() - start < 60
 
 
-def test_an_unforeseen_error_is_tried_three_times_and_told(start_teacher, connect):
+def test_an_unexpected_error_is_retried_three_times_and_raised(start_teacher, connect):
     teacher = start_teacher()
 
     def bug(teacher, context, chunks):
@@ -185,7 +185,7 @@ def test_an_unforeseen_error_is_tried_three_times_and_told(start_teacher, connec
 
 
 @pytest.mark.parametrize("error", [errors.UnsupportedError("not this"), errors.InvalidRequestError("bad span")])
-def test_an_error_that_no_retry_can_help_is_raised_at_once(start_teacher, connect, error):
+def test_a_permanent_error_is_raised_at_once(start_teacher, connect, error):
     teacher = start_teacher()
 
     def fail(teacher, context, chunks):
@@ -213,7 +213,7 @@ def test_wrong_credentials_do_not_wait_for_the_deadline(start_teacher, connect):
     assert time.monotonic() - start < 60  # half of the deadline
 
 
-def test_something_else_than_a_teacher_does_not_wait_for_the_deadline():
+def test_a_server_that_is_not_a_teacher_fails_before_the_deadline():
     server = grpc.server(concurrent.futures.ThreadPoolExecutor(1))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()

@@ -43,7 +43,7 @@ class PlainQueue:
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_the_queue_gives_what_a_scan_of_a_list_would_give(data):
+def test_the_queue_equals_a_scan_of_a_plain_list(data):
     queue, plain = JobQueue(), PlainQueue()
     out, num_made = [], 0
     for _ in range(data.draw(st.integers(1, 40))):
@@ -86,7 +86,7 @@ def test_the_queue_gives_what_a_scan_of_a_list_would_give(data):
     assert queue.take_all() == plain.jobs and not queue
 
 
-def test_the_cost_of_a_job_does_not_grow_with_the_number_that_wait():
+def test_the_cost_of_a_job_does_not_grow_with_the_queue():
     def lines_per_job(num_jobs):
         """Of Python, executed in the queue: a count, since times depend on what else runs."""
         jobs = [
@@ -116,7 +116,7 @@ def test_the_cost_of_a_job_does_not_grow_with_the_number_that_wait():
     assert lines_per_job(3200) < 1.5 * lines_per_job(200)  # a scan would be 16 times as many
 
 
-def test_a_prefix_counts_as_the_teacher_sees_it():
+def test_a_job_with_a_prefix_counts_the_tokens_that_the_teacher_sees():
     sequence = SequenceToScore(np.arange(10), teacher_prefix=np.arange(7), num_replaced=4)
     job = make_job(sequence, index=0, top_k=0, temperature=1.0, deadline=1.0)
     assert job.num_tokens == 13 and job.crc == codec.token_crc(np.r_[0:7, 4:10])
@@ -134,9 +134,7 @@ def no_garbage_collection():
     gc.enable()
 
 
-def test_scores_are_freed_when_nobody_holds_them_without_the_garbage_collector(
-    start_teacher, connect, no_garbage_collection
-):
+def test_unreferenced_scores_are_freed_without_the_garbage_collector(start_teacher, connect, no_garbage_collection):
     client = connect(start_teacher())
     asked = [SequenceToScore(np.arange(20) + i) for i in range(5)]
     got = client.score(asked)
@@ -173,7 +171,7 @@ def test_large_replies_are_decoded_into_the_final_arrays_without_a_second_copy(s
         teacher.assert_scores(scores, sequence, top_k=64)
 
 
-def test_a_batch_is_not_held_twice_on_its_way_to_the_grid(start_teacher, connect):
+def test_a_batch_is_not_held_twice_while_it_is_aligned(start_teacher, connect):
     teacher = start_teacher(max_sequence_length=40_000, max_top_k=64)
     client = connect(teacher, max_in_flight=1)
     tokens_BS = np.arange(8 * 16_384).reshape(8, -1) * 7 % 97
@@ -192,7 +190,7 @@ def test_a_batch_is_not_held_twice_on_its_way_to_the_grid(start_teacher, connect
     np.testing.assert_array_equal(got.logprobs, teacher.expected_logprobs(tokens_BS[:, 1:], np.arange(1, 16_384)[None]))
 
 
-def test_a_grid_that_does_not_fit_into_memory_is_an_error(start_teacher, connect, monkeypatch):
+def test_a_grid_that_does_not_fit_in_memory_is_an_error(start_teacher, connect, monkeypatch):
     def full(*_):
         raise MemoryError("no room")
 

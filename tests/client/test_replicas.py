@@ -90,7 +90,7 @@ def test_the_limits_are_the_tightest_of_all_replicas(start_teacher, connect):
 
 
 @pytest.mark.parametrize(("teachers", "says"), [("t2", "'t2'"), ("", "no tokenizer files")])
-def test_another_tokenizer_than_expected_is_an_error_with_a_remedy(start_teacher, connect, teachers, says):
+def test_an_unexpected_tokenizer_is_an_error_with_a_remedy(start_teacher, connect, teachers, says):
     client = connect(start_teacher(tokenizer_fingerprint=teachers), expected_tokenizer_fingerprint="t1")
     with pytest.raises(errors.FingerprintMismatchError, match=f"{says}.*the student's 't1'.*Use a teacher of the same"):
         client.info()

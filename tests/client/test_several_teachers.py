@@ -36,7 +36,7 @@ def test_each_sequence_is_scored_by_the_teacher_that_it_names(start_teacher, con
     assert client.info("math").model.fingerprint == "m" and client.info("code").model.fingerprint == "c"
 
 
-def test_an_unknown_teacher_is_refused_with_the_names_of_those_that_there_are(start_teacher, connect):
+def test_an_unknown_teacher_is_refused_with_the_known_names(start_teacher, connect):
     teacher = start_teacher()
     client = connect({"math": [teacher.endpoint], "code": [teacher.endpoint]})
     for name in ("maths", ""):
@@ -81,7 +81,7 @@ def test_one_teacher_that_is_down_does_not_stop_the_others(start_teacher, connec
 
 
 @pytest.mark.parametrize("endpoints", [{}, {"a": []}, {"a": "host:1"}, {"a": ["host"]}])
-def test_teachers_that_cannot_be_are_refused(endpoints):
+def test_invalid_teachers_are_refused(endpoints):
     with pytest.raises(ValueError, match="expected"):
         TeacherClient(endpoints)
 
@@ -89,7 +89,7 @@ def test_teachers_that_cannot_be_are_refused(endpoints):
 # ---- which model of it ----
 
 
-def test_an_adapter_is_asked_by_name_and_pinned_by_its_own_fingerprint(start_teacher, connect):
+def test_an_adapter_is_requested_by_name_and_pinned_by_its_fingerprint(start_teacher, connect):
     sidecar = start_teacher(adapters=("math", "code"))
     client = connect(
         {
@@ -107,7 +107,7 @@ def test_an_adapter_is_asked_by_name_and_pinned_by_its_own_fingerprint(start_tea
     assert info.model.model == "math" and {model.model for model in info.models} == {"fake", "math", "code"}
 
 
-def test_a_model_that_is_not_served_is_an_error_that_lists_those_that_are(start_teacher, connect):
+def test_a_model_that_is_not_served_is_an_error_that_lists_the_served_ones(start_teacher, connect):
     sidecar = start_teacher(adapters=("math",))
     client = connect(Teacher([sidecar.endpoint], model="maths"))
     for call in (client.info, lambda: client.score([SequenceToScore(tokens(4))])):
@@ -116,7 +116,7 @@ def test_a_model_that_is_not_served_is_an_error_that_lists_those_that_are(start_
     assert not sidecar.requests
 
 
-def test_a_replica_that_comes_back_without_the_adapter_stays_out(start_teacher, connect, caplog):
+def test_a_replica_that_returns_without_the_adapter_is_not_used(start_teacher, connect, caplog):
     sidecars = [start_teacher(adapters=("math",)) for _ in range(2)]
     client = connect(Teacher([s.endpoint for s in sidecars], model="math"))
     client.info()
@@ -139,7 +139,7 @@ def test_a_replica_that_comes_back_without_the_adapter_stays_out(start_teacher, 
 # ---- what the teacher sees instead of the prompt ----
 
 
-def test_a_prefix_is_seen_by_the_teacher_and_the_scored_tokens_stay(start_teacher, connect):
+def test_the_teacher_sees_the_prefix_and_scores_the_same_tokens(start_teacher, connect):
     teacher = start_teacher()
     asked = [
         SequenceToScore(tokens(9), ((4, 9),), teacher_prefix=np.array([90, 91, 92, 93, 94, 95]), num_replaced=3),
@@ -165,7 +165,7 @@ def test_a_prefix_counts_in_batches_and_limits(start_teacher, connect):
         client.score([SequenceToScore(tokens(10), teacher_prefix=tokens(56), num_replaced=5)])
 
 
-def test_a_teacher_that_ignores_the_prefix_is_found_out(start_teacher, connect):
+def test_a_teacher_that_ignores_the_prefix_is_detected(start_teacher, connect):
     teacher = start_teacher()
 
     def plain(teacher, context, chunks):
@@ -189,7 +189,7 @@ def test_a_teacher_that_ignores_the_prefix_is_found_out(start_teacher, connect):
         ({"num_replaced": 2}, "no teacher_prefix to put there"),
     ],
 )
-def test_a_prefix_that_cannot_be_reaches_no_teacher(start_teacher, connect, change, message):
+def test_an_invalid_prefix_reaches_no_teacher(start_teacher, connect, change, message):
     teacher = start_teacher()
     with pytest.raises(errors.InvalidRequestError, match=message):
         connect(teacher).score([SequenceToScore(tokens(9), ((3, 9),), **change)])
@@ -240,7 +240,7 @@ def several():
         ({"num_replaced_B": [1], "teacher_prefixes_B": [[1], [1]]}, "num_replaced_B is .* of shape"),
     ],
 )
-def test_columns_of_a_batch_that_do_not_fit_are_refused(connect, change, message):
+def test_batch_columns_of_the_wrong_length_are_refused(connect, change, message):
     with pytest.raises(errors.InvalidRequestError, match=message):
         connect(["127.0.0.1:1"]).score_batch(np.zeros((2, 4), int), np.ones((2, 3), bool), **change)
 
@@ -251,7 +251,7 @@ def test_columns_of_a_batch_that_do_not_fit_are_refused(connect, change, message
 @pytest.mark.parametrize(
     ("state", "says"), [(ServerState.LOADING, "is loading"), (ServerState.DRAINING, "is draining")]
 )
-def test_a_server_that_loads_or_drains_is_waited_for(start_teacher, connect, state, says):
+def test_the_client_waits_for_a_loading_or_draining_server(start_teacher, connect, state, says):
     teacher = start_teacher()
     teacher.set_state(state)
     messages = []
@@ -264,7 +264,7 @@ def test_a_server_that_loads_or_drains_is_waited_for(start_teacher, connect, sta
     teacher.assert_scores(future.result(timeout=60), SequenceToScore(tokens(5)))
 
 
-def test_a_server_that_loads_has_no_models_yet(start_teacher, connect):
+def test_a_loading_server_lists_no_models(start_teacher, connect):
     teacher = start_teacher()
     loaded, teacher.info = teacher.info, dataclasses.replace(teacher.info, models=(), state=ServerState.LOADING)
     messages = []
@@ -287,7 +287,7 @@ def test_a_sleeping_teacher_is_up_only_if_a_score_wakes_it(start_teacher, connec
     assert "is asleep and refuses scores; call TeacherClient.wake" in messages[0]
 
 
-def test_sleep_and_wake_reach_every_replica_and_what_is_submitted_meanwhile_waits(start_teacher, connect, caplog):
+def test_sleep_and_wake_reach_every_replica_and_submissions_wait_meanwhile(start_teacher, connect, caplog):
     teachers = [start_teacher(can_sleep=True) for _ in range(3)]
     client = connect({"a": [t.endpoint for t in teachers[:2]], "b": [teachers[2].endpoint]})
     client.check_can_sleep()
@@ -307,7 +307,7 @@ def test_sleep_and_wake_reach_every_replica_and_what_is_submitted_meanwhile_wait
     assert "left out" not in caplog.text
 
 
-def test_who_cannot_sleep_says_so_at_the_preflight(start_teacher, connect):
+def test_a_teacher_that_cannot_sleep_is_reported_at_the_preflight(start_teacher, connect):
     can, cannot = start_teacher(can_sleep=True), start_teacher(engine="tiny")
     client = connect(can, cannot)
     with pytest.raises(errors.UnsupportedError, match=rf"{cannot.endpoint}: .*engine tiny 0\) cannot sleep"):
@@ -344,7 +344,7 @@ def test_wake_waits_for_a_teacher_that_is_being_restarted(start_teacher, connect
     teacher.assert_scores(client.score([SequenceToScore(tokens(5))])[0], SequenceToScore(tokens(5)))
 
 
-def test_a_teacher_that_wakes_up_as_another_model_is_refused(start_teacher, connect):
+def test_a_teacher_that_wakes_with_another_model_is_refused(start_teacher, connect):
     teacher = start_teacher(can_sleep=True)
     client = connect(teacher)
     client.sleep()
@@ -366,7 +366,7 @@ def test_a_server_that_fails_to_sleep_is_named(start_teacher, connect):
 # ---- tokens ----
 
 
-def test_every_call_says_who_the_client_is(start_teacher, connect):
+def test_every_call_identifies_the_client(start_teacher, connect):
     teacher = start_teacher()
     for client in (connect(teacher), connect(teacher)):
         for _ in range(2):
@@ -375,7 +375,7 @@ def test_every_call_says_who_the_client_is(start_teacher, connect):
     assert names[0] == names[1] != names[2] == names[3]
 
 
-def test_a_rotated_token_is_asked_for_again_and_nothing_is_lost(start_teacher, connect):
+def test_a_rotated_token_is_read_again_and_no_score_is_lost(start_teacher, connect):
     teacher = start_teacher()
     teacher.token = "first"
     asked_for = []
@@ -423,7 +423,7 @@ def test_a_token_that_expires_while_the_teacher_is_down_does_not_wait_for_the_de
         future.result(timeout=60)
 
 
-def test_a_token_function_that_fails_is_told(start_teacher, connect):
+def test_the_error_of_a_token_function_is_raised(start_teacher, connect):
     client = connect(start_teacher(), token=lambda: open("/nowhere/at/all").read())
     with pytest.raises(errors.UnauthenticatedError, match="the token function failed with FileNotFoundError"):
         client.score([SequenceToScore(tokens(5))])

@@ -51,7 +51,7 @@ def test_a_straggler_is_hedged_and_each_sequence_is_scored_once_in_the_result(st
     assert_idle(client)
 
 
-def test_only_what_is_still_unscored_is_hedged_and_the_late_call_is_cancelled(start_teacher, connect):
+def test_only_unscored_sequences_are_hedged_and_the_late_call_is_cancelled(start_teacher, connect):
     slow, fast = start_teacher(), start_teacher()
     slow.faults.append(hang_after(2))
     client = connect(slow, fast, hedge_after_s=0.2)
@@ -64,7 +64,7 @@ def test_only_what_is_still_unscored_is_hedged_and_the_late_call_is_cancelled(st
     assert_idle(client)
 
 
-def test_the_winners_whole_sequence_is_taken_never_a_mix(start_teacher, connect):
+def test_a_hedged_sequence_comes_whole_from_the_winner(start_teacher, connect):
     slow, fast = start_teacher(), start_teacher()
     fast.model_number = 1  # "rounding", made visible
     slow.chunk_bytes = fast.chunk_bytes = 16 + 4 * 5  # five scores a message
@@ -76,7 +76,7 @@ def test_the_winners_whole_sequence_is_taken_never_a_mix(start_teacher, connect)
     fast.assert_scores(got[0], asked[0], model=1)
 
 
-def test_a_late_call_that_ends_first_after_all_wins(start_teacher, connect):
+def test_a_late_call_that_still_ends_first_wins(start_teacher, connect):
     first, second = start_teacher(), start_teacher()
     second.model_number = 1
 
@@ -103,7 +103,7 @@ def test_nothing_is_hedged_with_one_replica_or_without_hedging(start_teacher, co
     assert sum(len(call) for t in teachers for call in t.requests) == 2
 
 
-def test_nothing_is_hedged_while_all_are_equally_slow(start_teacher, connect):
+def test_nothing_is_hedged_while_all_replicas_are_equally_slow(start_teacher, connect):
     teachers = [start_teacher() for _ in range(3)]
     for teacher in teachers:
         teacher.delay_s = 0.3
@@ -131,7 +131,7 @@ def test_a_hedge_that_fails_costs_nothing(start_teacher, connect):
     assert_idle(client)
 
 
-def test_a_bad_reply_of_the_late_one_does_not_fail_what_the_hedge_scores(start_teacher, connect):
+def test_a_bad_reply_of_the_late_call_does_not_fail_hedged_sequences(start_teacher, connect):
     slow, fast = start_teacher(), start_teacher()
     hedged = threading.Event()
 
@@ -164,7 +164,7 @@ def test_cancelling_a_hedged_sequence_ends_both_calls(start_teacher, connect):
     assert_idle(client)
 
 
-def test_a_replica_that_always_loses_is_asked_less_and_less(start_teacher, connect):
+def test_a_replica_that_always_loses_gets_less_and_less_work(start_teacher, connect):
     hung, good = start_teacher(), start_teacher()
     hung.always = hang
     client = connect(hung, good, hedge_after_s=0.05)
@@ -188,7 +188,7 @@ def test_a_replica_that_always_loses_is_asked_less_and_less(start_teacher, conne
 # ---- hung servers ----
 
 
-def test_a_hung_call_is_given_up_and_asked_again_even_of_the_only_server(start_teacher, connect, caplog):
+def test_a_hung_call_is_abandoned_and_repeated_even_on_the_only_server(start_teacher, connect, caplog):
     teacher = start_teacher()
     teacher.faults += [hang, hang_after(1)]
     client = connect(teacher, stall_s=0.5)
@@ -205,7 +205,7 @@ def test_a_hung_call_is_given_up_and_asked_again_even_of_the_only_server(start_t
     assert_idle(client)
 
 
-def test_work_does_not_go_back_and_forth_to_a_replica_that_hangs(start_teacher, connect):
+def test_work_does_not_alternate_with_a_hanging_replica(start_teacher, connect):
     hung, good = start_teacher(), start_teacher()
     hung.always = hang
     client = connect(hung, good, hedge_after_s=None, stall_s=0.4, batch_tokens=40)
@@ -227,7 +227,7 @@ def test_work_does_not_go_back_and_forth_to_a_replica_that_hangs(start_teacher, 
     wait_for(trusted_again)
 
 
-def test_a_server_that_is_slow_but_speaks_is_never_given_up(start_teacher, connect, caplog):
+def test_a_slow_server_that_sends_results_is_never_abandoned(start_teacher, connect, caplog):
     teacher = start_teacher()
     teacher.delay_s = 0.2
     client = connect(teacher, stall_s=1.0)  # the call takes 1.6 s, and is never silent for more than a fifth of stall_s
@@ -235,7 +235,7 @@ def test_a_server_that_is_slow_but_speaks_is_never_given_up(start_teacher, conne
     assert len(teacher.requests) == 1 and "scored again" not in caplog.text
 
 
-def test_late_and_hung_are_measured_in_what_is_usual():
+def test_late_and_hung_are_relative_to_the_usual_time():
     pace = Pace()
     assert pace.s_per_token is None
     for _ in range(50):
@@ -262,7 +262,7 @@ def test_late_and_hung_are_measured_in_what_is_usual():
 # ---- overload ----
 
 
-def test_calls_at_a_replica_halve_with_each_overload_and_come_back_one_by_one(connect):
+def test_concurrent_calls_halve_with_each_overload_and_recover_one_by_one(connect):
     (replica,) = replicas(connect(["127.0.0.1:1"], max_in_flight=8))
 
     def room():
@@ -348,7 +348,7 @@ def test_ten_clients_at_several_times_capacity_lose_nothing_and_keep_the_engine_
 # ---- large work ----
 
 
-def test_one_sequence_above_the_size_of_a_call_goes_alone(start_teacher, connect):
+def test_a_sequence_above_the_size_of_a_call_is_sent_alone(start_teacher, connect):
     """3,000 positions with 100 candidates each: 1.2 MB, where calls of several sequences stay below 1 MiB."""
     teacher = start_teacher(max_candidate_count=100, max_request_bytes=2 << 20)
     rng = np.random.default_rng(0)
@@ -367,7 +367,7 @@ def test_one_sequence_above_the_size_of_a_call_goes_alone(start_teacher, connect
         connect(teacher).score([too_large])
 
 
-def test_no_call_is_larger_than_what_the_server_lets_wait(start_teacher, connect):
+def test_no_call_is_larger_than_the_servers_queue(start_teacher, connect):
     teacher = start_teacher(max_queued_tokens=100)
     check(asked := sequences(10), connect(teacher).score(asked), teacher)
     assert {len(call) for call in teacher.requests} == {2}

@@ -20,7 +20,7 @@ from tests.client.factories import check, hang, sequences, wait_for
 
 
 @pytest.mark.parametrize(("top_k", "candidates", "chunk_bytes"), [(0, 0, 1 << 20), (3, 0, 40), (0, 2, 1), (5, 4, 100)])
-def test_scores_come_back_in_input_order_whatever_the_order_and_size_of_chunks(
+def test_scores_are_in_input_order_for_any_order_and_size_of_chunks(
     start_teacher, connect, top_k, candidates, chunk_bytes
 ):
     teacher = start_teacher()
@@ -38,7 +38,7 @@ def test_nothing_to_score_needs_no_teacher(connect):
     assert np.isnan(got.logprobs).all() and got.top_ids.shape == (2, 2, 2)
 
 
-def test_a_sequence_longer_than_a_batch_goes_alone(start_teacher, connect):
+def test_a_sequence_longer_than_a_batch_is_sent_alone(start_teacher, connect):
     teacher = start_teacher()
     asked = [SequenceToScore(np.arange(n) % 97) for n in (10, 500, 10, 10)]
     check(teacher, asked, connect(teacher, batch_tokens=30, max_in_flight=1).score(asked))
@@ -46,7 +46,7 @@ def test_a_sequence_longer_than_a_batch_goes_alone(start_teacher, connect):
     assert [len(call) for call in teacher.requests] == [1, 1, 2]
 
 
-def test_requests_stay_below_what_the_server_accepts(start_teacher, connect):
+def test_requests_stay_below_the_servers_limit(start_teacher, connect):
     teacher = start_teacher(max_request_bytes=codec.request_bytes(SequenceToScore(np.zeros(300, int))) + 4096)
     client = connect(teacher)
     asked = [SequenceToScore(np.arange(200) % 97) for _ in range(3)]
@@ -90,7 +90,7 @@ def test_different_options_never_share_a_call(start_teacher, connect):
     assert len(teacher.requests) >= 4
 
 
-def test_what_is_scored_is_what_was_submitted_even_if_the_buffer_changes(start_teacher, connect):
+def test_submitted_tokens_are_scored_even_if_the_buffer_changes(start_teacher, connect):
     teacher = start_teacher()
     client = connect(teacher)
     buffer = np.arange(10, dtype=np.int32)
@@ -99,7 +99,7 @@ def test_what_is_scored_is_what_was_submitted_even_if_the_buffer_changes(start_t
     teacher.assert_scores(future.result(timeout=10), SequenceToScore(np.arange(10)))
 
 
-def test_a_batch_is_aligned_with_its_mask_and_holds_nan_elsewhere(start_teacher, connect):
+def test_a_batch_is_aligned_with_its_mask_and_nan_elsewhere(start_teacher, connect):
     teacher = start_teacher()
     rng = np.random.default_rng(1)
     tokens_BS = rng.integers(0, 97, (6, 20))
@@ -148,7 +148,7 @@ def test_a_unix_socket_and_a_host_name_are_addresses_too(start_teacher, tmp_path
             check(teacher, asked, client.score(asked))
 
 
-def test_the_token_goes_with_every_call(start_teacher, connect):
+def test_every_call_carries_the_token(start_teacher, connect):
     teacher = start_teacher()
     connect(teacher, token="secret").score(sequences(2))
     assert teacher.metadata[0]["authorization"] == "Bearer secret"
@@ -196,7 +196,7 @@ def test_a_model_that_changed_everywhere_is_an_error_at_once(start_teacher, conn
     assert time.monotonic() - start < 15  # the deadline is 20 s
 
 
-def test_a_model_that_changes_in_mid_stream_is_found_out(start_teacher, connect):
+def test_a_model_change_within_a_stream_is_detected(start_teacher, connect):
     teacher = start_teacher()
 
     def exchange(teacher, context, chunks):
@@ -225,7 +225,7 @@ def test_cancelling_every_future_of_a_call_cancels_it_at_the_server(start_teache
     check(teacher, asked := sequences(2), client.score(asked))
 
 
-def test_closing_fails_what_is_under_way_and_refuses_more(start_teacher, connect):
+def test_close_fails_pending_work_and_refuses_more(start_teacher, connect):
     teacher = start_teacher()
     teacher.always = hang
     client = connect(teacher, batch_tokens=20, max_in_flight=1)
@@ -241,7 +241,7 @@ def test_closing_fails_what_is_under_way_and_refuses_more(start_teacher, connect
         client.score(sequences(1))
 
 
-def test_a_callback_that_would_wait_for_itself_is_told_so(start_teacher, connect):
+def test_a_callback_that_would_wait_for_itself_gets_an_error(start_teacher, connect):
     client = connect(start_teacher())
     caught = concurrent.futures.Future()
 
@@ -283,13 +283,13 @@ def test_an_on_wait_that_fails_does_not_stop_the_scoring(start_teacher, connect)
         (["a:1", "b:1", "a:1"], "listed twice"),
     ],
 )
-def test_addresses_that_cannot_be_are_refused(endpoints, message):
+def test_invalid_addresses_are_refused(endpoints, message):
     with pytest.raises(ValueError, match=message):
         TeacherClient(endpoints)
 
 
 @pytest.mark.parametrize("name", ["deadline_s", "max_in_flight", "batch_tokens"])
-def test_sizes_that_cannot_be_are_refused(name):
+def test_invalid_sizes_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} = 0"):
         TeacherClient(["127.0.0.1:1"], **{name: 0})
 
@@ -314,7 +314,7 @@ assert not heavy, heavy
 
 
 @pytest.mark.parametrize("where", ["admission.validate_sequence", "dispatch.Reply", "jobs.JobQueue.take"])
-def test_a_bug_in_the_client_is_an_error_and_not_a_wait_without_end(start_teacher, connect, monkeypatch, where):
+def test_a_bug_in_the_client_is_an_error_instead_of_a_hang(start_teacher, connect, monkeypatch, where):
     def broken(*_, **__):
         raise ZeroDivisionError("our bug")
 

@@ -39,7 +39,7 @@ def pieces(scores, max_bytes):
 @pytest.mark.parametrize("top_k", [0, 1, 3])
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
 @pytest.mark.parametrize("together", [True, False])
-def test_chunks_in_any_order_of_sequences_give_each_its_own_scores(top_k, order, together):
+def test_chunks_in_any_order_give_each_sequence_its_scores(top_k, order, together):
     rng = np.random.default_rng(0)
     scores = [scores_of(b, top_k, rng) for b in range(3)]
     runs = [(b, first, part) for b in order for first, part in pieces(scores[b], 60 * (1 + top_k) if b else 40)]
@@ -53,7 +53,7 @@ def test_chunks_in_any_order_of_sequences_give_each_its_own_scores(top_k, order,
             np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
-def test_of_a_chunk_with_one_bad_entry_none_is_taken():
+def test_a_chunk_with_one_bad_entry_is_rejected_whole():
     rng = np.random.default_rng(1)
     good, other = scores_of(0, 0, rng), scores_of(1, 0, rng)
     got = reply(0)
@@ -68,7 +68,7 @@ def test_of_a_chunk_with_one_bad_entry_none_is_taken():
 @pytest.mark.parametrize("value", [np.nan, 1e-7, np.inf])
 @pytest.mark.parametrize("place", [(0, 0), (0, 2), (2, 0), (2, 1), (2, 2)])
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_a_top_logprob_that_cannot_be_is_found_wherever_it_is(value, place, top_k):
+def test_an_impossible_top_logprob_is_detected_at_any_position(value, place, top_k):
     scores = scores_of(0, top_k, np.random.default_rng(2))
     place = (place[0], min(place[1], top_k - 1))
     scores.top_logprobs[place] = value
@@ -77,7 +77,7 @@ def test_a_top_logprob_that_cannot_be_is_found_wherever_it_is(value, place, top_
         got.add(chunk((0, 0, scores)))
 
 
-def test_top_logprobs_that_rise_within_a_row_are_found_and_from_row_to_row_they_may():
+def test_top_logprobs_may_rise_between_rows_but_not_within_one():
     scores = scores_of(0, 3, np.random.default_rng(3))
     scores.top_logprobs[:] = [[-3, -4, -5], [-1, -2, -9], [0, -1, -1]]
     got = reply(3)
@@ -89,7 +89,7 @@ def test_top_logprobs_that_rise_within_a_row_are_found_and_from_row_to_row_they_
 
 
 @pytest.mark.parametrize("token", [-1, 100, -(2**31)])
-def test_a_top_id_outside_the_vocabulary_is_found(token):
+def test_a_top_id_outside_the_vocabulary_is_detected(token):
     scores = scores_of(2, 3, np.random.default_rng(4))
     scores.top_ids[4, 1] = token
     with pytest.raises(VerificationError, match=rf"sequence 12: top_ids has {token} at scored position 4, outside"):

@@ -74,7 +74,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     return metrics.read(run_dir / "metrics.jsonl")
 
 
-def test_two_processes_stop_together_resume_and_train_what_one_does(
+def test_two_processes_stop_together_resume_and_match_one_process(
     alone: list[dict[str, float]], tmp_path: pathlib.Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -98,7 +98,7 @@ def test_two_processes_stop_together_resume_and_train_what_one_does(
             assert a[name] == pytest.approx(b[name], rel=5e-3, abs=1e-4), (a["step"], name)
 
 
-def test_what_one_process_finds_wrong_ends_all(tmp_path: pathlib.Path) -> None:
+def test_an_error_that_one_process_detects_ends_all(tmp_path: pathlib.Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
     for output in finish(start_two(tmp_path / "run"), 2):
@@ -107,7 +107,7 @@ def test_what_one_process_finds_wrong_ends_all(tmp_path: pathlib.Path) -> None:
         assert "rollout.num_prompts = 3 does not split over 2 processes" in output
 
 
-def test_a_process_that_alone_meets_an_error_does_not_wait_for_the_others(tmp_path: pathlib.Path) -> None:
+def test_a_process_with_an_error_of_its_own_exits_without_waiting_for_the_others(tmp_path: pathlib.Path) -> None:
     first, second = start_two(tmp_path / "run", second=("rollout.max_prompt_tokens=100000",))
     try:
         output = second.communicate(timeout=HANGS_S)[0]

@@ -125,7 +125,7 @@ def run(endpoint, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_objective_is_a_step_from_its_yaml_keys(name, monkeypatch):
+def test_every_objective_traces_a_step_from_its_yaml_keys(name, monkeypatch):
     """Traces the step that `train` compiles; what the numbers are is for tests/losses and tests/student."""
     overrides, reported = CASES[name]
     monkeypatch.chdir(REPO)
@@ -202,7 +202,7 @@ def test_a_trained_loss_is_the_sum_of_its_terms(run, name):
         assert holds[0](lines[0][metric]) and holds[1](lines[1][metric]), (metric, [line[metric] for line in lines])
 
 
-def test_parts_that_are_trained_on_while_others_are_scored_change_no_number(run):
+def test_training_on_parts_while_others_are_scored_changes_no_number(run):
     at_once, in_parts = run(), run("optimizer.accumulate=4")
     for a, b in zip(at_once, in_parts, strict=True):
         assert set(a) == set(b)
@@ -210,7 +210,7 @@ def test_parts_that_are_trained_on_while_others_are_scored_change_no_number(run)
             np.testing.assert_allclose(a[name], b[name], rtol=2e-3, atol=1e-4, err_msg=name)
 
 
-def test_after_the_first_steps_nothing_is_compiled_and_a_slow_teacher_shows(run, tmp_path):
+def test_nothing_compiles_after_the_first_steps_and_a_slow_teacher_shows_in_the_metrics(run, tmp_path):
     fingerprint = checkpoint_files.tokenizer_fingerprint(STUDENT)
     # 8 rows of 42 tokens at most: a second and more for what takes milliseconds to sample.
     slow = {"vocab_size": 16, "tokens_per_s": 300, "tokenizer_fingerprint": fingerprint}
@@ -227,7 +227,7 @@ def test_after_the_first_steps_nothing_is_compiled_and_a_slow_teacher_shows(run,
 AHEAD = ["objective.proximal=recomputed", "objective.behavior={action: clamp}"]
 
 
-def test_ahead_each_batch_is_sampled_before_the_last_update(run):
+def test_with_ahead_each_batch_is_sampled_before_the_last_update(run):
     """A student that hardly learns samples what the untrained one would; one that is ahead does so for two steps."""
     ahead = run(*AHEAD, "rollout.ahead=1", "num_steps=4", "optimizer.learning_rate=0.01", "optimizer.warmup_steps=0")
     still = run(*AHEAD, "num_steps=4", "optimizer.learning_rate=1e-12")
@@ -239,7 +239,7 @@ def test_ahead_each_batch_is_sampled_before_the_last_update(run):
     assert [line["sampled_tokens"] for line in ahead[:2]] == [line["sampled_tokens"] for line in still[:2]]
 
 
-def test_ahead_a_batch_that_was_not_trained_on_comes_back_with_the_checkpoint(run, tmp_path):
+def test_with_ahead_a_pending_batch_is_restored_from_the_checkpoint(run, tmp_path):
     saved = ["checkpoint.every=2", "checkpoint.keep=9"]
     keys = [*AHEAD, *saved, "rollout.ahead=1", "num_steps=5", "objective.dynamic_sampling=2"]
     whole = run(*keys)
@@ -248,7 +248,7 @@ def test_ahead_a_batch_that_was_not_trained_on_comes_back_with_the_checkpoint(ru
     assert run(*keys, resume=True) == whole
 
 
-def test_several_teachers_each_score_their_own_problems(run, endpoint):
+def test_each_of_several_teachers_scores_its_problems(run, endpoint):
     lines = run(
         f"teacher.several={{math: ['{endpoint}'], code: ['{endpoint}']}}",
         "task.options.teachers=[math, code]",
@@ -264,7 +264,7 @@ def test_a_privileged_teacher_gives_other_scores(run):
     assert abs(plain["reverse_kl"] - privileged["reverse_kl"]) > 0.01
 
 
-def test_a_teacher_with_another_tokenizer_gives_the_scores_of_its_text(run, tmp_path):
+def test_a_teacher_with_another_tokenizer_scores_the_same_text(run, tmp_path):
     # The same teacher with its vocabulary in another order: what it says of a text must not change.
     other = shutil.copytree(REPO / TEACHER, tmp_path / "teacher")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
@@ -314,7 +314,7 @@ def test_a_teacher_with_another_tokenizer_gives_the_scores_of_its_text(run, tmp_
         ([f"teacher.tokenizer={TEACHER}", "objective.distillation=k2"], "must be sampled_reverse_kl"),
     ],
 )
-def test_what_would_not_train_what_it_says_is_refused_before_anything_is_loaded(run, tmp_path, overrides, message):
+def test_invalid_objectives_are_refused_before_anything_is_loaded(run, tmp_path, overrides, message):
     with pytest.raises(config.ConfigError, match=message):
         run(*overrides)
     assert not (tmp_path / "run").exists()

@@ -117,7 +117,7 @@ def test_a_run_reports_every_step(uninterrupted: pathlib.Path) -> None:
     assert max(line["sampler_gap_max"] for line in lines[1:]) < 1e-3
 
 
-def test_a_student_comes_closer_to_its_teacher(tmp_path: pathlib.Path) -> None:
+def test_the_student_approaches_its_teacher(tmp_path: pathlib.Path) -> None:
     run_dir = tmp_path / "distillation"
     finish(start(run_dir, "num_steps=40", "rollout.num_prompts=16", "objective.rl_loss_weight=0", "eval.every=0"))
     reverse_kl = [line["reverse_kl"] for line in metrics(run_dir)]
@@ -189,7 +189,7 @@ def test_a_teacher_that_sleeps_between_its_scoring_phases_changes_no_number(
     assert log.count("sleeping after") == 1 + 3, "once before the first rollout, and after each scoring phase"
 
 
-def test_a_teacher_that_cannot_sleep_says_so_before_the_first_step(tmp_path: pathlib.Path) -> None:
+def test_a_teacher_that_cannot_sleep_is_an_error_before_the_first_step(tmp_path: pathlib.Path) -> None:
     run_dir = tmp_path / "run"
     with_teacher = start_teacher(tmp_path)
     try:
@@ -233,7 +233,7 @@ def test_sigterm_saves_the_state_and_takes_the_sidecar_down(tmp_path: pathlib.Pa
     assert saved == metrics(run_dir)[-1]["step"]
 
 
-def test_a_teacher_that_stays_away_stops_the_run_with_its_state_saved(tmp_path: pathlib.Path) -> None:
+def test_a_teacher_that_stays_down_stops_the_run_with_its_state_saved(tmp_path: pathlib.Path) -> None:
     teacher, endpoint = start_teacher(tmp_path)
     try:
         run_dir = tmp_path / "abandoned"

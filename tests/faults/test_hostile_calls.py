@@ -17,7 +17,7 @@ def call_without_utf8(address):
         channel.unary_unary(b"/jdi\xf3till.wire.v1.TeacherService/GetServerInfo")(b"", timeout=60, wait_for_ready=True)
 
 
-def test_a_method_name_that_is_not_utf8_costs_a_retry_and_not_the_sidecar(start_sidecar, connect):
+def test_a_method_name_that_is_not_utf8_costs_only_a_retry(start_sidecar, connect):
     sidecar = start_sidecar("--engine-arg", "delay_s=0.01")
     client = connect(sidecar, batch_tokens=200, deadline_s=120.0)
     asked = batch(60)
@@ -47,7 +47,7 @@ def test_a_method_name_that_is_not_utf8_costs_a_retry_and_not_the_sidecar(start_
     assert sidecar.stop() == 0
 
 
-def test_many_such_calls_leave_no_trace(start_sidecar):
+def test_many_hostile_calls_leave_no_resources_behind(start_sidecar):
     sidecar = start_sidecar()
     asked = batch(5)
     for _ in range(20):

@@ -109,7 +109,7 @@ def test_bytes_that_are_lost_repeated_swapped_or_overwritten_never_give_a_wrong_
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_a_connection_cut_anywhere_costs_a_retry_and_no_more(steady_sidecar, stream_bytes, reset):
+def test_a_connection_cut_anywhere_costs_only_a_retry(steady_sidecar, stream_bytes, reset):
     def cut(rng):
         direction = (UP, DOWN)[int(rng.integers(2))]
         return faults.Cut(direction, int(rng.integers(stream_bytes[direction])), reset=reset)
@@ -123,13 +123,13 @@ def test_a_connection_cut_anywhere_costs_a_retry_and_no_more(steady_sidecar, str
     [faults.Delay(0.02), faults.Throttle(37, 0.0002), faults.Throttle(2000, 0.005)],
     ids=["late", "bits", "slow"],
 )
-def test_a_slow_way_is_no_fault(steady_sidecar, connect, proxy, fault):
+def test_a_slow_network_is_not_an_error(steady_sidecar, connect, proxy, fault):
     client = connect(proxy(steady_sidecar, fault), batch_tokens=300)
     assert_scores(score(client), ASKED, top_k=TOP_K, temperature=TEMPERATURE)
     assert fault.seen[DOWN] > 0
 
 
-def test_a_flipped_bit_of_a_float_is_seen_by_nothing_but_the_checksum(steady_sidecar, connect, proxy):
+def test_only_the_checksum_detects_a_flipped_bit_of_a_float(steady_sidecar, connect, proxy):
     sequence = SequenceToScore(np.array([5, 11, 17, 23], np.int32))
     right = expected(sequence).logprobs
     pattern = struct.pack("<f", right[1])
@@ -148,7 +148,7 @@ def test_a_flipped_bit_of_a_float_is_seen_by_nothing_but_the_checksum(steady_sid
         assert path.fault.struck.is_set()
 
 
-def test_a_way_that_always_changes_something_is_an_error_that_says_so(steady_sidecar, connect, proxy):
+def test_a_network_that_always_corrupts_is_an_error_that_names_it(steady_sidecar, connect, proxy):
     class Bad(faults.Fault):
         async def carry(self, direction, data, out):
             if direction == DOWN and len(data) > 1000:  # scores, not the preflight
@@ -189,7 +189,7 @@ def test_a_server_that_never_answers_does_not_hold_up_the_others(steady_sidecar,
 
 
 @pytest.mark.parametrize("hedge_after_s", [None, 0.5])
-def test_a_connection_that_falls_silent_in_mid_stream_is_left_for_another_one(
+def test_a_connection_that_falls_silent_within_a_stream_is_replaced(
     steady_sidecar, connect, proxy, start_sidecar, stream_bytes, hedge_after_s
 ):
     freeze = faults.Freeze(DOWN, stream_bytes[DOWN] // 3)
@@ -219,7 +219,7 @@ def test_a_connection_that_falls_silent_for_good_is_an_error_at_the_deadline(
     assert 1.9 < time.monotonic() - begin < 60
 
 
-def test_a_connection_that_is_silent_for_a_while_goes_on_where_it_was(steady_sidecar, connect, proxy, stream_bytes):
+def test_a_connection_that_is_silent_for_a_while_continues(steady_sidecar, connect, proxy, stream_bytes):
     freeze = faults.Freeze(DOWN, stream_bytes[DOWN] // 2)
     client = connect(proxy(steady_sidecar, freeze), batch_tokens=300)
     before = good_calls(steady_sidecar)

@@ -150,7 +150,7 @@ with TeacherClient(sys.argv[2:], deadline_s=60.0, batch_tokens=4000) as client:
 """
 
 
-def test_a_soak_leaves_memory_and_file_descriptors_as_they_were(start_sidecar):
+def test_a_soak_leaks_neither_memory_nor_file_descriptors(start_sidecar):
     soak_s = 1800.0 if FULL else 16.0
     fleet = [start_sidecar() for _ in range(2)]
     process = subprocess.Popen(

@@ -43,7 +43,7 @@ def outcome(teacher, client, **options):
 
 
 @pytest.mark.parametrize("sealed", [False, True], ids=["any bytes", "a right checksum"])
-def test_fuzzed_replies_are_errors_or_asked_for_again(teacher, connect, sealed):
+def test_fuzzed_replies_are_errors_or_requested_again(teacher, connect, sealed):
     rng = np.random.default_rng(0)
 
     def garble(teacher, context, chunks):
@@ -84,7 +84,7 @@ def unreadable(teacher, context, chunks):
 
 
 @pytest.mark.parametrize("damage", [garbage, unreadable])
-def test_damage_that_passes_costs_a_retry_and_damage_that_stays_is_an_error_soon(teacher, connect, damage):
+def test_passing_damage_costs_a_retry_and_lasting_damage_is_an_error_soon(teacher, connect, damage):
     client = connect(teacher, deadline_s=20.0)
     teacher.faults.append(damage)
     assert outcome(teacher, client) == "right"
@@ -134,7 +134,7 @@ def test_fuzzed_server_info_is_an_error_or_harmless(teacher, connect):
     assert len(counts) > 1
 
 
-def test_fuzzed_error_details_are_errors_and_leave_nobody_waiting(teacher, connect):
+def test_fuzzed_error_details_are_errors_and_leave_no_call_waiting(teacher, connect):
     rng = np.random.default_rng(0)
     real = [
         status.to_status(errors.InvalidRequestError("no", field="token_ids", sequence=3)),
@@ -176,7 +176,7 @@ def test_fuzzed_error_details_are_errors_and_leave_nobody_waiting(teacher, conne
     assert "TeacherError" not in counts or counts["TeacherError"] < len(cases) / 2
 
 
-def test_the_end_of_a_stream_that_never_comes_holds_back_no_scores_that_have(teacher, connect):
+def test_received_scores_are_returned_although_the_stream_never_ends(teacher, connect):
     def never_ends(teacher, context, chunks):
         yield from chunks
         while context.is_active():

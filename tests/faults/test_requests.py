@@ -61,7 +61,7 @@ def collect(channel, data, timeout):
     }
 
 
-def test_what_cannot_be_scored_is_refused_with_field_and_sequence_and_the_rest_goes_on(server):
+def test_invalid_sequences_are_refused_by_field_and_index_and_the_rest_is_scored(server):
     with grpc.insecure_channel(server.address) as channel, concurrent.futures.ThreadPoolExecutor(2) as pool:
         meanwhile = [pool.submit(check_still_good, channel, seed) for seed in range(40)]
         for name, (message, *_) in BAD.items():
@@ -111,7 +111,7 @@ def change_a_field(rng, message):
 
 
 @pytest.mark.parametrize("what", ["fields", "bytes", "bytes under a checksum"])
-def test_fuzzed_requests_are_refused_or_answered_rightly_and_harm_nobody(server, what):
+def test_fuzzed_requests_are_refused_or_answered_correctly_and_affect_no_other_client(server, what):
     rng = np.random.default_rng(["fields", "bytes", "bytes under a checksum"].index(what))
     codes = {}
     with grpc.insecure_channel(server.address) as channel:
@@ -155,7 +155,7 @@ def test_fuzzed_requests_are_refused_or_answered_rightly_and_harm_nobody(server,
     assert codes.get("OK", 0) > (3 if what == "bytes under a checksum" else 30), "nothing gets through"
 
 
-def test_a_peer_that_does_not_speak_http2_harms_nobody(server):
+def test_a_peer_that_does_not_speak_http2_affects_no_other_client(server):
     rng = np.random.default_rng(0)
     for _ in range(50):
         with socket.create_connection(("127.0.0.1", server.port), timeout=60) as peer:

@@ -75,7 +75,7 @@ def cpu_s(pids):
     return total
 
 
-def test_what_cannot_be_scored_never_reaches_vllm_and_the_rest_goes_on(teacher, connect):
+def test_invalid_sequences_never_reach_vllm_and_the_rest_is_scored(teacher, connect):
     client = connect(teacher)
     asked = random_sequences(8, 60)
     before = client.score(asked, top_k=2)
@@ -130,7 +130,7 @@ def busy(pids, during_s):
     return (cpu_s(pids) - before_s) / (time.monotonic() - begin)
 
 
-def test_the_work_of_a_client_that_vanishes_is_gone_from_vllm_within_a_second(teacher, connect):
+def test_the_work_of_a_vanished_client_is_gone_from_vllm_within_a_second(teacher, connect):
     everyone, scheduler = family(teacher.process.pid), engine_core(teacher)
     process = subprocess.Popen([sys.executable, "-c", CLIENT, teacher.address])
     try:
@@ -152,7 +152,7 @@ def test_the_work_of_a_client_that_vanishes_is_gone_from_vllm_within_a_second(te
     assert len(scores.logprobs) == 29
 
 
-def test_the_death_of_vllms_engine_process_is_told_at_once_and_ends_the_sidecar_with_1(teacher, connect):
+def test_the_death_of_vllms_engine_process_is_reported_at_once_and_ends_the_sidecar_with_1(teacher, connect):
     """The last test: there is no vLLM afterwards."""
     everyone = family(teacher.process.pid)
     statuses, first = [], threading.Event()

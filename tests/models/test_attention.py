@@ -47,7 +47,7 @@ def test_the_scores_of_all_rows_never_exist_at_once():
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [("float32", 2e-6), ("bfloat16", 3e-2)])
-def test_cached_attention_sees_the_slots_up_to_its_own(dtype, atol):
+def test_cached_attention_sees_slots_up_to_the_querys_position(dtype, atol):
     q, k, v, _ = inputs(3, 20, dtype=dtype)
     positions = jnp.array([[3, 4], [0, 1], [18, 19]])
     rows = jnp.arange(3)[:, None]

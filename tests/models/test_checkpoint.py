@@ -117,7 +117,7 @@ def assert_equal_params(a, b):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.family}-{c.rope.kind}")
-def test_transformers_gives_the_same_logits_for_what_we_save_without_a_source(tmp_path, config):
+def test_transformers_gives_the_same_logits_for_a_checkpoint_saved_without_a_source(tmp_path, config):
     decoder = random_decoder(config)
     models.save(decoder, tmp_path / "out")
     assert models.config_from_hf(tmp_path / "out") == config
@@ -156,7 +156,7 @@ def test_saved_and_loaded_float32_is_bit_equal_in_one_file_and_in_shards(tmp_pat
     np.testing.assert_array_equal(query, np.asarray(decoder.layers.query[...][1]).reshape(24, 40).T)
 
 
-def test_bfloat16_rounds_once_and_names_itself(tmp_path):
+def test_a_bfloat16_checkpoint_is_rounded_once_and_recognised(tmp_path):
     decoder = random_decoder(LLAMA)
     models.save(decoder, tmp_path / "out", dtype="bfloat16")
     assert checkpoint_files.checkpoint_dtype(tmp_path / "out") == "bfloat16"
@@ -192,7 +192,7 @@ def test_the_sources_config_tokenizer_and_generation_config_are_kept(tmp_path, r
         assert torch.equal(again[name], tensor), name
 
 
-def test_a_save_that_fails_leaves_nothing_and_a_taken_directory_is_refused(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_no_files_and_an_existing_directory_is_refused(tmp_path, monkeypatch):
     decoder = random_decoder(LLAMA)
 
     def disk_full(*_, **__):
@@ -236,14 +236,14 @@ def rewrite(path, change):
         (lambda t: t.update({"model.norm.weight": np.zeros(24, np.int8)}), "stored as I8.*quantized"),
     ],
 )
-def test_tensors_that_do_not_fit_the_config_are_named(tmp_path, change, message):
+def test_tensors_that_do_not_match_the_config_are_named(tmp_path, change, message):
     models.save(random_decoder(LLAMA), tmp_path / "out")
     rewrite(tmp_path / "out", change)
     with pytest.raises(ValueError, match=message):
         models.load(tmp_path / "out")
 
 
-def test_a_half_written_file_is_refused(tmp_path):
+def test_a_truncated_file_is_refused(tmp_path):
     models.save(random_decoder(LLAMA), tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -251,7 +251,7 @@ def test_a_half_written_file_is_refused(tmp_path):
         models.load(tmp_path / "out")
 
 
-def test_a_tied_checkpoint_with_its_own_head_is_read_like_transformers_reads_it(tmp_path):
+def test_a_stored_head_of_a_tied_model_is_ignored_as_in_transformers(tmp_path):
     decoder = random_decoder(CONFIGS[1])
     models.save(decoder, tmp_path / "out")
     rewrite(tmp_path / "out", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))

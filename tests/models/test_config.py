@@ -113,12 +113,12 @@ MOE = {
         (MOE, {"num_experts_per_tok": 5}, "num_experts_per_tok = 5: expected 1 to num_experts = 4"),
     ],
 )
-def test_what_a_family_cannot_do_is_refused(tmp_path, family, fields, message):
+def test_features_that_a_family_does_not_support_are_refused(tmp_path, family, fields, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, **{**family, **fields})
 
 
-def test_null_switches_off_what_absent_leaves_on(tmp_path):
+def test_null_disables_a_feature_that_is_on_by_default(tmp_path):
     assert read(tmp_path, **MISTRAL).sliding_window == 4096
     assert read(tmp_path, **MISTRAL, sliding_window=None).sliding_window is None
     config = read(tmp_path, **GEMMA2)
@@ -128,7 +128,7 @@ def test_null_switches_off_what_absent_leaves_on(tmp_path):
     assert (config.attention_softcap, config.final_softcap) == (None, None)
 
 
-def test_both_spellings_of_gemma_3s_rotations_are_read_alike(tmp_path):
+def test_both_spellings_of_gemma_3_rope_are_read_alike(tmp_path):
     scaling = {"rope_type": "linear", "factor": 8.0}
     old = read(tmp_path, **GEMMA3, rope_local_base_freq=2e4, rope_scaling=scaling, num_hidden_layers=12)
     both = {"full_attention": {**scaling, "rope_theta": 1e6}, "sliding_attention": {"rope_theta": 20000}}
@@ -145,7 +145,7 @@ def test_a_missing_field_is_named(tmp_path):
         read(tmp_path, remove=("vocab_size",))
 
 
-def test_noise_that_changes_nothing_is_let_through(tmp_path):
+def test_fields_that_change_nothing_are_accepted(tmp_path):
     plain = read(tmp_path)
     noisy = read(
         tmp_path,
@@ -177,7 +177,7 @@ def test_absent_fields_take_the_defaults_of_transformers(tmp_path):
     assert (config.head_dim, config.num_kv_heads, config.qk_norm) == (8, 4, False)
 
 
-def test_a_directory_that_is_no_checkpoint_is_named(tmp_path):
+def test_an_error_names_a_directory_without_a_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="it does not exist"):
         models.config_from_hf(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):

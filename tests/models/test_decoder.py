@@ -145,7 +145,7 @@ def test_remat_changes_no_gradient_and_a_tied_embedding_gets_both_gradients():
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
-def test_a_flag_changes_the_numbers():
+def test_every_flag_changes_the_logits():
     # Parity with another implementation shows nothing about a flag that is not felt.
     state = nnx.state(random_decoder(ALL_FLAGS))
     tokens_BS = np.random.default_rng(0).integers(0, 61, (1, 12))
@@ -196,7 +196,7 @@ def test_compiled_size_does_not_grow_with_depth(config):
     assert size(24) < 1.05 * size(2)
 
 
-def test_a_random_start_has_the_statistics_that_the_config_asks_for():
+def test_random_init_has_the_statistics_of_the_config():
     decoder = random_decoder()
     assert np.std(decoder.layers.gate[...]) == pytest.approx(0.2, rel=0.05)
     assert np.std(decoder.embed[...]) == pytest.approx(0.2, rel=0.05)
@@ -205,7 +205,7 @@ def test_a_random_start_has_the_statistics_that_the_config_asks_for():
     assert len({float(w[0]) for w in weights}) == len(weights), "every parameter has its own numbers"
 
 
-def test_wrong_arguments_are_named():
+def test_errors_name_the_wrong_argument():
     with pytest.raises(ValueError, match="remat = 'all'"):
         Decoder(CONFIG, rngs=nnx.Rngs(0), remat="all")
     decoder = random_decoder()

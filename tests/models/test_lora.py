@@ -47,7 +47,7 @@ def hidden(decoder):
     return np.asarray(decoder(tokens, np.broadcast_to(np.arange(9), tokens.shape))[0])
 
 
-def test_an_adapter_begins_as_nothing_and_merges_into_what_it_computes(start):
+def test_a_new_adapter_changes_nothing_and_merging_keeps_the_logits(start):
     path, lora = start
     plain = hidden(models.load(path))
     np.testing.assert_array_equal(hidden(models.load(path, lora=lora)), plain)
@@ -58,7 +58,7 @@ def test_an_adapter_begins_as_nothing_and_merges_into_what_it_computes(start):
     np.testing.assert_allclose(hidden(merged), hidden(decoder), atol=5e-5)
 
 
-def test_decoding_with_a_cache_applies_the_adapters_too(start):
+def test_cached_decoding_applies_the_adapters(start):
     decoder = trained(*start)
     tokens = np.random.default_rng(5).integers(0, decoder.config.vocab_size, (2, 9))
     cache = models.init_cache(decoder.config, 2, 9, "float32")
@@ -70,7 +70,7 @@ def test_decoding_with_a_cache_applies_the_adapters_too(start):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers for it
-def test_peft_loads_what_is_saved_and_finds_the_same_logits(start, tmp_path):
+def test_peft_loads_a_saved_adapter_and_gives_the_same_logits(start, tmp_path):
     path, lora = start
     decoder = trained(path, lora)
     models.save_adapter(decoder, tmp_path / "adapter", base=path)
@@ -85,7 +85,7 @@ def test_peft_loads_what_is_saved_and_finds_the_same_logits(start, tmp_path):
         models.save_adapter(decoder, tmp_path / "adapter", base=path)
 
 
-def test_the_same_seed_gives_the_same_adapters_and_another_others(start):
+def test_adapters_are_a_function_of_the_seed(start):
     path, lora = start
     one, same, other = (nnx.state(models.load(path, lora=lora, seed=s), nnx.LoRAParam) for s in (3, 3, 4))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(same), strict=True):
@@ -93,7 +93,7 @@ def test_the_same_seed_gives_the_same_adapters_and_another_others(start):
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
 
 
-def test_what_cannot_be_adapted_or_saved_is_refused(tmp_path):
+def test_unsupported_targets_and_saves_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"q_proj.*expected one or more of query, key"):
         models.Lora(rank=2, alpha=1.0, targets=("q_proj",))
     with pytest.raises(ValueError, match="on down, gate, up of 5 experts is not supported"):

@@ -58,7 +58,7 @@ def test_values_and_gradients_equal_the_dense_mixture(
     assert all(np.abs(b).max() > 0.1 for b in expected if skew == 0), "the reference says nothing"
 
 
-def test_pairs_go_to_blocks_of_their_own_expert():
+def test_pairs_are_placed_in_blocks_of_their_expert():
     rng = np.random.default_rng(0)
     for num_pairs, num_experts in ((4, 3), (1, 6), (33, 8)):
         for _ in range(4):

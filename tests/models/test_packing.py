@@ -22,7 +22,7 @@ def test_every_real_token_comes_back_and_padding_is_zero(lengths, num_groups):
     np.testing.assert_array_equal(packing.unpack(line_GPD), np.where(real_BS1, x_BSD, 0))
 
 
-def test_the_tokens_of_a_group_lie_side_by_side():
+def test_tokens_of_a_group_are_contiguous():
     packing = pack_rows([2, 1, 3, 0], 4, num_groups=2)
     tokens_BS = np.array([[1, 2, 0, 0], [3, 0, 0, 0], [4, 5, 6, 0], [0, 0, 0, 0]])
     assert packing.pack(tokens_BS).tolist() == [[1, 2, 3], [4, 5, 6]]
@@ -55,7 +55,7 @@ def test_gradients_are_those_of_plain_indexing():
         (([4, 4], 4, 1, 7), "8 tokens do not fit 7 places"),
     ],
 )
-def test_wrong_rows_are_named(arguments, message):
+def test_errors_name_the_wrong_rows(arguments, message):
     lengths, row_length, num_groups, *places = arguments
     with pytest.raises(ValueError, match=message):
         pack_rows(lengths, row_length, num_groups=num_groups, places=places[0] if places else None)

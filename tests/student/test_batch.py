@@ -44,7 +44,7 @@ def test_the_worked_example_of_the_docstring():
     sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 30)), min_size=1, max_size=6), k=st.sampled_from([0, 3])
 )
 @settings(max_examples=50, deadline=None)
-def test_every_number_lands_on_the_target_that_speaks_of_its_token(sizes, k):
+def test_every_number_is_written_at_the_target_of_its_token(sizes, k):
     completions = [completion(i, np.arange(p) + 1, np.arange(r) + 50, k=k) for i, (p, r) in enumerate(sizes)]
     advantages = np.arange(len(sizes), dtype=np.float32) - 1.5
     batch = make_batch(completions, advantages, [scores(c, k=k) for c in completions], max_length=50)
@@ -68,12 +68,12 @@ def test_every_number_lands_on_the_target_that_speaks_of_its_token(sizes, k):
     assert {x.dtype for x in batch if x is not None} <= {np.dtype("int32"), np.dtype("float32"), np.dtype(bool)}
 
 
-def test_without_a_teacher_its_fields_are_absent():
+def test_without_a_teacher_the_teacher_fields_are_none():
     batch = make_batch([completion(0, [1], [2, 3], k=2)], np.ones(1), None, max_length=8)
     assert batch.teacher_logprobs is None and batch.candidate_ids is None and batch.teacher_candidate_logprobs is None
 
 
-def test_a_missing_or_impossible_teacher_score_is_an_error_and_never_a_number():
+def test_a_missing_or_non_finite_teacher_score_is_an_error():
     c = completion(0, [1, 2], [3, 4, 5], k=2)
     good = scores(c, k=2)
 

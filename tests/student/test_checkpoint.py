@@ -77,7 +77,7 @@ def test_restored_state_equals_the_saved_one_bit_for_bit(tmp_path):
     checkpoints.close()
 
 
-def test_only_the_newest_are_kept_and_the_state_may_be_donated_at_once(tmp_path):
+def test_only_the_newest_checkpoints_are_kept_and_the_state_may_be_donated_after_save(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     state = make_state(1)
     expected = jax.tree.map(np.asarray, state)
@@ -91,7 +91,7 @@ def test_only_the_newest_are_kept_and_the_state_may_be_donated_at_once(tmp_path)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
 
 
-def test_parameters_alone_go_into_a_decoder(tmp_path):
+def test_restore_params_loads_only_the_parameters_into_a_decoder(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     saved = make_state(4)
     checkpoints.save(4, saved, {})
@@ -101,7 +101,7 @@ def test_parameters_alone_go_into_a_decoder(tmp_path):
     assert_same(nnx.state(decoder, nnx.Param), saved.params)
 
 
-def test_what_is_not_there_or_does_not_fit_is_an_error_that_says_so(tmp_path):
+def test_missing_or_mismatched_checkpoints_are_errors_with_the_reason(tmp_path):
     with pytest.raises(FileNotFoundError, match="not the directory of a run"):
         restore_params(tmp_path, make_decoder(0))
     checkpoints = Checkpoints(tmp_path)
@@ -122,7 +122,7 @@ def test_what_is_not_there_or_does_not_fit_is_an_error_that_says_so(tmp_path):
     checkpoints.close()
 
 
-def test_a_half_written_checkpoint_is_never_picked(tmp_path):
+def test_a_partially_written_checkpoint_is_never_restored(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     saved = make_state(1)
     checkpoints.save(1, saved, {"step": 1})
@@ -152,7 +152,7 @@ for step in itertools.count(1):
 """
 
 
-def test_sigkill_while_saving_leaves_a_whole_checkpoint(tmp_path):
+def test_sigkill_while_saving_leaves_a_complete_checkpoint(tmp_path):
     child = subprocess.Popen(
         [sys.executable, "-c", SAVE_FOREVER, str(tmp_path)],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},

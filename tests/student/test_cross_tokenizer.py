@@ -173,7 +173,7 @@ texts = st.one_of(
 @example(text="", end=True)
 @example(text=" ", end=True)
 @example(text="🙂", end=False)
-def test_any_text(student, teacher, text, end):
+def test_segments_spell_the_same_bytes_for_any_text(student, teacher, text, end):
     ids = ids_of(student, text, end=end)
     found = kept_cross(student, teacher).retokenize(PROMPT, ids)
     spelled = check(student, teacher, found, ids)
@@ -190,7 +190,7 @@ def test_any_text(student, teacher, text, end):
 @settings(max_examples=60, deadline=None)
 @given(ids=st.lists(st.integers(0, 301), max_size=20))
 @example(ids=[300])
-def test_any_tokens(teacher, ids):
+def test_segments_spell_the_same_bytes_for_any_tokens(teacher, ids):
     # What a student samples need be neither UTF-8 nor how its tokenizer would split the text; 301 has no token.
     ids = np.array(ids, np.int32)
     found = kept_cross("bpe", teacher).retokenize(PROMPT, ids)
@@ -206,7 +206,7 @@ def test_the_same_tokenizer_uses_every_token(text):
     np.testing.assert_array_equal(found.segment_ids, np.arange(len(ids)))
 
 
-def test_the_docstrings_example():
+def test_the_worked_example_of_the_docstring():
     student = tokenizer("characters")
     ids = ids_of("characters", "hello hell")
     found = kept_cross("characters", "bpe_large").retokenize(PROMPT, ids)
@@ -214,7 +214,7 @@ def test_the_docstrings_example():
     assert b"".join(spelled) == b"hello hell<END>" and len(spelled) < len(ids) and student.decode(ids).endswith(END)
 
 
-def test_a_space_before_the_text_is_not_the_teachers():
+def test_sentencepiece_adds_no_space_before_the_completion():
     # SentencePiece would score " hello" for "hello".
     ids = ids_of("bpe", "hello lower")
     found = kept_cross("bpe", "sentencepiece").retokenize(PROMPT, ids)
@@ -224,7 +224,7 @@ def test_a_space_before_the_text_is_not_the_teachers():
     check("bpe", "sentencepiece", found, ids)
 
 
-def test_what_the_teacher_spells_otherwise_is_left_out():
+def test_text_that_the_teachers_tokenizer_changes_is_left_out():
     ids = ids_of("bpe", "low Low low")
     found = kept_cross("bpe", "bpe_lowercase").retokenize(PROMPT, ids)
     spelled = b"".join(check("bpe", "bpe_lowercase", found, ids))
@@ -235,13 +235,13 @@ def test_what_the_teacher_spells_otherwise_is_left_out():
     assert b"\xcc\x81" not in spelled and spelled.startswith(b"low") and spelled.endswith(b"<END>")
 
 
-def test_text_that_is_cut_off_loses_its_last_segment_alone():
+def test_a_truncated_completion_loses_only_its_last_segment():
     ids = ids_of("bpe", "hello lower", end=False)
     found = kept_cross("bpe", "bpe").retokenize(PROMPT, ids)
     np.testing.assert_array_equal(found.segment_ids, [*range(len(ids) - 1), -1])
 
 
-def test_bytes_that_are_no_text_are_left_out():
+def test_bytes_that_are_not_utf8_are_left_out():
     half = ids_of("bytes", "a🙂b")
     ids = np.delete(half, 2)  # one of the four bytes
     found = kept_cross("bytes", "bpe").retokenize(PROMPT, ids)
@@ -265,7 +265,7 @@ def test_text_that_spells_a_special_token_stays_text():
     assert list(found.token_ids[3:]).count(tokenizer("bpe").eos_token_id) == 1
 
 
-def test_limits():
+def test_long_segments_and_long_sequences_are_left_out():
     ids = ids_of("bpe", "hello lower hello")
     whole = cross("bpe", "bytes").retokenize(PROMPT, ids)
     cut = cross("bpe", "bytes", max_length=10).retokenize(PROMPT, ids)
@@ -277,7 +277,7 @@ def test_limits():
         cross("bpe", "bytes", max_length=3).retokenize(PROMPT, ids)
 
 
-def test_tokenizers_without_bytes_of_their_own_are_refused():
+def test_tokenizers_whose_tokens_depend_on_neighbours_are_refused():
     words = Tokenizer(models.WordPiece({"[UNK]": 0, "low": 1, "##er": 2}, unk_token="[UNK]"))
     words.decoder = decoders.WordPiece()
     with pytest.raises(ValueError, match="WordPiece"):
@@ -286,7 +286,7 @@ def test_tokenizers_without_bytes_of_their_own_are_refused():
         CrossTokenizer(object(), tokenizer("bpe"), student_stop_ids=[0], teacher_stop_id=0, max_length=10)
 
 
-def test_share_on_published_solutions():
+def test_usable_share_on_published_solutions():
     path = pathlib.Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else []
     if not files:

@@ -42,7 +42,7 @@ def task(tmp_path):
     return create_task("addition", {}, tmp_path)
 
 
-def test_means_are_over_problems_and_rewards_meet_their_own_problem(task):
+def test_metrics_are_means_over_problems_and_rewards_match_their_problem(task):
     problems = task.eval_problems(5)
     right = [task.solution_ids(problem) for problem in problems]
     answers = [right[0], right[0], right[2][:-1], right[3][:4], right[4]]  # 1 is another problem's; 2 and 3 do not end
@@ -73,7 +73,7 @@ def test_means_are_over_problems_and_rewards_meet_their_own_problem(task):
     }
 
 
-def test_a_problem_draws_the_same_seed_however_many_there_are(task):
+def test_a_problems_seed_does_not_depend_on_the_number_of_problems(task):
     problems = task.eval_problems(9)
     fake = FakeSampler(task, {tuple(p.prompt_ids): task.solution_ids(p) for p in problems})
 

@@ -29,7 +29,9 @@ def free_port() -> int:
         (2, {"JAX_LOCAL_DEVICE_IDS": "2,3"}, ["2,3", "2,3"]),
     ],
 )
-def test_devices_under_slurm(num_nodes: int, own: dict[str, str], devices: list[str]) -> None:
+def test_each_process_takes_the_right_devices_under_slurm(
+    num_nodes: int, own: dict[str, str], devices: list[str]
+) -> None:
     slurm = {
         "SLURM_JOB_ID": "1234",
         "SLURM_STEP_NODELIST": "localhost",  # JAX takes the first host's name from it

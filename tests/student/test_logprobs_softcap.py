@@ -23,7 +23,7 @@ def plain(hidden_BTD, head_DV, ids_BTK, temperature):
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_a_softcap_is_in_the_scores_and_in_both_gradients(temperature, fused):
+def test_a_softcap_enters_the_log_probs_and_both_gradients(temperature, fused):
     rng = np.random.default_rng(0)
     # Logits of a few times the cap: tanh is far from linear, and its slope from 1.
     hidden_BTD, head_DV = (jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in ((B, T, D), (D, V)))
@@ -58,7 +58,7 @@ def test_a_softcap_is_in_the_scores_and_in_both_gradients(temperature, fused):
         np.testing.assert_allclose(ours_x, plain_x, rtol=0, atol=5e-6)
 
 
-def test_sampler_engine_and_step_agree_on_a_softcapped_model():
+def test_sampler_engine_and_step_score_a_softcapped_model_alike():
     config = models.DecoderConfig(
         family="gemma2",
         vocab_size=61,

@@ -78,7 +78,7 @@ def test_the_gradient_is_that_of_the_merged_weights_by_the_chain_rule(base, opti
         np.testing.assert_array_equal(x, y)
 
 
-def test_the_reference_is_the_model_without_its_adapters(base):
+def test_the_reference_is_the_model_without_adapters(base):
     objective = {"reference": {"path": "unused", "weight": 0.5}}
     reference = nnx.state(models.load(base), nnx.Param)
     fresh = load(base, scale=0.0)
@@ -91,7 +91,7 @@ def test_the_reference_is_the_model_without_its_adapters(base):
     np.testing.assert_allclose(apart["reference_kl"], merged["reference_kl"], rtol=1e-3)
 
 
-def test_weights_that_stay_are_kept_once_in_compute_dtype_and_cost_no_gradient(base, tmp_path):
+def test_frozen_weights_are_stored_once_in_compute_dtype_and_get_no_gradient(base, tmp_path):
     decoder = load(base, compute_dtype="bfloat16", param_dtype="bfloat16")
     config = train_config()
     _, params, frozen = nnx.split(decoder, nnx.LoRAParam, ...)

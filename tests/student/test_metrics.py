@@ -15,7 +15,7 @@ def write_steps(writer, steps):
 
 
 @pytest.mark.parametrize("cut", [1, 10, 10_000])
-def test_files_continue_exactly_after_a_kill_in_mid_line(tmp_path, cut):
+def test_files_continue_exactly_after_a_kill_within_a_line(tmp_path, cut):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for directory in (whole, killed):
         directory.mkdir()
@@ -46,7 +46,7 @@ def test_each_line_is_flushed_at_once_and_timings_are_in_their_own_file(tmp_path
     writer.close()
 
 
-def test_an_undocumented_name_or_a_number_that_is_not_finite_writes_nothing(tmp_path):
+def test_an_undocumented_name_or_a_non_finite_number_writes_nothing(tmp_path):
     writer = MetricsWriter(tmp_path)
     with pytest.raises(ValueError, match=r"metric lozz is not documented: add it to student/metrics.py's METRICS"):
         writer.write(1, {"lozz": 1.0}, {})

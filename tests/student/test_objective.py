@@ -61,7 +61,7 @@ NOT_A_SUM = [1, 6, 7, 10, 11, 12, 19]
 
 
 @pytest.mark.parametrize("number", range(len(OBJECTIVES)))
-def test_the_gradient_at_some_targets_needs_the_others_unless_the_loss_adds_over_targets(number):
+def test_gradients_at_some_targets_depend_on_the_others_unless_the_loss_adds_over_targets(number):
     keys = dict(OBJECTIVES[number])
     batch = random_batch()._replace(reference_logprobs=random_batch(seed=5).sampler_logprobs)
     teacher = {}
@@ -91,7 +91,7 @@ def test_the_gradient_at_some_targets_needs_the_others_unless_the_loss_adds_over
 # ---- the composition ----
 
 
-def test_a_scheduled_weight_is_the_weight_of_its_step():
+def test_a_scheduled_weight_is_taken_at_the_current_step():
     batch = random_batch()
     scored = scored_of(batch)
     (rl, _), (both, _) = (loss_of(scored, batch, distill_loss_weight=weight) for weight in (1e-9, 1.0))
@@ -110,14 +110,14 @@ def test_a_scheduled_weight_is_the_weight_of_its_step():
         ({"kind": "kdrl", "begin": 1.0, "end": 0.5, "decrement": 0.2}, {0: 1.0, 1: 0.8, 2: 0.6, 3: 0.5, 9: 0.5}),
     ],
 )
-def test_schedules(schedule, weights):
+def test_schedules_from_the_configuration_by_hand(schedule, weights):
     for step, expected in weights.items():
         found = objective.weight_at(parse(ScheduleSection, schedule), jnp.asarray(step), 100)
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["topk_reverse_kl", "topk_forward_kl", "topk_jsd"])
-def test_a_distribution_is_weighted_by_row(kind):
+def test_distill_weights_scale_a_distribution_loss_per_row(kind):
     batch = random_batch()
     scored = scored_of(batch)
     weights = np.where(batch.loss_mask, np.arange(8)[:, None] % 3, 0).astype(np.float32)
@@ -144,7 +144,7 @@ def test_a_sampled_loss_is_weighted_by_the_ratio_to_the_sampler():
 
 
 @pytest.mark.parametrize("policy", ["gspo", "cispo", "sapo"])
-def test_another_policy_takes_the_joint_advantage(policy):
+def test_every_policy_uses_the_joint_advantage(policy):
     batch = random_batch()
     scored = scored_of(batch)
     mask = jnp.asarray(batch.loss_mask)
@@ -158,7 +158,7 @@ def test_another_policy_takes_the_joint_advantage(policy):
 
 
 @pytest.mark.parametrize("action", ["clamp", "mask"])
-def test_behavior_weighs_or_rejects_what_an_older_policy_sampled(action):
+def test_behavior_weights_or_rejects_tokens_of_an_older_policy(action):
     batch = random_batch()
     scored, mask = scored_of(batch), jnp.asarray(batch.loss_mask)
     weight, kept = off_policy.behavior_weight(
@@ -194,7 +194,7 @@ def run_step(batch, *, value=False, reference=None, steps=1, **sections):
     return state, found
 
 
-def test_the_kl_to_a_reference_is_zero_at_the_reference_and_counts_elsewhere():
+def test_the_kl_to_the_reference_is_zero_at_the_reference_and_positive_elsewhere():
     batch = random_batch()
     graphdef, params = make_params()
     other = jax.tree.map(lambda x: x * 1.1, params)
@@ -210,14 +210,14 @@ def test_the_kl_to_a_reference_is_zero_at_the_reference_and_counts_elsewhere():
     np.testing.assert_allclose(moved["loss"] - same["loss"], 0.5 * moved["reference_kl"], rtol=1e-3)
 
 
-def test_a_reference_and_its_parameters_belong_together():
+def test_a_reference_term_and_reference_parameters_require_each_other():
     graphdef, params = make_params()
     config = train_config()
     with pytest.raises(ValueError, match="give both or none"):
         make_train_step(graphdef, config, make_optimizer(config.optimizer, 10), reference=params)
 
 
-def test_with_several_updates_the_recomputed_policy_is_that_of_the_steps_beginning():
+def test_recomputed_proximal_log_probs_are_those_at_the_start_of_the_step():
     batch = random_batch()
     wrong = batch._replace(sampler_logprobs=batch.sampler_logprobs - 0.4)  # a sampler that rounds badly
     keys = {"objective": {"distill_loss_weight": 0.0}, "optimizer": {"minibatches": 2}}
@@ -233,7 +233,7 @@ def test_with_several_updates_the_recomputed_policy_is_that_of_the_steps_beginni
         np.testing.assert_allclose(got, want, atol=2e-4)
 
 
-def test_a_value_head_learns_to_foresee_the_returns_and_its_advantages_are_gaes():
+def test_a_value_head_learns_the_returns_and_gives_gae_advantages():
     batch = random_batch()
     last = batch.loss_mask & (np.cumsum(batch.loss_mask, 1) == batch.loss_mask.sum(1, keepdims=True))
     rewards = np.where(last, np.arange(8)[:, None] % 2, 0).astype(np.float32)

@@ -28,7 +28,7 @@ def flat(tree):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_lowers_the_loss_and_decays_what_it_should(name):
+def test_every_optimizer_lowers_the_loss_and_decays_all_but_the_norms(name):
     config = train_config(
         objective={"kind": "supervised", "reduction": "token_mean"},
         optimizer={"name": name, "learning_rate": RATES[name], "weight_decay": 0.0},
@@ -56,7 +56,7 @@ def test_every_optimizer_lowers_the_loss_and_decays_what_it_should(name):
             assert np.abs(change).max() > 1e-4, path
 
 
-def test_muons_updates_are_orthogonal_matrices_of_adams_size():
+def test_muon_updates_are_orthogonal_with_the_size_of_adam_updates():
     config = train_config(optimizer={"name": "muon", "learning_rate": 1.0, "weight_decay": 0.0})
     _, params = make_params()
     optimizer = make_optimizer(config.optimizer, 10)
@@ -72,7 +72,7 @@ def test_muons_updates_are_orthogonal_matrices_of_adams_size():
             assert 0.1 < float(jnp.sqrt(jnp.mean(matrix**2))) < 0.3, name
 
 
-def test_moments_in_bfloat16_take_half_of_the_memory_and_train_as_well():
+def test_bfloat16_moments_halve_the_memory_and_train_equally_well():
     _, params = make_params()
     keys = jax.random.split(jax.random.key(0), 300)
 
@@ -103,7 +103,7 @@ def test_moments_in_bfloat16_take_half_of_the_memory_and_train_as_well():
     assert size("bfloat16") < 0.51 * size("float32")
 
 
-def test_random_rounding_is_exact_on_average_and_repeats_itself():
+def test_stochastic_rounding_is_exact_on_average_and_deterministic():
     x = jnp.asarray([1.001, -3.3, 1e-6, 0.0])
     inner = optax.GradientTransformation(lambda p: p, lambda g, s, p=None: (g, x))
     optimizer = in_bfloat16(inner)
@@ -149,7 +149,7 @@ def states_on_mesh():
     return found
 
 
-def test_moments_are_split_as_their_parameters_are():
+def test_moments_are_sharded_like_their_parameters():
     code = (
         f"import sys, json; sys.path.insert(0, {str(pathlib.Path(__file__).parents[2])!r}); "
         "import tests.student.test_optimizer as t; print(json.dumps(t.states_on_mesh()))"

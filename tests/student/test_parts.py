@@ -75,7 +75,7 @@ def test_parts_and_packing_change_no_number(case):
 
 
 @pytest.mark.parametrize("case", [{"reduction": "sequence_mean", "reference": {"path": "unused"}}, {"policy": "gspo"}])
-def test_parts_that_come_one_after_another_make_the_same_step(case):
+def test_parts_that_arrive_one_by_one_give_the_same_step(case):
     batch = uneven_batch("")
     batch.loss_mask[4:10, 8:] = False
     expected, _ = run(batch, case)
@@ -121,7 +121,7 @@ def test_accumulation_takes_less_memory_and_packing_less_work():
     assert compiled(packing=True).cost_analysis()["flops"] < 0.6 * plain.cost_analysis()["flops"]
 
 
-def test_packed_batches_of_about_as_many_tokens_compile_once():
+def test_packed_batches_of_similar_size_compile_once():
     config = train_config(optimizer={"packing": True})
     graphdef, params = make_params()
     maker = make_optimizer(config.optimizer, config.num_steps)
@@ -149,7 +149,7 @@ def test_rows_stay_in_their_update_and_groups_are_balanced(sizes, rows_each, see
         assert np.max(tokens) - np.min(tokens) <= 50
 
 
-def test_what_parts_cannot_do_is_refused():
+def test_configurations_that_parts_do_not_support_are_refused():
     for changes in ({"accumulate": 1}, {"accumulate": 2, "minibatches": 2}):
         config = train_config(optimizer=changes)
         graphdef, params = make_params()
@@ -176,7 +176,7 @@ def test_what_parts_cannot_do_is_refused():
 
 
 @pytest.mark.parametrize("case", ["default", "constant, reference", "sampled"])
-def test_the_gradient_within_the_chunk_is_the_one_after_all_scores(case):
+def test_gradients_within_a_chunk_equal_gradients_after_all_scores(case):
     keys = {
         "default": {"distill_beta": 0.3, "distillation": "topk_jsd"},
         "constant, reference": {"reduction": "constant", "reference": {"path": "unused", "weight": 0.3}},

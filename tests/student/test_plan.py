@@ -36,7 +36,7 @@ def run_config(num_rows, num_tokens, **sections):
         (32, 128, {"model": {"remat": "layer", "lora": {"rank": 8}}, "objective": {"reference": {"path": "unused"}}}),
     ],
 )
-def test_the_plan_is_about_what_the_compiled_step_takes(num_rows, num_tokens, sections):
+def test_the_planned_memory_is_near_that_of_the_compiled_step(num_rows, num_tokens, sections):
     config = run_config(num_rows, num_tokens, **sections)
     found = plan.make_plan(config, 1, decoder_config())
     compiled = plan.compiled_bytes(plan.make_shapes(config, decoder_config()))

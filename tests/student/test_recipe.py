@@ -222,7 +222,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_decisions(name):
+def test_decisions_follow_from_configuration_and_teacher(name):
     sections, changes = CASES[name]
     found = make_recipe(train_config(**sections))
     expected = REWARD_ALONE | changes
@@ -252,7 +252,7 @@ def resolved(*teachers, vocab_size=None, **objective):
 
 
 @pytest.mark.parametrize("teachers", [(ABLE,), (CANDIDATES_ALONE,), (ABLE, CANDIDATES_ALONE)])
-def test_auto_takes_candidates_that_every_teacher_scores(teachers, caplog):
+def test_auto_chooses_candidates_if_every_teacher_scores_them(teachers, caplog):
     found = resolved(*teachers)
     assert (found.distillation.name, found.num_candidates, found.teacher_top_k) == ("topk_reverse_kl", 8, 0)
     assert caplog.messages == []
@@ -271,7 +271,7 @@ def test_auto_takes_candidates_that_every_teacher_scores(teachers, caplog):
         ),
     ],
 )
-def test_auto_warns_and_takes_the_sampled_tokens_where_a_teacher_cannot(teachers, keys, message, caplog):
+def test_auto_warns_and_chooses_sampled_tokens_if_a_teacher_scores_no_candidates(teachers, keys, message, caplog):
     with caplog.at_level(logging.WARNING, "jdistill"):
         found = resolved(*teachers, **keys)
     assert (found.distillation.name, found.num_candidates, found.teacher_top_k) == (
@@ -305,7 +305,7 @@ def test_auto_warns_and_takes_the_sampled_tokens_where_a_teacher_cannot(teachers
         ),
     ],
 )
-def test_a_distillation_that_was_named_is_never_replaced(teachers, keys, message):
+def test_an_explicit_distillation_is_never_replaced(teachers, keys, message):
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         resolved(*teachers, **keys)
 
@@ -317,7 +317,7 @@ def test_the_vocabulary_bounds_the_number_of_candidates():
     assert resolved(ABLE, vocab_size=100).num_candidates == 8
 
 
-def test_the_sampled_token_asks_nothing_of_the_teacher(caplog):
+def test_sampled_tokens_need_no_teacher_capability(caplog):
     nothing = TeacherCapabilities("plain 1.0", 0, 0)
     assert resolved(nothing, distillation="sampled_reverse_kl").distillation.name == "sampled_reverse_kl_advantage"
     other = make_recipe(train_config(objective=TEACHER_ALONE, teacher={"tokenizer": "theirs"}), teachers=[nothing])
@@ -387,7 +387,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("sections", "message"), REFUSED)
-def test_a_combination_that_does_not_do_what_it_says_is_refused_before_anything_is_loaded(sections, message):
+def test_invalid_combinations_are_refused_before_anything_is_loaded(sections, message):
     config = train_config(**sections)
     for decide in (recipe.check, make_recipe):
         with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
@@ -413,7 +413,7 @@ def test_a_combination_that_does_not_do_what_it_says_is_refused_before_anything_
         ({"reference": {"path": "x", "estimator": "k1"}}, "objective.reference.estimator: k1 in the loss is refused"),
     ],
 )
-def test_an_estimator_that_does_not_do_what_it_is_named_for_is_refused(keys, message):
+def test_an_estimator_with_the_wrong_gradient_is_refused(keys, message):
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
         recipe.check(train_config(objective=BOTH | keys))
 
@@ -434,5 +434,5 @@ def test_an_estimator_that_does_not_do_what_it_is_named_for_is_refused(keys, mes
         },
     ],
 )
-def test_what_comes_close_to_a_refusal_is_taken(sections):
+def test_valid_combinations_close_to_a_refusal_are_accepted(sections):
     recipe.check(train_config(**sections))

@@ -53,7 +53,7 @@ def test_sizes_that_do_not_fit_the_devices_are_refused_with_the_remedy():
             sharding.make_mesh(section, devices=four)
 
 
-def test_one_device_is_a_mesh_too():
+def test_one_device_makes_a_mesh():
     mesh = sharding.make_mesh(MeshSection(), devices=jax.devices()[:1])
     assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
@@ -110,7 +110,7 @@ assert sharded.layers.gate[...].sharding.spec == P(None, "fsdp", "tensor")
 """
 
 
-def test_eight_devices_are_split_as_the_table_says_and_start_like_one():
+def test_eight_devices_shard_by_the_table_and_start_equal_to_one():
     subprocess.run(
         [sys.executable, "-c", EIGHT_DEVICES],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
@@ -119,7 +119,7 @@ def test_eight_devices_are_split_as_the_table_says_and_start_like_one():
     )
 
 
-def test_a_mesh_without_an_axis_leaves_its_dims_whole():
+def test_dims_of_a_missing_mesh_axis_are_not_sharded():
     mesh = jax.make_mesh((1,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
     decoder = nnx.eval_shape(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0)))
     shardings = param_shardings(decoder, mesh)

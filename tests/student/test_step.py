@@ -163,7 +163,7 @@ def test_no_array_of_all_tokens_by_the_vocabulary_is_ever_made():
 
 
 @pytest.mark.parametrize("kind", ["topk_reverse_kl", "sampled_reverse_kl", "rl_only", "distill_only", "sequence_mean"])
-def test_one_step_equals_the_formula_written_out(kind):
+def test_one_step_equals_the_written_formula(kind):
     objective = {"distillation": "sampled_reverse_kl", "distill_discount": 0.5} if kind == "sampled_reverse_kl" else {}
     objective |= {"rl_only": {"distill_loss_weight": 0.0}, "distill_only": {"rl_loss_weight": 0.0}}.get(kind, {})
     objective |= {"reduction": "sequence_mean"} if kind == "sequence_mean" else {}
@@ -241,7 +241,7 @@ def step_of_four_updates():
 
 @pytest.mark.parametrize("bad", ["nan", "inf"])
 @pytest.mark.parametrize("minibatches", [1, 4])
-def test_nan_or_infinity_leaves_the_whole_state_as_it_was(bad, minibatches):
+def test_nan_or_infinity_leaves_the_state_unchanged(bad, minibatches):
     step, start = default_step() if minibatches == 1 else step_of_four_updates()
     state, _ = step(start(), random_batch())
     before = copy(state)
@@ -254,7 +254,7 @@ def test_nan_or_infinity_leaves_the_whole_state_as_it_was(bad, minibatches):
     assert metrics["finite"] and int(state.step) == 2
 
 
-def test_what_stands_at_unscored_targets_changes_nothing_not_even_a_bit():
+def test_values_at_unscored_targets_change_no_bit():
     step, start = default_step()
     batch = random_batch()
     hole = ~batch.loss_mask
@@ -283,7 +283,7 @@ def test_rows_of_padding_targets_and_row_order_do_not_change_the_step():
     assert_trees_close(state.params, other_state.params, atol=2e-4)
 
 
-def test_minibatches_are_that_many_updates_on_every_nth_row():
+def test_each_minibatch_is_one_update_on_every_nth_row():
     four, start = step_of_four_updates()
     config = train_config(optimizer={"minibatches": 4, "warmup_steps": 2, "schedule": "linear"})
     batch = random_batch()
@@ -300,7 +300,7 @@ def test_minibatches_are_that_many_updates_on_every_nth_row():
     assert int(together.step) == 1
 
 
-def test_one_compilation_for_each_shape():
+def test_the_step_compiles_once_per_shape():
     config = train_config()
     graphdef, params = make_params()
     optimizer = make_optimizer(config.optimizer, config.num_steps)
@@ -315,7 +315,7 @@ def test_one_compilation_for_each_shape():
     assert step._compiled._cache_size() == 2  # where a state lies is a part of the key
 
 
-def test_a_batch_without_what_the_objective_reads_is_refused():
+def test_a_batch_that_lacks_a_field_of_the_objective_is_refused():
     graphdef, params = make_params()
     config = train_config(objective={"distillation": "topk_reverse_kl"})
     optimizer = make_optimizer(config.optimizer, config.num_steps)
@@ -399,7 +399,7 @@ def test_eight_devices_equal_one():
                 np.testing.assert_allclose(a[name], b[name], rtol=2e-3, atol=1e-5, err_msg=name)
 
 
-def test_bfloat16_compute_keeps_float32_masters_and_nearly_the_same_loss():
+def test_bfloat16_compute_keeps_float32_weights_and_nearly_the_same_loss():
     step, start = default_step()
     _, exact = step(start(), random_batch())
     graphdef, params = nnx.split(models.random_init(decoder_config(), 3, compute_dtype="bfloat16"), nnx.Param)

@@ -81,7 +81,7 @@ def test_an_eighth_of_all_prompts_is_held_out_in_every_carry_class():
     np.testing.assert_allclose(held_out / total, 1 / 8, atol=5 * (1 / 8 * 7 / 8 / total.min()) ** 0.5)
 
 
-def test_held_out_problems_do_not_change_from_version_to_version(task):
+def test_held_out_problems_are_the_same_in_every_version(task):
     """Numbers of one run are compared with another's: these five were written down on the day of the first one."""
     prompts = [task.decode(p.prompt_ids) for p in task.eval_problems(5)]
     assert prompts == ["500+876=", "840+644=", "361+604=", "887+460=", "091+359="]
@@ -125,7 +125,7 @@ def test_a_tokenizer_of_another_model_is_refused(task, tmp_path):
 
 
 @pytest.mark.parametrize(("num_layers", "num_params"), [(4, 789_888), (2, 396_032)])
-def test_the_models_have_the_sizes_they_are_said_to_have(tmp_path, num_layers, num_params):
+def test_the_models_have_the_documented_sizes(tmp_path, num_layers, num_params):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     addition.write_model(tmp_path, num_layers=num_layers)

@@ -115,7 +115,7 @@ def test_solutions_follow_the_prompts_format(make):
     assert text(answer_format="boxed") == "70 + 2 = 72\n\\boxed{72}<|im_end|>"
 
 
-def test_a_completion_is_right_only_with_the_number_and_an_end(make):
+def test_a_completion_is_right_only_with_the_number_and_a_stop_token(make):
     task = make()
     problem = task.eval_problems(1)[0]
     assert task.stop_token_ids == (258, 256)  # the tokenizer's, and the other one of generation_config.json
@@ -158,7 +158,7 @@ def test_a_file_that_is_not_text_is_an_error_that_names_file_and_line(make, tmp_
         make(train_path=str(tmp_path / "latin.jsonl"))
 
 
-def test_a_file_that_is_not_there_names_the_option_to_set(make):
+def test_a_missing_file_names_the_option_to_set(make):
     with pytest.raises(ValueError, match=r"cannot read nowhere.jsonl \(No such file or directory\): set task.options"):
         make(train_path="nowhere.jsonl")
 
@@ -179,7 +179,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(make, tmp_path):
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"the published GSM8K files are not in {DATA}")
 @pytest.mark.parametrize("answer_format", ["####", "boxed"])
-def test_every_published_solution_is_right_and_every_neighbours_answer_is_not(tokenizer, answer_format):
+def test_every_published_solution_is_right_and_an_answer_off_by_one_is_wrong(tokenizer, answer_format):
     options = {"train_path": str(DATA / "train.jsonl"), "test_path": str(DATA / "test.jsonl")}
     task = create_task("gsm8k", options | {"answer_format": answer_format}, tokenizer)
     assert (task.num_train, task.num_eval) == (7473, 1319)

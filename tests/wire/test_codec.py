@@ -116,7 +116,7 @@ def assert_same_sequences(got, expected):
 
 @settings(max_examples=200, deadline=None)
 @given(requests())
-def test_a_request_has_the_bytes_of_plain_protobuf_and_survives_the_way(request):
+def test_a_request_has_the_bytes_of_plain_protobuf_and_round_trips(request):
     sequences, options = request
     data = codec.encode_request(sequences, **options._asdict())
     assert data == plain_request(sequences, options).SerializeToString()
@@ -155,7 +155,7 @@ def runs(draw):
 
 @settings(max_examples=200, deadline=None)
 @given(runs())
-def test_a_response_has_the_bytes_of_plain_protobuf_and_survives_the_way(case):
+def test_a_response_has_the_bytes_of_plain_protobuf_and_round_trips(case):
     top_k, count, entries = case
     data = codec.encode_response(entries, info=INFO, temperature=0.5)
     plain = teacher_pb2.ScoreSequencesResponse.FromString(data)
@@ -256,7 +256,7 @@ def test_a_request_whose_counts_disagree_is_refused(fields, message):
 
 
 @pytest.mark.parametrize("data", [b"\xff\xff\xff", bytes([8 << 3 | 2, 3]) + b"abc"])
-def test_bytes_that_are_no_message_are_refused(data):
+def test_bytes_that_are_not_a_message_are_refused(data):
     with pytest.raises(InvalidRequestError, match=r"not a jdistill\.wire\.v1.ScoreSequencesRequest"):
         codec.decode_request(data)
     with pytest.raises(VerificationError, match=r"not a jdistill\.wire\.v1.ScoreSequencesResponse"):
@@ -325,7 +325,7 @@ def full_response():
 
 
 @pytest.mark.parametrize("kind", ["request", "response"])
-def test_no_flipped_bit_of_a_message_goes_unseen(kind):
+def test_every_flipped_bit_of_a_message_is_detected(kind):
     data = full_request() if kind == "request" else full_response()
     seen_as = {"same": 0, "corrupted": 0, "other": 0}
     for bit in range(8 * len(data)):
@@ -357,7 +357,7 @@ def test_sequences_with_different_numbers_of_candidates_do_not_share_a_request()
 
 @settings(deadline=None)
 @given(st.integers(0, 40), st.integers(1, 200), st.sampled_from([0, 1, 3]))
-def test_split_scores_are_the_scores_in_order_and_within_the_size(num_scored, max_bytes, top_k):
+def test_split_scores_keep_order_and_stay_within_the_size(num_scored, max_bytes, top_k):
     rng = np.random.default_rng(0)
     scores = TokenScores(
         logprobs=rng.normal(size=num_scored).astype(np.float32),
@@ -379,14 +379,14 @@ def test_split_scores_are_the_scores_in_order_and_within_the_size(num_scored, ma
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32, ">i4", ">i8"])
-def test_token_crc_is_that_of_little_endian_words_whatever_the_array(dtype):
+def test_token_crc_covers_little_endian_words_for_any_array_layout(dtype):
     ids = [1, 70000, 2**31 - 1, 0]
     expected = zlib.crc32(b"".join(struct.pack("<I", i) for i in ids))
     assert codec.token_crc(np.array(ids, dtype)) == expected
     assert codec.token_crc(np.repeat(np.array(ids, dtype), 2)[::2]) == expected  # not contiguous
 
 
-def test_server_info_survives_the_way():
+def test_server_info_round_trips():
     info = ServerInfo("1", "abc", "fake", "2", (INFO,), 2**40)
     assert codec.decode_server_info(codec.encode_server_info(info)) == info
     adapter = dataclasses.replace(INFO, model="lora", base_model="m")
@@ -396,7 +396,7 @@ def test_server_info_survives_the_way():
         codec.decode_server_info(b"\xff\xff")
 
 
-def test_a_server_that_loads_has_no_models_and_any_other_must_name_one():
+def test_only_a_loading_server_may_list_no_models():
     loading = ServerInfo("1", "abc", "", "", (), 0, ServerState.LOADING)
     assert codec.decode_server_info(codec.encode_server_info(loading)) == loading
     for state in (ServerState.SERVING, ServerState.DRAINING):
@@ -406,7 +406,7 @@ def test_a_server_that_loads_has_no_models_and_any_other_must_name_one():
         codec.decode_server_info(teacher_pb2.GetServerInfoResponse(state=77).SerializeToString())  # type: ignore[arg-type]
 
 
-def test_a_teacher_prefix_takes_the_place_of_the_prompt_and_the_same_tokens_are_scored():
+def test_a_teacher_prefix_replaces_the_prompt_and_the_same_tokens_are_scored():
     tokens = np.array([1, 2, 3, 10, 11, 12], np.int32)
     prefix = np.array([7, 8, 9, 9, 9], np.int32)
     sequence = SequenceToScore(tokens, ((3, 4), (5, 6)), teacher_prefix=prefix, num_replaced=3)
@@ -427,7 +427,7 @@ def test_a_teacher_prefix_takes_the_place_of_the_prompt_and_the_same_tokens_are_
         ({"prefix_replaced": [0, 3]}, "prefix_replaced of sequence 1 is 3 of its 3 tokens"),
     ],
 )
-def test_prefixes_that_do_not_fit_are_refused(change, words):
+def test_invalid_prefixes_are_refused(change, words):
     fields = {"prefix_lengths": [2, 0], "prefix_replaced": [1, 0], "prefix_token_ids": [5, 6]} | change
     request = teacher_pb2.ScoreSequencesRequest(sequence_lengths=[3, 3], token_ids=range(6), **fields)
     with pytest.raises(InvalidRequestError, match=words):

@@ -73,7 +73,7 @@ def check_read_alike(columns, kind, data):
 
 
 @pytest.mark.parametrize("data", [WHOLE_RESPONSE, WHOLE_RESPONSE * 2, b"", WHOLE_RESPONSE[:300]])
-def test_whole_cut_and_repeated_responses_are_read_as_protobuf_reads_them(data):
+def test_complete_truncated_and_repeated_responses_are_read_as_protobuf_reads_them(data):
     check_read_alike(RESPONSE, teacher_pb2.ScoreSequencesResponse, data)
 
 
@@ -111,18 +111,18 @@ def test_any_bytes_are_read_as_protobuf_reads_them(data):
     check_read_alike(REQUEST, teacher_pb2.ScoreSequencesRequest, data)
 
 
-def test_a_column_in_pieces_is_the_column_as_a_whole():
+def test_a_split_column_is_read_as_one():
     pieces = [np.array([1, 2], np.int32), np.array([[3, 4], [5, 6]], np.int32)[:, ::-1], np.empty(0, np.int32)]
     whole = [np.array([1, 2, 4, 3, 6, 5], np.uint32)]
     assert RESPONSE.encode({"model": "m"}, {"top_ids": pieces}) == RESPONSE.encode({"model": "m"}, {"top_ids": whole})
 
 
 @pytest.mark.parametrize("text", ["\0", "\0\0\0\0"])
-def test_a_text_of_zero_bytes_is_not_an_absent_one(text):
+def test_an_empty_string_is_not_an_absent_one(text):
     assert RESPONSE.decode(RESPONSE.encode({"model": text}, {})).scalars["model"] == text
 
 
-def test_the_crc_that_is_written_is_the_one_that_is_read():
+def test_the_written_crc_is_the_crc_that_is_read():
     data = RESPONSE.encode({"model": "m", "temperature": 1.5}, {"logprobs": [np.array([-1.0, -2.0], np.float32)]})
     got = RESPONSE.decode(data)
     assert got.scalars["payload_crc"] == got.crc

@@ -53,7 +53,7 @@ def fail_with():
         (errors.TeacherError("what"), grpc.StatusCode.INTERNAL),
     ],
 )
-def test_an_error_comes_back_as_itself(fail_with, error, code):
+def test_every_error_round_trips_through_its_status(fail_with, error, code):
     rpc_error = fail_with(error)
     assert rpc_error.code() == code
     got = status.from_rpc_error(rpc_error, "host:1")
@@ -73,7 +73,7 @@ def test_the_details_are_those_that_every_grpc_library_reads(fail_with):
     assert (info.domain, info.reason) == ("jdistill", "INVALID_REQUEST")
 
 
-def test_an_exception_of_another_kind_tells_its_type_and_not_its_text(fail_with):
+def test_any_other_exception_sends_its_type_but_not_its_text(fail_with):
     got = status.from_rpc_error(fail_with(KeyError("secret")), "host:1")
     assert type(got) is errors.TeacherError
     assert "KeyError" in str(got) and "secret" not in str(got)
@@ -102,7 +102,7 @@ def test_a_long_message_of_any_characters_always_arrives(fail_with, char):
         (grpc.StatusCode.UNIMPLEMENTED, "Method not found!", errors.UnsupportedError),
     ],
 )
-def test_a_status_without_our_details_is_judged_by_its_code(fail_with, code, text, kind):
+def test_a_status_without_our_details_is_mapped_by_its_code(fail_with, code, text, kind):
     rpc_error = fail_with((code, text, ()))
     got = status.from_rpc_error(rpc_error, "host:1")
     assert type(got) is kind
@@ -116,14 +116,14 @@ def garbled_detail():
 
 
 @pytest.mark.parametrize("details", [b"\xff\xff\xff", garbled_detail()], ids=["status", "detail"])
-def test_details_that_cannot_be_read_leave_the_code(fail_with, details):
+def test_unreadable_details_are_ignored_and_the_code_counts(fail_with, details):
     rpc_error = fail_with((grpc.StatusCode.UNAVAILABLE, "x", ((status.DETAILS_KEY, details),)))
     assert type(status.from_rpc_error(rpc_error, "h")) is errors.UnavailableError
     assert status.retry_delay_s(rpc_error) is None
 
 
 @pytest.mark.parametrize("sequence", ["x", "-1", "1.5", ""])
-def test_a_sequence_that_is_no_index_blames_none(fail_with, sequence):
+def test_a_sequence_detail_that_is_not_an_index_is_ignored(fail_with, sequence):
     message = status_pb2.Status(code=3, message="x")
     info = error_details_pb2.ErrorInfo(reason="INVALID_REQUEST", domain="jdistill", metadata={"sequence": sequence})
     message.details.add().Pack(info)

@@ -20,7 +20,7 @@ def tokens(*ids):
 GOOD = SequenceToScore(tokens(0, 9, 3, 4, 5, 6), ((1, 2), (3, 6)), np.zeros((4, 3), np.int32))
 
 
-def test_a_request_at_every_limit_is_good():
+def test_a_request_at_every_limit_is_accepted():
     validate_request([GOOD, SequenceToScore(tokens(0, 9))], info=INFO, top_k=4, temperature=0.3)
 
 
@@ -83,7 +83,7 @@ def test_a_bad_option_is_refused(options, field):
         ({"any_temperature": False}, {"temperature": 0.7}, "scores at temperature 1 only"),
     ],
 )
-def test_what_the_engine_cannot_do_at_all_is_unsupported_and_names_the_remedy(change, options, message):
+def test_features_that_the_engine_lacks_are_unsupported_with_a_remedy(change, options, message):
     with pytest.raises(UnsupportedError, match=message):
         validate_request([GOOD], info=dataclasses.replace(INFO, **change), **options)
 
@@ -100,7 +100,7 @@ def test_what_the_engine_cannot_do_at_all_is_unsupported_and_names_the_remedy(ch
         ([1] * 7, 0, (), "with its teacher_prefix has 11 tokens"),
     ],
 )
-def test_a_prefix_that_cannot_be_is_refused(prefix, num_replaced, spans, words):
+def test_an_invalid_prefix_is_refused(prefix, num_replaced, spans, words):
     info = dataclasses.replace(INFO, vocab_size=16, max_sequence_length=10)
     ids = np.arange(4, dtype=np.int32)
     array = None if prefix is None else np.array(prefix, np.int32)
