@@ -1,4 +1,4 @@
-"""Masks become spans and scores come back to the grid, for any mask; padding is never looked at."""
+"""Masks become spans and scores return to the grid, for any mask; padding is never read."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def test_the_worked_example_of_the_docstring():
 
 
 def score(sequence, top_k):
-    """A number that depends on the whole prefix of each scored position, taken one position at a time."""
+    """Returns, per scored position, a number that depends on its whole prefix."""
     positions = sequence.scored_positions()
     prefix = np.cumsum(sequence.token_ids * np.arange(1, len(sequence.token_ids) + 1))
     logprobs = -(prefix[positions] % 8191).astype(np.float32) / 64

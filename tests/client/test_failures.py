@@ -1,4 +1,4 @@
-"""Connections that break and servers that refuse, hang, die and come back."""
+"""Connections that break, and servers that refuse, hang, die and restart."""
 
 import concurrent.futures
 import logging
@@ -14,7 +14,7 @@ from tests.client.factories import check, hang, hang_after, sequences, wait_for,
 
 
 def unavailable(teacher, context, chunks):
-    """Dies after the first chunk."""
+    """A fault: the server dies after the first chunk."""
     yield next(chunks)
     context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
 
@@ -24,7 +24,7 @@ def test_after_a_broken_stream_only_missing_sequences_are_requested_again(start_
     teacher.faults.append(unavailable)
     asked = [SequenceToScore(np.arange(n)) for n in (5, 6, 7, 8)]
     check(teacher, asked, connect(teacher).score(asked))
-    # The fake answers from the last sequence to the first: of 4, only the one with 8 tokens had come.
+    # The fake answers from the last sequence to the first: of 4, only the one with 8 tokens has arrived.
     assert [[len(s.token_ids) for s in call] for call in teacher.requests] == [[5, 6, 7, 8], [5, 6, 7]]
 
 
@@ -101,7 +101,7 @@ def test_the_other_replicas_take_over_from_one_that_is_stopped(start_teacher, co
         assert not future.done()
         teachers[1].stop()
         check(teachers[0], asked, future.result(timeout=60))
-    # It comes back on the same port, and is given work again.
+    # It restarts on the same port and gets work again.
     num_before = len(teachers[1].requests)
     teachers[1].always = None
     teachers[1].start()

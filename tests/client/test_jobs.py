@@ -1,4 +1,4 @@
-"""The queue against a plain list, and what a job costs."""
+"""The queue against a plain list, and the cost of a job in time and memory."""
 
 import gc
 import sys
@@ -20,7 +20,7 @@ ENDPOINTS = ("a", "b")
 
 
 class PlainQueue:
-    """The same in ten lines, scanning everything."""
+    """The queue in ten lines, with scans of a list."""
 
     def __init__(self):
         self.jobs = []
@@ -88,7 +88,7 @@ def test_the_queue_equals_a_scan_of_a_plain_list(data):
 
 def test_the_cost_of_a_job_does_not_grow_with_the_queue():
     def lines_per_job(num_jobs):
-        """Of Python, executed in the queue: a count, since times depend on what else runs."""
+        """Counts Python lines executed in the queue: unlike times, they do not depend on the machine's load."""
         jobs = [
             make_job(SequenceToScore(np.arange(8)), index=i, top_k=i % 2, temperature=1.0, deadline=1.0)
             for i in range(num_jobs)
@@ -146,7 +146,7 @@ def test_unreferenced_scores_are_freed_without_the_garbage_collector(start_teach
 
 
 def wait_until_held(num_bytes):
-    """Waits until at most `num_bytes` are traced: the background thread frees the last call after its result."""
+    """Waits until at most `num_bytes` are traced: the background thread frees a call only after its result."""
     wait_for(lambda: tracemalloc.get_traced_memory()[0] < num_bytes)
 
 
@@ -165,7 +165,7 @@ def test_large_replies_are_decoded_into_the_final_arrays_without_a_second_copy(s
         wait_until_held(final + 5e6)
     finally:
         tracemalloc.stop()
-    # On top: one sequence in the fake teacher, some of the 1 MB messages on their way, a message's checks.
+    # In addition: one sequence in the fake teacher, a few 1 MB messages in flight, one message's checks.
     assert peak < final + 45e6
     for sequence, scores in zip(asked, got, strict=True):
         teacher.assert_scores(scores, sequence, top_k=64)

@@ -150,7 +150,7 @@ def test_the_teacher_sees_the_prefix_and_scores_the_same_tokens(start_teacher, c
     got = [connect(teacher).submit(sequence).result(timeout=60) for sequence in asked]
     for sequence, scores in zip(asked, got, strict=True):
         teacher.assert_scores(scores, sequence)
-    # Spelled out for the first: 3 tokens give way to 6, so the tokens at 4 to 8 were scored at 7 to 11.
+    # For the first: 6 tokens replace 3, so the tokens at 4 to 8 were scored at 7 to 11.
     np.testing.assert_array_equal(got[0].logprobs, teacher.expected_logprobs(tokens(9)[4:], np.arange(7, 12)))
     assert got[0].token_crc == codec.token_crc(np.r_[[90, 91, 92, 93, 94, 95], tokens(9)[3:]])
 

@@ -1,4 +1,4 @@
-"""Slow, hung and overloaded replicas: work is hedged, given up, held back, and scored once in the result."""
+"""Slow, hung and overloaded replicas: work is hedged, abandoned or held back, and scored once in the result."""
 
 import concurrent.futures
 import dataclasses
@@ -28,7 +28,7 @@ def check(asked, got, teacher):
 
 
 def assert_idle(client):
-    """The books are balanced once nothing is under way."""
+    """Checks that the accounting is back at 0 once no call is in flight."""
     wait_for(lambda: all(r.calls == 0 and r.outstanding_tokens == 0 for r in replicas(client)))
 
 
@@ -180,7 +180,7 @@ def test_a_replica_that_always_loses_gets_less_and_less_work(start_teacher, conn
         return len(hung.requests) >= 6 and len(without_it_s) > len(with_it_s)
 
     wait_for(asked_often)
-    # Pauses of at least 0.05, 0.1, 0.2, 0.4 and 0.8 s, and one more for each further request.
+    # Pauses of at least 0.05, 0.1, 0.2, 0.4 and 0.8 s, and another for each further request.
     assert time.monotonic() - start >= 0.05 * (2 ** (len(hung.requests) - 1) - 1)
     assert statistics.median(without_it_s) < statistics.median(with_it_s)  # those rounds did not wait
 
@@ -215,7 +215,7 @@ def test_work_does_not_alternate_with_a_hanging_replica(start_teacher, connect):
     while len(hung.requests) < 4 + 2:  # at first max_in_flight calls, then one after each pause
         check(asked, client.score(asked), good)
         assert time.monotonic() - start < 60
-    # Each pause is twice the one before; each call was given up after 0.4 s at the earliest.
+    # Each pause is twice the previous one; each call was abandoned after 0.4 s at the earliest.
     assert time.monotonic() - start >= 0.4 * (1 + 2) + 0.4 * 2
     hung.always = None
     replicas(client)[0].paused_until = 0.0
@@ -241,7 +241,7 @@ def test_late_and_hung_are_relative_to_the_usual_time():
     for _ in range(50):
         pace.add(0.1, 10)
     pace.add(0.2, 1)  # mostly overhead: hardly counts
-    # Five calls count, so to speak: 0.5 s and 50 tokens, then 0.8 times that and the last one.
+    # Decaying sums over about five calls: 0.5 s and 50 tokens, then 0.8 times that plus the last call.
     assert pace.s_per_token == pytest.approx((0.4 + 0.2) / (40 + 1), rel=1e-3)
 
     class At:  # a replica, as far as a Call looks at it
@@ -325,7 +325,7 @@ def test_ten_clients_at_several_times_capacity_lose_nothing_and_keep_the_engine_
     clients = [connect(teacher, batch_tokens=160, deadline_s=60) for _ in range(10)]
     asked = [sequences(40, seed=i) for i in range(10)]
 
-    # What the engine does on this machine, now, for one client that is never refused.
+    # The engine's rate on this machine now, for one client that is never refused.
     teacher.always = alone = Bounded(num_places=4, s_per_sequence=0.004)
     check(asked[0], clients[0].score(asked[0]), teacher)
     assert not alone.num_refused
@@ -341,7 +341,7 @@ def test_ten_clients_at_several_times_capacity_lose_nothing_and_keep_the_engine_
     busy = alone.mean_s / bounded.mean_s
     print(f"{busy:.0%} of the throughput alone, {bounded.num_refused} calls refused, {len(teacher.requests)} sent")
     assert busy > 0.4  # 0.8 to 0.9 on a quiet machine; an exponential backoff had 0.33
-    # None comes back before the pause that the server asks for, and each client has at most 4 calls in flight.
+    # No call is repeated before the pause that the server asks for, and each client has at most 4 calls in flight.
     assert 0 < bounded.num_refused <= 10 * 4 * (1 + (bounded.work_s[-1] - bounded.work_s[0]) / RETRY_AFTER_S)
 
 

@@ -1,4 +1,4 @@
-"""Reply: chunks in any order become whole scores; of a chunk that is refused nothing is ever seen."""
+"""Verification of replies: chunks in any order become whole scores; a refused chunk leaves nothing behind."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Two real processes of 4 devices each train what one process of 8 does, through `jdistill train`."""
+"""Two real processes with 4 devices each train the same as one with 8, through `jdistill train`."""
 
 from __future__ import annotations
 

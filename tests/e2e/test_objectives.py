@@ -105,7 +105,7 @@ def run(endpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(REPO)
 
     def run(*overrides, resume=False):
-        """The lines of metrics.jsonl of two steps."""
+        """Trains two steps; returns the lines of metrics.jsonl."""
         teacher = ["teacher.spawn=null"]
         if not any("several" in override for override in overrides):
             teacher.append(f"teacher.endpoints=['{endpoint}']")
@@ -126,7 +126,7 @@ def run(endpoint, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_objective_traces_a_step_from_its_yaml_keys(name, monkeypatch):
-    """Traces the step that `train` compiles; what the numbers are is for tests/losses and tests/student."""
+    """Traces the step that `train` compiles; tests/losses and tests/student check its numbers."""
     overrides, reported = CASES[name]
     monkeypatch.chdir(REPO)
     asked = config.load(config.TrainConfig, "configs/demo.yaml", [*SMALL, *overrides])
@@ -158,7 +158,7 @@ TRAINED = {
             *("objective.distill_clip=5.0", "objective.value_loss_weight=0.25"),
         ],
         {"policy_loss": 1, "value_loss": 0.25},
-        # The head's first estimates are 0, which explains nothing; two updates later they are not.
+        # The head's first estimates are 0, with explained variance 0; after two updates it is not 0.
         {"explained_variance": [lambda v: v == 0, lambda v: v < 1], "reverse_kl": [lambda v: v > 0] * 2},
     ),
     "adapters, kdrl, and a reference, in parts": (
@@ -168,7 +168,7 @@ TRAINED = {
             f"objective.reference={{path: {STUDENT}, weight: 0.1}}",
         ],
         {"policy_loss": 1, "distill_loss": "distill_loss_weight", "reference_kl": 0.1},
-        # The student is its reference until the first update.
+        # Until the first update the student equals its reference.
         {
             "distill_loss_weight": [lambda w: w == 1, lambda w: w == np.float32(0.7)],
             "reference_kl": [lambda kl: kl < 1e-10, lambda kl: kl > 1e-8],
@@ -182,7 +182,7 @@ TRAINED = {
             *("optimizer.b2=null", "optimizer.moment_dtype=bfloat16"),
         ],
         {"policy_loss": 1, "distill_loss": 1},
-        # The sampler and the step round differently, by far less than what is rejected.
+        # The sampler and the step round differently, but by far less than the rejection limit.
         {"behavior_kept_share": [lambda share: share == 1] * 2, "behavior_weight_mean": [lambda w: w == 1] * 2},
     ),
 }
@@ -195,7 +195,7 @@ def test_a_trained_loss_is_the_sum_of_its_terms(run, name):
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
         terms = [line[term] * (line[weight] if isinstance(weight, str) else weight) for term, weight in weights.items()]
-        # float32 means over minibatches and parts: of sums of terms, against sums of means.
+        # float32 rounding: means over minibatches and parts of summed terms, against sums of means.
         np.testing.assert_allclose(line["loss"], sum(terms), rtol=0, atol=2e-6 * max(1, *map(abs, terms)))
         assert line["grad_norm"] > 0
     for metric, holds in expected.items():
@@ -212,7 +212,7 @@ def test_training_on_parts_while_others_are_scored_changes_no_number(run):
 
 def test_nothing_compiles_after_the_first_steps_and_a_slow_teacher_shows_in_the_metrics(run, tmp_path):
     fingerprint = checkpoint_files.tokenizer_fingerprint(STUDENT)
-    # 8 rows of 42 tokens at most: a second and more for what takes milliseconds to sample.
+    # At most 8 rows of 42 tokens: scoring takes over a second, sampling only milliseconds.
     slow = {"vocab_size": 16, "tokens_per_s": 300, "tokenizer_fingerprint": fingerprint}
     section = config.SpawnSection(engine="fake", model=str(REPO / TEACHER), engine_args=slow)
     with TeacherProcess(section, tmp_path / "slow.log") as teacher:
@@ -228,7 +228,7 @@ AHEAD = ["objective.proximal=recomputed", "objective.behavior={action: clamp}"]
 
 
 def test_with_ahead_each_batch_is_sampled_before_the_last_update(run):
-    """A student that hardly learns samples what the untrained one would; one that is ahead does so for two steps."""
+    """With ahead, two steps sample as the untrained student; `still` hardly learns, so it shows what that samples."""
     ahead = run(*AHEAD, "rollout.ahead=1", "num_steps=4", "optimizer.learning_rate=0.01", "optimizer.warmup_steps=0")
     still = run(*AHEAD, "num_steps=4", "optimizer.learning_rate=1e-12")
     gaps = [line["sampler_gap_mean"] for line in ahead]
@@ -265,7 +265,7 @@ def test_a_privileged_teacher_gives_other_scores(run):
 
 
 def test_a_teacher_with_another_tokenizer_scores_the_same_text(run, tmp_path):
-    # The same teacher with its vocabulary in another order: what it says of a text must not change.
+    # The same teacher with a permuted vocabulary: its scores of a text must not change.
     other = shutil.copytree(REPO / TEACHER, tmp_path / "teacher")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]

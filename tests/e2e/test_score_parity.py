@@ -79,7 +79,7 @@ def engine_arguments(engine: str, checkpoint: pathlib.Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: pathlib.Path, lines: list[dict]) -> dict[float, list[dict]]:
-    """Another implementation: transformers' whole log-softmax, one sequence at a time."""
+    """Reference: transformers' full log-softmax, one sequence at a time."""
     import torch
     import transformers
 

@@ -71,7 +71,7 @@ def num_lines(run_dir: pathlib.Path) -> int:
 
 
 def sidecar_pid(run_dir: pathlib.Path) -> int:
-    """The process that runs `jdistill teacher` with this run's file."""
+    """Returns the process that runs `jdistill teacher` with this run's file."""
     wanted = str(run_dir / "teacher.yaml").encode()
     for proc in pathlib.Path("/proc").iterdir():
         if proc.name.isdigit():
@@ -113,7 +113,7 @@ def test_a_run_reports_every_step(uninterrupted: pathlib.Path) -> None:
     assert [line["step"] for line in lines] == list(range(NUM_STEPS + 1))
     assert [line["step"] for line in lines if "eval/accuracy" in line] == [0, 3, 6, 7]
     assert all(line["reverse_kl"] > 0 for line in lines[1:])
-    # The sampler and the trainer are two programs: they must agree on the probability of what was sampled.
+    # Sampler and step are two programs, which must agree on the sampled tokens' probabilities.
     assert max(line["sampler_gap_max"] for line in lines[1:]) < 1e-3
 
 
@@ -140,7 +140,7 @@ def test_another_engine_gives_the_same_loss(
 ) -> None:
     run_dir = tmp_path / engine
     finish(start(run_dir, f"teacher.spawn.engine={engine}", f"teacher.spawn.python={python}", "num_steps=1"))
-    # The first batch is the same: only the teacher's rounding differs.
+    # The first batch is identical: only the teacher's rounding differs.
     for name in ("loss", "reverse_kl"):
         assert metrics(run_dir)[1][name] == pytest.approx(metrics(uninterrupted)[1][name], abs=1e-4)
     assert metrics(run_dir)[1]["sampled_tokens"] == metrics(uninterrupted)[1]["sampled_tokens"]
@@ -205,7 +205,7 @@ def test_a_teacher_that_cannot_sleep_is_an_error_before_the_first_step(tmp_path:
 
 
 def start_teacher(directory: pathlib.Path) -> tuple[subprocess.Popen[bytes], str]:
-    """A sidecar that the trainer did not start, and its address."""
+    """Starts a sidecar apart from any trainer; returns its process and address."""
     port_file = directory / "port"
     teacher = subprocess.Popen(
         [sys.executable, "-m", "jdistill.cli", "teacher", "--engine", "jax", "--model", "examples/addition/teacher"]

@@ -1,4 +1,4 @@
-"""Requests that must be refused, each with the field and the sequence that the refusal must name; for any engine."""
+"""Requests that every engine must refuse, each with the field and sequence that the error must name."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ BAD = {
 
 
 def assert_refused(error: grpc.RpcError, name: str) -> None:
-    """The call ended as BAD[name] says, in the status details and in the text."""
+    """Checks that the call ended as BAD[name] says, in the status details and in the text."""
     _, code, field, sequence = BAD[name]
     assert error.code() is getattr(grpc.StatusCode, code), (name, error)
     details = status_pb2.Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"]).details

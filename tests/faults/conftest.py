@@ -53,7 +53,7 @@ def proxy():
 
 @pytest.fixture(scope="module")
 def steady_sidecar(tmp_path_factory):
-    """A sidecar for all tests of a module that do it no harm; they check that it still serves."""
+    """A sidecar shared by a module's tests, which leave it intact and check that it still serves."""
     one = processes.launch(tmp_path_factory.mktemp("sidecar"), *WATCHED)
     yield one
     one.process.kill()

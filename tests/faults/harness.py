@@ -1,4 +1,4 @@
-"""What the fault tests share: batches whose scores tell position, token and sequence; looks at processes."""
+"""Shared by the fault tests: batches whose scores encode position, token and sequence; inspection of processes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def batch(num, *, seed=0, min_tokens=3, max_tokens=40, candidates=0) -> list[Seq
 
 
 def expected(sequence: SequenceToScore, *, top_k=0, temperature=1.0, vocab_size=VOCAB) -> TokenScores:
-    """What the fake engine's model says, from its formula."""
+    """Returns the fake engine's scores, from its formula."""
     positions_P = sequence.scored_positions()
     full_PV = fake.logprobs_PV(sequence.token_ids, positions_P, vocab_size=vocab_size, temperature=temperature)
     full_PV = np.minimum(full_PV.astype(np.float32), 0)
@@ -57,7 +57,7 @@ def expected(sequence: SequenceToScore, *, top_k=0, temperature=1.0, vocab_size=
 
 
 def assert_scores(got, sequences, *, top_k=0, temperature=1.0) -> None:
-    """Each sequence has exactly its own scores, to the bit, in the order asked."""
+    """Checks that each sequence has exactly its scores, bit for bit, in the requested order."""
     for b, (scores, sequence) in enumerate(zip(got, sequences, strict=True)):
         right = expected(sequence, top_k=top_k, temperature=temperature)
         assert scores.token_crc == right.token_crc
@@ -99,7 +99,7 @@ def wait_until(condition, timeout_s=60.0, *, what="it"):
 
 
 def metrics(sidecar) -> dict[str, float]:
-    """The sidecar's Prometheus metrics by name and labels."""
+    """Reads the sidecar's Prometheus metrics, by name and labels."""
     port = int(pathlib.Path(f"{sidecar.port_file}.metrics").read_text())
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
         lines = reply.read().decode().splitlines()
@@ -107,7 +107,7 @@ def metrics(sidecar) -> dict[str, float]:
 
 
 def calls(sidecar) -> list[dict[str, Any]]:
-    """The log's records of scoring calls that have ended: code, sequences, tokens, scored, ..."""
+    """Reads the log's records of finished scoring calls: code, sequences, tokens, scored, ..."""
     records = [json.loads(line) for line in sidecar.log.splitlines() if line.startswith("{") and line.endswith("}")]
     return [record for record in records if record.get("method") == "ScoreSequences" and "code" in record]
 

@@ -15,7 +15,7 @@ UP, DOWN = "up", "down"  # requests; replies
 
 
 class Fault:
-    """Passes everything on. `seen` counts bytes by direction; `struck` is set once the fault has done its work."""
+    """Forwards everything. `seen` counts bytes by direction; `struck` is set once the fault has acted."""
 
     def __init__(self):
         self.seen = {UP: 0, DOWN: 0}
@@ -29,7 +29,7 @@ class Fault:
 
 
 class At(Fault):
-    """Something that happens to the bytes [at, at + size) of one direction."""
+    """A fault in the bytes [at, at + size) of one direction."""
 
     def __init__(self, direction: str, at: int, size: int = 1):
         super().__init__()
@@ -40,7 +40,7 @@ class At(Fault):
         if direction != self.direction or self.struck.is_set() or begin >= len(data):
             await super().carry(direction, data, out)
             return
-        # All of [at, at + size) may not have come yet: what has is enough.
+        # Part of [at, at + size) may not have arrived yet: the arrived part is enough.
         await super().carry(direction, data[:begin], out)
         self.seen[direction] += len(data) - begin
         self.struck.set()
@@ -87,21 +87,21 @@ class Repeat(At):
 
 
 class Reorder(At):
-    """Swaps `size` bytes with as many that follow."""
+    """Swaps `size` bytes with the next `size`."""
 
     async def strike(self, hit, rest, out):
         out.write(rest[: self.size] + hit + rest[self.size :])
 
 
 class Overwrite(At):
-    """Puts zeros there."""
+    """Overwrites the bytes with zeros."""
 
     async def strike(self, hit, rest, out):
         out.write(bytes(len(hit)) + rest)
 
 
 class Cut(At):
-    """Ends the connection there: in order (FIN), or at once (RST)."""
+    """Ends the connection at these bytes, with FIN or RST."""
 
     def __init__(self, direction, at, *, reset):
         super().__init__(direction, at)
@@ -109,7 +109,7 @@ class Cut(At):
 
     async def strike(self, hit, rest, out):
         if self.reset:
-            # Time 0 to linger: close() sends RST instead of FIN.
+            # Linger time 0: close() sends RST instead of FIN.
             linger = (1).to_bytes(4, "little") + bytes(4)
             out.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         raise ConnectionResetError
@@ -126,7 +126,7 @@ class Delay(Fault):
 
 
 class Throttle(Fault):
-    """Few bytes at a time, so that every frame comes in pieces."""
+    """Forwards a few bytes at a time, so that every frame arrives in pieces."""
 
     def __init__(self, piece_bytes, pause_s):
         super().__init__()
@@ -161,7 +161,7 @@ class Freeze(Fault):
 
 
 class FaultProxy:
-    """Listens on a port of its own and carries to `target_port`, through `fault` (may be exchanged at any time)."""
+    """Listens on a port and forwards to `target_port` through `fault` (may be exchanged at any time)."""
 
     def __init__(self, target_port: int, fault: Fault | None = None):
         self.target_port = target_port
@@ -192,7 +192,7 @@ class FaultProxy:
         await self._stop.wait()
         server.close()
         await asyncio.sleep(0)  # a task that is cancelled before its first line would leave its connection open
-        # One that is just being accepted is nobody's yet: all tasks of the loop, until there are none.
+        # A connection that is being accepted is in no list yet, so cancel all tasks of the loop until none is left.
         while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
             for task in tasks:
                 task.cancel()

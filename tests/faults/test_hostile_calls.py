@@ -41,7 +41,7 @@ def test_a_method_name_that_is_not_utf8_costs_only_a_retry(start_sidecar, connec
         future.result(timeout=120)
     assert processes.health(sidecar.address) == processes.SERVING
     assert sidecar.log.count("listening again") == 2 and sidecar.log.count("loaded in") == 1
-    # What was under way for the connections that ended has left queue and engine.
+    # The work of the closed connections has left queue and engine.
     wait_until(lambda: not metrics(sidecar)["jdistill_open_calls"])
     assert metrics(sidecar)["jdistill_running_tokens"] == 0
     assert sidecar.stop() == 0

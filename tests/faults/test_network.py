@@ -1,4 +1,4 @@
-"""Bytes that are changed, lost, swapped, cut or held on their way: an error or a retry, never a wrong number."""
+"""Bytes that the network changes, loses, swaps, cuts or delays cause an error or a retry, never a wrong number."""
 
 import concurrent.futures
 import struct
@@ -36,7 +36,7 @@ def stream_bytes(steady_sidecar):
 
 
 def clean_client(proxy, **arguments):
-    # Frames whose length was changed leave both sides waiting for the rest: given up after stall_s.
+    # A frame with a changed length leaves both sides waiting for the rest; abandoned after stall_s.
     return TeacherClient([proxy.endpoint], **{"deadline_s": 30.0, "stall_s": 0.7, "batch_tokens": 300} | arguments)
 
 
@@ -134,7 +134,7 @@ def test_only_the_checksum_detects_a_flipped_bit_of_a_float(steady_sidecar, conn
     right = expected(sequence).logprobs
     pattern = struct.pack("<f", right[1])
     for bit in (0, 10, 20):  # of the mantissa: the number stays finite, below 0 and plausible
-        # A client that checks no more than gRPC does gets another number, and an OK.
+        # A client without checks beyond gRPC's gets a wrong number, and status OK.
         path = proxy(steady_sidecar, faults.FlipBitOf(pattern, bit))
         message = teacher_pb2.ScoreSequencesRequest(sequence_lengths=[4], token_ids=sequence.token_ids.tolist())
         with grpc.insecure_channel(path.endpoint) as channel:
@@ -142,7 +142,7 @@ def test_only_the_checksum_detects_a_flipped_bit_of_a_float(steady_sidecar, conn
         assert path.fault.struck.is_set()
         assert chunk.logprobs[0] == right[0] and chunk.logprobs[2] == right[2]
         assert chunk.logprobs[1] != right[1] and 0.5 < chunk.logprobs[1] / right[1] < 2
-        # TeacherClient finds it and asks again.
+        # TeacherClient detects it and asks again.
         path = proxy(steady_sidecar, faults.FlipBitOf(pattern, bit))
         assert_scores(connect(path).score([sequence]), [sequence])
         assert path.fault.struck.is_set()
@@ -161,7 +161,7 @@ def test_a_network_that_always_corrupts_is_an_error_that_names_it(steady_sidecar
     with pytest.raises(errors.DeadlineError, match="was changed on its way"):
         connect(path, deadline_s=3.0).score(asked)
     assert path.fault.struck.is_set()
-    # With another way to the same teacher, nothing is lost.
+    # With another connection to the same teacher, nothing is lost.
     client = connect(proxy(steady_sidecar, Bad()), proxy(steady_sidecar))
     for _ in range(5):
         assert_scores(client.score(asked), asked)

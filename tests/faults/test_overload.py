@@ -1,4 +1,4 @@
-"""More work than the engine can do, and work that goes on for long: memory stays, nothing is lost or wasted."""
+"""Overload and long runs: memory stays bounded, and no work is lost or wasted."""
 
 import json
 import subprocess
@@ -60,8 +60,8 @@ class Watch:
 
 
 def test_overload_at_ten_times_capacity_keeps_memory_bounded_loses_nothing_and_wastes_no_capacity(start_sidecar):
-    # Work for OVERLOAD_S, all of it ready at once. Engine and queue have room for a tenth of what the clients have in
-    # flight (8 calls of BATCH_TOKENS each), the rest is turned away at first.
+    # Work for OVERLOAD_S, all ready at once. Engine and queue have room for a tenth of the clients' calls in flight
+    # (8 calls of BATCH_TOKENS each); the rest is refused at first.
     num_sequences = int(TOKENS_PER_S * OVERLOAD_S / SEQUENCE_TOKENS / NUM_CLIENTS)
     room = NUM_CLIENTS * 8 * BATCH_TOKENS // 10
     sidecar = start_sidecar(
@@ -102,7 +102,7 @@ def test_overload_at_ten_times_capacity_keeps_memory_bounded_loses_nothing_and_w
     state = metrics(sidecar)
     refused = state['jdistill_calls_total{code="RESOURCE_EXHAUSTED",method="ScoreSequences"}']
     grown_bytes = max(watch.rss_bytes) - before_bytes
-    # While it is overloaded: from 5 to 85 % of the work; at the end there is less than the engine can do.
+    # While overloaded: from 5 to 85 % of the work; at the end there is less work than capacity.
     total = NUM_CLIENTS * num_sequences * SEQUENCE_TOKENS
     times, scored, queued = np.array([s for s in samples if 0.05 * total < s[1] < 0.85 * total]).T
     throughput = (scored[-1] - scored[0]) / (times[-1] - times[0])
@@ -113,10 +113,10 @@ def test_overload_at_ten_times_capacity_keeps_memory_bounded_loses_nothing_and_w
     assert refused > 10, "there was no overload"
     assert max(queued) <= room // 2
     assert grown_bytes < 40e6
-    # Eight seconds on cores that others use too are a rough measure; the full length is held to what is promised.
+    # Eight seconds on shared cores are a rough measure; the full length must keep the documented limit.
     assert throughput > (0.9 if FULL else 0.7) * TOKENS_PER_S
     assert took_s < 1.15 * total / TOKENS_PER_S + 5, "clients that were turned away came back late"
-    # Exactly the work that was asked for: nothing twice, nothing left.
+    # Exactly the requested work: nothing twice, nothing missing.
     assert state["jdistill_scored_sequences_total"] == NUM_CLIENTS * num_sequences
     assert state["jdistill_open_calls"] == 0
 
@@ -170,12 +170,12 @@ def test_a_soak_leaks_neither_memory_nor_file_descriptors(start_sidecar):
         process.wait()
         process.stdout.close()
     assert len(samples) > (2 * soak_s if FULL else 18), "it hardly did anything"
-    # After a warm-up of a third; medians, so that a moment's peak counts on neither side.
+    # After a third as warm-up; medians, so that a short peak does not count.
     quarters = np.array_split(np.arange(len(samples)), 6)
     for name in samples[0]:
         early, late = (np.median([samples[i][name] for i in part]) for part in (quarters[2], quarters[5]))
         print(f"{name}: {samples[0][name]:.3g} at first, {early:.4g}, {late:.4g} at the end of {len(samples)} rounds")
-        # The client's heap is still finding its size in a short soak; results that leaked would be 50 MB in it.
+        # In a short soak the client's heap still grows to its size; leaked results would add 50 MB.
         assert late - early <= {"rss": 12e6, "rss a": 4e6, "rss b": 4e6}.get(name, 2), f"{name} grows"
     for one in fleet:
         state = metrics(one)

@@ -1,4 +1,4 @@
-"""Processes that are killed, stopped, replaced or crash in the middle of the work; real ones, with real signals."""
+"""Processes that are killed, stopped, replaced or crash while they work; real processes, real signals."""
 
 import concurrent.futures
 import os
@@ -46,7 +46,7 @@ def test_sigkill_of_one_of_three_sidecars_within_a_batch_loses_and_repeats_nothi
     kill(victim)
     assert not future.done(), "the batch was over before the kill"
     assert_scores(future.result(timeout=60), asked, top_k=3)
-    # What the dead one had sent whole is kept: the others did at most what was under way there again.
+    # Complete results of the dead sidecar are kept: the others repeat at most its calls in flight.
     survivors = (fleet[0], fleet[2])
     repeated = sum(metrics(one)["jdistill_scored_sequences_total"] for one in survivors) + scored_there - len(asked)
     under_way = 4 * max(call["sequences"] for one in survivors for call in calls(one))
@@ -85,7 +85,7 @@ def test_sigterm_under_load_finishes_running_calls_and_sends_new_work_elsewhere(
         assert_scores(future.result(timeout=60), asked)
     assert good_calls(fleet[1]) > before
     assert "calls may finish" in fleet[0].log and "did not finish" not in fleet[0].log
-    # The calls that it refused had not begun.
+    # The refused calls had not started.
     assert {call.get("sequences", 0) for call in calls(fleet[0]) if call["code"] != "OK"} <= {0}
 
 
@@ -229,7 +229,7 @@ def test_a_stopped_sidecar_is_hedged_and_nothing_is_scored_twice_in_the_result(s
         assert_scores(future.result(timeout=60), asked)  # the stopped one does not go on before that
     finally:
         os.kill(fleet[1].process.pid, signal.SIGCONT)
-    # The late one answers now, to calls that are over: the client is not confused by it.
+    # The stopped sidecar now answers calls that are over, which must not affect the client.
     for seed in range(3):
         again = batch(100, seed=seed)
         assert_scores(client.score(again), again)

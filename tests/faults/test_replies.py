@@ -1,4 +1,4 @@
-"""Replies that are garbled above the transport: a right result or an error, no hang, whatever a server says."""
+"""Replies corrupted above the transport: a correct result or an error, never a hang, for any reply."""
 
 import concurrent.futures
 import time
@@ -20,7 +20,7 @@ ASKED = [SequenceToScore(np.arange(3 + i, dtype=np.int32) % 97) for i in range(1
 
 @pytest.fixture
 def teacher():
-    """A scripted server; its scores tell position and token."""
+    """A scripted server whose scores encode position and token."""
     one = FakeTeacher().start()
     one.chunk_bytes = 40  # several chunks a sequence
     yield one
@@ -65,7 +65,7 @@ def test_fuzzed_replies_are_errors_or_requested_again(teacher, connect, sealed):
         counts[found] = counts.get(found, 0) + 1
     again = len(teacher.requests) - NUM_SEEDS
     print(f"{counts}, {again} calls were made again")
-    # Damage is worth another try; a server whose checksum is right means what it says.
+    # Damage is retried; a reply with a correct checksum is what the server meant.
     assert counts.get("VerificationError", 0) > NUM_SEEDS / 4 if sealed else counts["right"] > NUM_SEEDS * 0.9
     assert again > NUM_SEEDS / 10, "the fuzzer does nothing"
     assert outcome(teacher, client, top_k=2) == "right"
@@ -95,7 +95,7 @@ def test_passing_damage_costs_a_retry_and_lasting_damage_is_an_error_soon(teache
 
 
 def structure_of(rng, data):
-    """The chunk with other entries than it should have, and a checksum that is right: what a bug would send."""
+    """Returns the chunk with wrong entries and a correct checksum, as a bug would send it."""
     (run,) = codec.decode_response(data, top_k=2, candidate_count=0).runs()
     info = FakeTeacher().info.model
     how = rng.integers(5)

@@ -1,4 +1,4 @@
-"""Requests that cannot be served, and bytes that are no requests: refused by name, and the process goes on."""
+"""Requests that cannot be served, and bytes that are not requests: refused by field, and the process keeps serving."""
 
 import concurrent.futures
 import socket
@@ -28,7 +28,7 @@ def server(tmp_path_factory):
 
 
 def check_still_good(channel, seed=0):
-    """Right numbers for a request with everything in it."""
+    """Checks that a request with every field gets the correct numbers."""
     sequences = batch(10, seed=seed, candidates=2)
     data = codec.encode_request(sequences, top_k=3, temperature=0.5)
     scores = collect(channel, data, timeout=60)
@@ -87,7 +87,7 @@ def valid_request(rng):
 
 
 def change_a_field(rng, message):
-    """One field becomes something that a bad client might send."""
+    """Changes one field to a value that a bad client might send."""
     field = message.DESCRIPTOR.fields[int(rng.integers(len(message.DESCRIPTOR.fields) - 1))]
     value = getattr(message, field.name)
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""A real vLLM behind a real sidecar: bad requests do not reach it, lost clients leave it, and its death is told."""
+"""A real vLLM behind a real sidecar: bad requests do not reach it, work of lost clients ends, its death is reported."""
 
 import importlib.util
 import os
@@ -28,10 +28,10 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """One vLLM for the module: the first tests leave it as it was, the last one kills it."""
+    """One vLLM for the module: the last test kills it, the others leave it intact."""
     directory = tmp_path_factory.mktemp("vllm")
     path = write_checkpoint(directory / "tiny")
-    # The largest context, so that there is work that a lost client can leave behind.
+    # The largest context, so that a lost client's work would last.
     args = ("--engine", "vllm", "--model", path, "--max-sequence-length", MAX_LENGTH)
     one = processes.launch(directory, *WATCHED, *args, wait=False)
     try:
@@ -52,7 +52,7 @@ def random_sequences(num, length, seed=0):
 
 
 def family(pid):
-    """The processes under `pid`, itself included."""
+    """Returns the processes below `pid`, itself included."""
     parents = {}
     for entry in pathlib.Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -100,7 +100,7 @@ def test_invalid_sequences_never_reach_vllm_and_the_rest_is_scored(teacher, conn
         thread.join(60)
     for scores in rounds:
         for got, expected in zip(scores, before, strict=True):
-            # Other batch mates, other rounding: float32.
+            # Different batch mates change the float32 rounding.
             np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-4)
             assert (got.logprobs <= 0).all() and np.ptp(got.logprobs) > 1
     assert teacher.process.poll() is None and processes.health(teacher.address) == processes.SERVING
@@ -116,7 +116,7 @@ with TeacherClient([sys.argv[1]], deadline_s=300, max_in_flight=8) as client:
 
 
 def engine_core(teacher):
-    """The process id of vLLM's scheduler."""
+    """Returns the process id of vLLM's scheduler."""
     for pid in family(teacher.process.pid):
         if "EngineCore" in "".join(pathlib.Path(f"/proc/{pid}/{name}").read_text() for name in ("comm", "cmdline")):
             return pid
@@ -124,7 +124,7 @@ def engine_core(teacher):
 
 
 def busy(pids, during_s):
-    """Cores that these processes use."""
+    """Measures the number of cores that these processes use."""
     before_s, begin = cpu_s(pids), time.monotonic()
     time.sleep(during_s)
     return (cpu_s(pids) - before_s) / (time.monotonic() - begin)
@@ -153,7 +153,7 @@ def test_the_work_of_a_vanished_client_is_gone_from_vllm_within_a_second(teacher
 
 
 def test_the_death_of_vllms_engine_process_is_reported_at_once_and_ends_the_sidecar_with_1(teacher, connect):
-    """The last test: there is no vLLM afterwards."""
+    """Must be the last test of the module: it kills vLLM."""
     everyone = family(teacher.process.pid)
     statuses, first = [], threading.Event()
 

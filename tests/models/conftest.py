@@ -1,4 +1,4 @@
-"""Random transformers models, saved as checkpoints: the other implementation that ours is held against."""
+"""Random transformers models, saved as checkpoints: the reference implementation for ours."""
 
 import os
 
@@ -56,6 +56,6 @@ def reference_logits(model, tokens_BS, attention_mask_BS=None):
 
 @pytest.fixture
 def reference():
-    """(make_reference, reference_logits), since test modules do not import one another."""
+    """(make_reference, reference_logits), as a fixture because test modules do not import one another."""
     transformers.logging.disable_progress_bar()
     return make_reference, reference_logits

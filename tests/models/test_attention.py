@@ -51,7 +51,7 @@ def test_cached_attention_sees_slots_up_to_the_querys_position(dtype, atol):
     q, k, v, _ = inputs(3, 20, dtype=dtype)
     positions = jnp.array([[3, 4], [0, 1], [18, 19]])
     rows = jnp.arange(3)[:, None]
-    # What stands in later slots must not matter, whatever it is.
+    # The content of later slots must not matter.
     slots = jnp.arange(20)
     junk = jnp.where((slots > positions[:, -1:])[:, :, None, None], 1e4, 0).astype(dtype)
     found = cached_attention(
@@ -63,7 +63,7 @@ def test_cached_attention_sees_slots_up_to_the_querys_position(dtype, atol):
 
 
 def all_scores(q, k, v, slots, window, scale, softcap):
-    """Head by head, all scores of a row at once."""
+    """Computes attention head by head, with all scores of a row at once."""
     scores = jnp.einsum("bsnh,bmnh->bnsm", q, jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)

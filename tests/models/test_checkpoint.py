@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints, in and out: transformers loads what we save, bit for bit."""
+"""Hugging Face checkpoints are read and written: transformers loads ours bit for bit."""
 
 import dataclasses
 import json
@@ -91,7 +91,7 @@ CONFIGS = [
 
 
 def random_decoder(config, seed=0):
-    """Every parameter random, from numpy (compiling JAX's random numbers takes seconds)."""
+    """Makes every parameter random, with numpy (compiling JAX's random numbers takes seconds)."""
     rng = np.random.default_rng(seed)
     decoder = nnx.eval_shape(lambda: models.Decoder(config, rngs=nnx.Rngs(0)))
     random = jax.tree.map(

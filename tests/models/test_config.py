@@ -1,4 +1,4 @@
-"""config.json is read strictly: what would change the numbers is honoured or refused, never ignored."""
+"""config.json is read strictly: a field that changes the numbers is implemented or refused, never ignored."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Decoder: cache, remat, scan."""
+"""The decoder's cache, rematerialisation, flags, packing and scan over layers."""
 
 import dataclasses
 import functools
@@ -146,7 +146,7 @@ def test_remat_changes_no_gradient_and_a_tied_embedding_gets_both_gradients():
 
 
 def test_every_flag_changes_the_logits():
-    # Parity with another implementation shows nothing about a flag that is not felt.
+    # Parity with transformers would not notice a flag that has no effect.
     state = nnx.state(random_decoder(ALL_FLAGS))
     tokens_BS = np.random.default_rng(0).integers(0, 61, (1, 12))
     positions_BS = np.arange(12)[None]

@@ -1,4 +1,4 @@
-"""Adapters: nothing at the start, what the merged weights give after it, and what PEFT makes of them."""
+"""Adapters change nothing at the start, equal the merged weights once trained, and load in PEFT."""
 
 import dataclasses
 
@@ -27,14 +27,14 @@ MODELS = {
 
 @pytest.fixture(params=MODELS)
 def start(request, tmp_path):
-    """A checkpoint, and the adapters for it."""
+    """A checkpoint and the configuration of its adapters."""
     config, lora = MODELS[request.param]
     models.save(random_decoder(config, 1), tmp_path / "base")
     return tmp_path / "base", lora
 
 
 def trained(path, lora):
-    """The checkpoint with adapters that have been trained, so that both factors are something."""
+    """The checkpoint with adapters in which both factors are not 0, as after training."""
     decoder = models.load(path, lora=lora)
     rng = np.random.default_rng(0)
     state = nnx.state(decoder, nnx.LoRAParam)

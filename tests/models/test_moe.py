@@ -1,4 +1,4 @@
-"""Experts: the blocks, and gradients against a dense mixture in which every expert sees every token."""
+"""Mixture of experts: blocks, and values and gradients against a dense mixture over all experts."""
 
 import os
 import pathlib
@@ -22,7 +22,7 @@ def random_arguments(num_tokens, num_experts, seed=0):
 
 
 def dense(x_BSD, router_DE, gate_EDF, up_EDF, down_EFD, num_experts_per_tok, *, norm_topk_prob):
-    """The weights of experts that are not chosen are 0."""
+    """Dense mixture in which experts that are not chosen have weight 0."""
     probs_BSE = jax.nn.softmax(x_BSD @ router_DE)
     least_BS1 = jnp.sort(probs_BSE)[..., -num_experts_per_tok, None]
     weights_BSE = jnp.where(probs_BSE >= least_BS1, probs_BSE, 0)
@@ -62,7 +62,7 @@ def test_pairs_are_placed_in_blocks_of_their_expert():
     rng = np.random.default_rng(0)
     for num_pairs, num_experts in ((4, 3), (1, 6), (33, 8)):
         for _ in range(4):
-            # Of few experts too: a group much larger than a block.
+            # Also few distinct experts: a group much larger than a block.
             expert_P = rng.integers(0, rng.integers(1, num_experts + 1), num_pairs)
             place_P, expert_N, block = moe._blocks(jnp.asarray(expert_P), num_experts)
             place_P = np.asarray(place_P)
@@ -83,7 +83,7 @@ def test_no_array_of_tokens_by_experts_by_width_exists():
         for equation in jax.make_jaxpr(gradients)(*arguments).eqns
         for variable in equation.outvars
     )
-    # The gathered experts, at most twice all of them; all tokens by all experts would be 32 * 32 * F.
+    # Gathered experts: at most twice the number of experts. All tokens by all experts would be 32 * 32 * F.
     assert largest <= 2 * 32 * D * F < 32 * 32 * F
 
 
@@ -132,7 +132,7 @@ with jax.set_mesh(mesh):
     compiled = jax.jit(gradients).lower(*sharded).compile()
     ours = compiled(*sharded)
 for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-    # Of each array's largest value (1,360 among the outputs): the sums over the width and the experts are split.
+    # Relative to each array's largest value (1,360 in the outputs): sums over width and experts are split.
     assert_close(a, b, factor=8)
 flops = [c.cost_analysis()["flops"] for c in (compiled, jax.jit(gradients).lower(*arguments(one, x_BSD)).compile())]
 assert flops[0] < 0.4 * flops[1], f"each device computes {flops[0]} of {flops[1]}"

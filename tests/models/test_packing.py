@@ -1,4 +1,4 @@
-"""Packing of ragged rows: where each token goes, and the way of its gradient."""
+"""Packing of ragged rows: the place of each token, and gradients."""
 
 import jax
 import jax.numpy as jnp

@@ -64,7 +64,7 @@ CASES = [
             "query_pre_attn_scalar": 7,
         },
     ),
-    # No row is longer than its window: the plain attention.
+    # No row is longer than its window, so causal_attention is used.
     ("gemma3_text", {"query_pre_attn_scalar": 12, "final_logit_softcapping": 2.0, "attention_bias": True}),
     ("gemma3_text", {"sliding_window": 16, "num_hidden_layers": 7, "query_pre_attn_scalar": 20}),
     ("gemma3_text", {"sliding_window": 9, "rope_parameters": GEMMA3_ROPES, "layer_types": ALTERNATING, "head_dim": 32}),
@@ -154,5 +154,5 @@ def test_bfloat16_compute_stays_near_float32(tmp_path, reference):
     assert zero.dtype == jnp.bfloat16, "hidden states are in compute dtype"
     assert decoder.embed[...].dtype == jnp.float32, "masters stay float32"
     ours, expected = np.asarray(ours), logits(model, tokens_BS)
-    # 8 bits of mantissa, two layers: a few percent of the logits' spread.
+    # 8 bits of mantissa over two layers: errors of a few percent of the logits' spread.
     assert np.sqrt(np.mean((ours - expected) ** 2)) < 0.03 * expected.std()

@@ -1,4 +1,4 @@
-"""From ragged completions to the target grid: every score at its token, nothing invented."""
+"""Conversion of ragged completions to the target grid: every score at its token, none invented."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from jdistill.wire.types import TokenScores
 
 
 def completion(index, prompt, response, *, k=0):
-    """A completion whose every number says which position it belongs to: 100 * index + position."""
+    """A completion whose numbers encode their position: 100 * index + position."""
     positions = np.arange(len(prompt), len(prompt) + len(response))
     label = 100 * index + positions
     return Completion(
@@ -27,7 +27,7 @@ def completion(index, prompt, response, *, k=0):
 
 
 def scores(completion, *, k=0):
-    """Teacher's numbers that say their position too: minus a half more than the sampler's."""
+    """Teacher scores that encode their position too: the sampler's minus one half."""
     logprobs = completion.sampler_logprobs - 0.5
     candidates = (logprobs[:, None] - np.arange(k) / 100).astype(np.float32) if k else None
     return TokenScores(logprobs, None, None, candidates, token_crc=0)

@@ -1,4 +1,4 @@
-"""Checkpoints: bit for bit, whole or not at all, onto another mesh."""
+"""Checkpoints are restored bit for bit, are complete or absent, and can move to another mesh."""
 
 import functools
 import os
@@ -22,7 +22,7 @@ from jdistill.student.state import TrainState, init_state
 
 @functools.cache
 def graph_and_params(num_layers):
-    """As arrays of the host, so that every test starts from buffers of its own."""
+    """Copies to host arrays, so that no test shares buffers with another."""
     config = models.DecoderConfig(
         family="qwen3", vocab_size=16, hidden_size=8, intermediate_size=8, num_layers=num_layers, num_heads=2,
         num_kv_heads=2, head_dim=4, max_position_embeddings=32, qk_norm=True,
@@ -41,7 +41,7 @@ OPTIMIZER = optax.adamw(1e-3)
 
 
 def make_state(seed, num_layers=2):
-    """A state in which every number is another one."""
+    """A state whose numbers are all different."""
     params = nnx.split(make_decoder(seed, num_layers), nnx.Param)[1]
     state = init_state(params, OPTIMIZER)
     rng = np.random.default_rng(seed)
@@ -128,7 +128,7 @@ def test_a_partially_written_checkpoint_is_never_restored(tmp_path):
     checkpoints.save(1, saved, {"step": 1})
     checkpoints.close()
     directory = tmp_path / "checkpoints"
-    # What a kill in mid-write leaves: a temporary directory with some of the files.
+    # A process killed while writing leaves a temporary directory with some of the files.
     shutil.copytree(directory / "1" / "params", directory / "2.orbax-checkpoint-tmp-1" / "params")
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest_step() == 1

@@ -1,4 +1,4 @@
-"""Alignment of two tokenisations, over tokenizers of several kinds and any text."""
+"""Alignment of two tokenisations, for several kinds of tokenizers and any text."""
 
 import json
 import pathlib
@@ -39,7 +39,7 @@ def byte_level(vocab_size, normalizer=None):
 
 
 def sentencepiece():
-    """BPE with byte fallback and a space put before every text, as Llama 2 and Mistral have it."""
+    """BPE with byte fallback and a space added before every text, as in Llama 2 and Mistral."""
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.train_from_iterator(CORPUS[:2], trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>"]))
@@ -119,7 +119,7 @@ PROMPT = np.array([7, 8, 9], np.int32)
 
 
 def check(student, teacher, found, completion_ids):
-    """What must hold for any pair and any completion. Returns the segments' bytes."""
+    """Checks what must hold for any pair of tokenizers and any completion; returns the segments' bytes."""
     assert found.token_ids.dtype == found.segment_ids.dtype == found.teacher_segment_ids.dtype == np.int32
     np.testing.assert_array_equal(found.token_ids[:3], PROMPT)
     assert found.spans == ((3, len(found.token_ids)),) and len(found.token_ids) > 3
@@ -128,7 +128,7 @@ def check(student, teacher, found, completion_ids):
     assert len(found.teacher_segment_ids) == len(teacher_ids)
     used = found.segment_ids[found.segment_ids >= 0]
     num_segments = int(used.max(initial=-1)) + 1
-    # Numbered in order, each on both sides, each one run of neighbours.
+    # Segments are numbered in order, exist on both sides and are contiguous.
     for ids in (found.segment_ids, found.teacher_segment_ids):
         kept = ids[ids >= 0]
         assert np.all(np.isin(np.diff(kept), [0, 1])) and set(kept) == set(range(num_segments))
@@ -146,7 +146,7 @@ def check(student, teacher, found, completion_ids):
         for pieces, ids, segments, end in sides
     ]
     assert spelled[0] == spelled[1]
-    # A teacher whose score says which position and token it is of.
+    # A teacher whose scores encode position and token.
     logprobs = -(np.arange(len(teacher_ids)) * 1000.0 + teacher_ids)
     sums, segment_ids = scatter(found, logprobs)
     np.testing.assert_array_equal(segment_ids, found.segment_ids)
@@ -178,8 +178,8 @@ def test_segments_spell_the_same_bytes_for_any_text(student, teacher, text, end)
     found = kept_cross(student, teacher).retokenize(PROMPT, ids)
     spelled = check(student, teacher, found, ids)
     if end and teacher.startswith("byte"):
-        # Every byte of a text is a token of this teacher, so that nothing is left out but what has no bytes of its own,
-        # and runs of more than 16.
+        # Every byte of a text is a token of this teacher, so only tokens without bytes and segments of more than 16
+        # tokens are left out.
         pieces = _bytes_of_tokens(tokenizer(student))
         long = [i for i in ids[:-1] if pieces[i] is not None and len(pieces[i]) > 16]
         if None not in [pieces[i] for i in ids[:-1]] and not long:
@@ -191,7 +191,7 @@ def test_segments_spell_the_same_bytes_for_any_text(student, teacher, text, end)
 @given(ids=st.lists(st.integers(0, 301), max_size=20))
 @example(ids=[300])
 def test_segments_spell_the_same_bytes_for_any_tokens(teacher, ids):
-    # What a student samples need be neither UTF-8 nor how its tokenizer would split the text; 301 has no token.
+    # Sampled tokens may not be UTF-8, nor the tokenizer's own split of their text; 301 is not a token.
     ids = np.array(ids, np.int32)
     found = kept_cross("bpe", teacher).retokenize(PROMPT, ids)
     check("bpe", teacher, found, ids)
@@ -215,7 +215,7 @@ def test_the_worked_example_of_the_docstring():
 
 
 def test_sentencepiece_adds_no_space_before_the_completion():
-    # SentencePiece would score " hello" for "hello".
+    # SentencePiece would tokenize "hello" as " hello".
     ids = ids_of("bpe", "hello lower")
     found = kept_cross("bpe", "sentencepiece").retokenize(PROMPT, ids)
     assert b"".join(check("bpe", "sentencepiece", found, ids)) == b"hello lower<END>"

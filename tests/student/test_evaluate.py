@@ -1,4 +1,4 @@
-"""Evaluation of a fake sampler's completions against numbers worked out by hand."""
+"""Evaluation of a fake sampler's completions against numbers calculated by hand."""
 
 import contextlib
 
@@ -12,7 +12,7 @@ from jdistill.tasks.addition import write_tokenizer
 
 
 class FakeSampler:
-    """Answers each problem with a given completion, in reverse order, and remembers what it was asked."""
+    """Answers each problem with a given completion, in reverse order, and records the requests."""
 
     def __init__(self, task, answer_of):
         self.answer_of = answer_of

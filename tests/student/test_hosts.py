@@ -24,7 +24,7 @@ def free_port() -> int:
 @pytest.mark.parametrize(
     ("num_nodes", "own", "devices"),
     [
-        (2, {}, ["all", "all"]),  # a process a host
+        (2, {}, ["all", "all"]),  # one process per host
         (1, {}, ["0", "1"]),  # both on one host
         (2, {"JAX_LOCAL_DEVICE_IDS": "2,3"}, ["2,3", "2,3"]),
     ],
@@ -37,7 +37,7 @@ def test_each_process_takes_the_right_devices_under_slurm(
         "SLURM_STEP_NODELIST": "localhost",  # JAX takes the first host's name from it
         "SLURM_STEP_NUM_NODES": str(num_nodes),
         "SLURM_NTASKS": "2",
-        # Slurm's port, made from the job's number, may be in use here.
+        # The port that JAX derives from Slurm's job id may be in use on this machine.
         "JAX_COORDINATOR_PORT": str(free_port()),
         "JAX_PLATFORMS": "cpu",
     }

@@ -25,7 +25,7 @@ def plain(hidden_BTD, head_DV, ids_BTK, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_a_softcap_enters_the_log_probs_and_both_gradients(temperature, fused):
     rng = np.random.default_rng(0)
-    # Logits of a few times the cap: tanh is far from linear, and its slope from 1.
+    # Logits are a few times the cap, where tanh is far from linear.
     hidden_BTD, head_DV = (jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in ((B, T, D), (D, V)))
     ids_BTK = jnp.asarray(rng.integers(0, V, (B, T, 1 + K)))
     mask_BT = jnp.asarray(rng.random((B, T)) < 0.7)

@@ -1,4 +1,4 @@
-"""Training adapters: the gradient is the merged weights' by the chain rule, and nothing else changes or costs."""
+"""Training adapters: gradients equal the merged weights' by the chain rule, and frozen weights cost nothing extra."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def base(tmp_path_factory):
 
 
 def load(path, scale=0.2, mesh=None, **kwargs):
-    """With adapters that have been trained, so that both factors have a gradient."""
+    """A decoder whose adapters are not at their start, so that both factors have a gradient."""
     decoder = models.load(path, lora=LORA, remat="layer", mesh=mesh, **kwargs)
     rng = np.random.default_rng(0)
     state = nnx.state(decoder, nnx.LoRAParam)
@@ -42,7 +42,7 @@ def load(path, scale=0.2, mesh=None, **kwargs):
 
 
 def one_step(decoder, batch, mesh=None, reference=None, objective=None, **optimizer):
-    """The trained parameters before and after, the frozen ones, metrics."""
+    """Runs a step; returns the trained parameters before and after, the frozen ones, and metrics."""
     config = train_config(optimizer=SGD | optimizer, objective=objective or {})
     graphdef, params, frozen = nnx.split(decoder, models.trained_kind(decoder.config), ...)
     maker = make_optimizer(config.optimizer, config.num_steps)
@@ -108,14 +108,14 @@ def test_frozen_weights_are_stored_once_in_compute_dtype_and_get_no_gradient(bas
         lowered = jax.jit(step.program.step).lower(init_state(params, maker), random_batch(16, 64), step.frozen)
         return lowered.compile().cost_analysis()["flops"]
 
-    # Large enough that adapters are small beside it.
+    # Large enough that the adapters are small in comparison.
     larger = decoder_config(hidden_size=64, intermediate_size=192, vocab_size=2048)
     models.save(models.random_init(larger, 3), tmp_path / "larger")
     assert flops(load(tmp_path / "larger")) < 0.85 * flops(models.load(tmp_path / "larger", remat="layer"))
 
 
 def losses_on_mesh(base, data, fsdp, tensor, **optimizer):
-    """Metrics and the norm of the adapters after a step; called in a process with 8 devices."""
+    """Returns metrics and the adapters' norm after a step; runs in a process with 8 devices."""
     section = train_config(mesh={"data": data, "fsdp": fsdp, "tensor": tensor}).mesh
     mesh = make_mesh(section, devices=jax.devices()[: data * fsdp * tensor])
     _, after, _, metrics = one_step(load(base, mesh=mesh), random_batch(8), mesh, **optimizer)

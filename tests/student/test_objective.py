@@ -1,4 +1,4 @@
-"""The loss that a configuration composes: each term against its formula, and through the compiled step."""
+"""The configured loss: each term against its formula, and through the compiled step."""
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +165,7 @@ def test_behavior_weights_or_rejects_tokens_of_an_older_policy(action):
         masked.fill(scored.logprobs, mask), jnp.asarray(batch.sampler_logprobs), mask, action=action, upper=1.1
     )
     assert 0 < int(kept.sum()) and (int(kept.sum()) < int(mask.sum())) == (action == "mask")
-    # One update a step: the proximal policy is the current one, so the ratio is 1.
+    # With one update per step the proximal policy is the current one, so the ratio is 1.
     expected = masked.masked_mean(-weight * 0.8 * batch.advantages, kept)
     total, metrics = loss_of(
         scored,
@@ -240,7 +240,7 @@ def test_a_value_head_learns_the_returns_and_gives_gae_advantages():
     batch = batch._replace(token_rewards=rewards, advantages=None)
     keys = {"advantage": "gae", "distill_loss_weight": 0.0, "gae_lambda": 0.9, "value_loss_weight": 1.0}
     state, found = run_step(batch, value=True, steps=30, objective=keys)
-    # The head begins at 0: so do its values, and the first step's advantages are the discounted rewards, whitened.
+    # The head starts at 0, so its values are 0 and the first step's advantages are the whitened discounted rewards.
     gae, returns = advantages.gae(
         jnp.asarray(rewards), jnp.zeros(rewards.shape), jnp.asarray(batch.loss_mask), discount=1.0, gae_lambda=0.9
     )

@@ -1,4 +1,4 @@
-"""Optimizers by name, and moments in half of their memory."""
+"""Optimizers by name, and moments in bfloat16."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_every_optimizer_lowers_the_loss_and_decays_all_but_the_norms(name):
         state, metrics = step(state, random_batch())
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.9 * losses[0]
-    # With a gradient of nearly nothing only decay is left.
+    # With a gradient near 0 only weight decay changes the parameters.
     section = config.optimizer.model_copy(update={"weight_decay": 0.5})
     optimizer = make_optimizer(section, 10)
     tiny = jax.tree.map(lambda x: jnp.full_like(x, 1e-30), params)
@@ -77,7 +77,7 @@ def test_bfloat16_moments_halve_the_memory_and_train_equally_well():
     keys = jax.random.split(jax.random.key(0), 300)
 
     def run(optimizer):
-        """Noisy gradients towards 1, whose second moment grows by far less than 1/256 a step."""
+        """Noisy gradients towards 1, whose second moment grows by far less than 1/256 per step."""
 
         def body(carry, key):
             x, state = carry
@@ -92,7 +92,7 @@ def test_bfloat16_moments_halve_the_memory_and_train_equally_well():
     (expected, expected_state), (found, state) = run(exact), run(in_bfloat16(exact))
     np.testing.assert_allclose(found.mean(), expected.mean(), atol=0.005)
     np.testing.assert_allclose(np.mean(state.inner[0].nu.astype(jnp.float32)), np.mean(expected_state[0].nu), rtol=0.01)
-    # To nearest, the same moments would stand still.
+    # With rounding to nearest, the same moments would not change.
     nearest = expected_state[0].nu.astype(jnp.bfloat16)
     assert jnp.all((nearest.astype(jnp.float32) * 0.999).astype(jnp.bfloat16) == nearest)
 
@@ -130,7 +130,7 @@ def test_wrong_names_and_options_are_named_with_the_remedy():
 
 
 def states_on_mesh():
-    """Of each optimizer the share of its state that each of 8 devices holds; runs in a process of its own."""
+    """Returns, per optimizer, the share of its state on each of 8 devices; runs in a separate process."""
     config = train_config(mesh={"data": 1, "fsdp": 4, "tensor": 2})
     mesh = make_mesh(config.mesh)
     sizes = {"vocab_size": 64, "hidden_size": 16, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 32}

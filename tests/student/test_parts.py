@@ -1,4 +1,4 @@
-"""A step in parts (accumulation) and without padding (packing) against the same step at once."""
+"""A step in parts (accumulation) or without padding (packing) against the same step at once."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ CASES = {
 
 
 def uneven_batch(case):
-    """16 rows, of which the first have far more tokens and one has none."""
+    """16 rows: the first ones have far more tokens, and one has no scored token."""
     batch = random_batch(16)
     batch.loss_mask[:4, 1:] = True
     batch.loss_mask[9] = False
@@ -47,7 +47,7 @@ def uneven_batch(case):
 
 
 def run(batch, objective, recipe_changes=None, **optimizer):
-    """Two steps: the second shows that the first one's update was the same."""
+    """Runs two steps: the second shows that the first made the same update."""
     teacher = {} if batch.teacher_segments is None else {"tokenizer": "another"}
     config = train_config(objective=objective, optimizer={"clip_norm": 1e9, **optimizer}, teacher=teacher)
     recipe = dataclasses.replace(make_recipe(config), **recipe_changes or {})
@@ -85,7 +85,7 @@ def test_parts_that_arrive_one_by_one_give_the_same_step(case):
     reference = make_params()[1] if config.objective.reference else None
     step, state = make_train_step(graphdef, config, maker, reference=reference), init_state(params, maker)
     gradient = step.begin(state, num_tokens=int(batch.loss_mask.sum()), num_sequences=15)
-    # Another number of rows, and shorter ones, as their completions ended earlier.
+    # Parts with another number of rows and shorter rows, whose completions ended earlier.
     for rows, num_targets in ((slice(0, 4), 12), (slice(4, 10), 8), (slice(10, 16), 12)):
         with pytest.raises(ValueError, match=r"scored tokens in .* sequences have come, but begin"):
             step.apply(state, gradient)
@@ -117,7 +117,7 @@ def test_accumulation_takes_less_memory_and_packing_less_work():
 
     plain = compiled()
     assert compiled(accumulate=8).memory_analysis().temp_size_in_bytes < plain.memory_analysis().temp_size_in_bytes / 3
-    # A quarter of the places; but attention stays, and a chunk of the log-probs counts once, however many there are.
+    # A quarter of the places. But attention is unchanged, and XLA counts the loop over log-prob chunks as one chunk.
     assert compiled(packing=True).cost_analysis()["flops"] < 0.6 * plain.cost_analysis()["flops"]
 
 

@@ -21,7 +21,7 @@ def run_config(num_rows, num_tokens, **sections):
     half = num_tokens // 2
     rollout = {"num_prompts": num_rows // 2, "num_completions": 2, "max_prompt_tokens": half, "max_new_tokens": half}
     sections["objective"] = {"chunk_tokens": 64} | sections.get("objective", {})
-    # bfloat16 only where a GPU or TPU is planned for: XLA's CPU backend computes it in float32 copies.
+    # bfloat16 only when planning for GPUs or TPUs: XLA's CPU backend computes it in float32 copies.
     sections["model"] = {"compute_dtype": "float32"} | sections.get("model", {})
     return train_config(**sections | {"rollout": rollout | sections.get("rollout", {})})
 
@@ -45,7 +45,7 @@ def test_the_planned_memory_is_near_that_of_the_compiled_step(num_rows, num_toke
 
 
 def test_a_large_model_is_planned_for_devices_that_do_not_exist():
-    # Qwen3-4B's sizes. 8 devices: a virtual machine of this size has none of them.
+    # Qwen3-4B's sizes, on 8 devices that this machine does not have.
     sizes = {"intermediate_size": 9728, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128}
     model = decoder_config(36, 2560, 151_936, tie_word_embeddings=True, **sizes)
     config = run_config(
@@ -60,7 +60,7 @@ def test_a_large_model_is_planned_for_devices_that_do_not_exist():
     num_params = 4_022_468_096  # of the published checkpoint
     assert items["parameters (float32 masters)"] == pytest.approx(4 * num_params / 8, rel=1e-3)
     assert items["optimizer state (adamw)"] == pytest.approx(8 * num_params / 8, rel=1e-3)
-    # Kept by remat: layer: each layer's input, of 8 rows a device.
+    # remat: layer keeps the input of each layer, for 8 rows per device.
     kept = items["activations kept for the backward pass"]
     assert 36 * 8 * 4095 * 2560 * 2 < kept < 1.4 * 36 * 8 * 4095 * 2560 * 2
     assert items["cache of keys and values"] == 2 * 36 * (32 // 8) * 4096 * 8 * 128 * 2

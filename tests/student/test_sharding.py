@@ -1,4 +1,4 @@
-"""Meshes from configuration, and where parameters lie on them."""
+"""Meshes from the configuration, and the sharding of parameters on them."""
 
 import dataclasses
 import os
@@ -35,7 +35,7 @@ CONFIG = DecoderConfig(
 
 
 class FakeDevice:
-    """Enough of a device for the arithmetic that comes before a mesh is made."""
+    """The attributes of a device that are read before a mesh is made."""
 
     platform = "fake"
 

@@ -92,7 +92,7 @@ def copy(tree):
 
 @functools.cache
 def default_step():
-    """The compiled step of train_config(), and what makes its first state; shared, since compiling takes the time."""
+    """The compiled step of train_config(), and a function for its first state; shared because compiling is slow."""
     config = train_config()
     graphdef, params = make_params()
     optimizer = make_optimizer(config.optimizer, config.num_steps)
@@ -126,7 +126,7 @@ def test_chunked_logprobs_and_gradients_equal_the_plain_log_softmax(chunk_tokens
             hidden, head, targets, mask, batch.candidate_ids, temperature=temperature, chunk_tokens=chunk_tokens
         )
         chosen = jnp.concatenate([out.logprobs[..., None], out.candidate_logprobs], -1)
-        # Unscored targets are not masked here: their gradient must be 0 whatever is done with them.
+        # Unscored targets are not masked here: their gradient must be 0 for any use.
         return jnp.sum(weight_BT1 * chosen), (chosen, out.entropy)
 
     (_, expected), expected_grads = jax.value_and_grad(plain, (0, 1), has_aux=True)(hidden, head)
@@ -158,7 +158,7 @@ def test_no_array_of_all_tokens_by_the_vocabulary_is_ever_made():
                     visit(inner)
 
     visit(jaxpr.jaxpr)
-    # The largest are one chunk's logits and the head's own gradient (16 wide, as a chunk is here).
+    # The largest are one chunk's logits and the head's gradient (width 16, equal to the chunk here).
     assert max(sizes) == chunk * vocab
 
 
@@ -210,7 +210,7 @@ def test_one_step_equals_the_written_formula(kind):
     if kl is not None:
         np.testing.assert_allclose(metrics["reverse_kl"], kl, rtol=1e-4)
     assert bool(metrics["finite"]) and int(state.step) == 1
-    # Adam's first update is lr * sign(gradient) where the gradient is larger than its eps and noise.
+    # Adam's first update is lr * sign(gradient) where the gradient is well above eps and noise.
     assert_trees_close(state.params, expected, atol=2e-4)
 
 
@@ -288,7 +288,7 @@ def test_each_minibatch_is_one_update_on_every_nth_row():
     config = train_config(optimizer={"minibatches": 4, "warmup_steps": 2, "schedule": "linear"})
     batch = random_batch()
     together, metrics = four(start(), batch)
-    # The same optimizer (its schedule counts four updates a step), one update a call.
+    # The same optimizer (its schedule counts four updates per step), with one update per call.
     optimizer = make_optimizer(config.optimizer, config.num_steps)
     single, state, losses = make_train_step(make_params()[0], train_config(), optimizer), start(), []
     for first in range(4):
@@ -366,7 +366,7 @@ def test_norms_do_not_decay_and_matrices_do():
 
 
 def losses_on_mesh(mesh_section, **optimizer):
-    """Losses and the sum of parameters after three steps; runs in a process of its own with 8 virtual devices."""
+    """Returns losses and the sum of parameters after three steps; runs in a separate process with 8 virtual devices."""
     sizes = {"vocab_size": 64, "hidden_size": 16, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 32}
     config = train_config(mesh=mesh_section or {}, optimizer={"minibatches": 2, **optimizer})
     mesh = make_mesh(config.mesh) if mesh_section else None
@@ -395,7 +395,7 @@ def test_eight_devices_equal_one():
     for other in meshes:
         for a, b in zip(one, other, strict=True):
             for name in set(a) - {"padding_share"}:  # the packed one has less
-                # sampler_gap_max and ratio_max pick one token, after updates that differ by rounding.
+                # sampler_gap_max and ratio_max depend on a single token, after updates that differ by rounding.
                 np.testing.assert_allclose(a[name], b[name], rtol=2e-3, atol=1e-5, err_msg=name)
 
 

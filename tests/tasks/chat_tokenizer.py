@@ -1,4 +1,4 @@
-"""A small chat tokenizer for tests: bytes as tokens, the special tokens and a template in the manner of Qwen3's."""
+"""A small chat tokenizer for tests: byte tokens, with special tokens and a chat template like Qwen3's."""
 
 import json
 import pathlib

@@ -15,7 +15,7 @@ def task(tmp_path_factory):
 
 
 def encode(task, text):
-    """Through the tokenizer itself, rather than the task's own table."""
+    """Encodes with the tokenizer rather than the task's table."""
     return np.array(task.tokenizer(text)["input_ids"], np.int32)
 
 
@@ -68,7 +68,7 @@ def test_the_reward_is_an_exact_match_of_what_follows_the_hash(task, completion,
 
 
 def test_an_eighth_of_all_prompts_is_held_out_in_every_carry_class():
-    """A linear modular hash once held out no problem at all of one class: see the docstring of is_held_out."""
+    """A linear modular hash once held out no problem of one class: see the docstring of is_held_out."""
     held_out, total = np.zeros(8, int), np.zeros(8, int)
     draw = random.Random(1)
     for _ in range(40_000):
@@ -82,7 +82,7 @@ def test_an_eighth_of_all_prompts_is_held_out_in_every_carry_class():
 
 
 def test_held_out_problems_are_the_same_in_every_version(task):
-    """Numbers of one run are compared with another's: these five were written down on the day of the first one."""
+    """Results of runs are compared across versions: these five problems were recorded with the first version."""
     prompts = [task.decode(p.prompt_ids) for p in task.eval_problems(5)]
     assert prompts == ["500+876=", "840+644=", "361+604=", "887+460=", "091+359="]
     assert all(map(addition.is_held_out, prompts))

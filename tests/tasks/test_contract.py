@@ -1,4 +1,4 @@
-"""What holds for every task in TASKS: a task is tested by being listed, and by a recipe for its options here."""
+"""Contract of every task in TASKS: listing a task and giving a recipe for its options here is enough to test it."""
 
 import json
 import subprocess

@@ -183,7 +183,7 @@ def test_every_published_solution_is_right_and_an_answer_off_by_one_is_wrong(tok
     options = {"train_path": str(DATA / "train.jsonl"), "test_path": str(DATA / "test.jsonl")}
     task = create_task("gsm8k", options | {"answer_format": answer_format}, tokenizer)
     assert (task.num_train, task.num_eval) == (7473, 1319)
-    # The answer as the data set's authors cut it out of the text: independent of final_number.
+    # The answer as the data set's authors extract it, independent of final_number.
     published = [
         re.search(r"#### (\-?[0-9\.\,]+)", json.loads(line)["answer"])[1].replace(",", "")
         for line in (DATA / "test.jsonl").read_text().splitlines()

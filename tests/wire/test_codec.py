@@ -61,7 +61,7 @@ def by_number(message):
 
 
 def with_crc(message):
-    """The message with its payload_crc, computed by the proto's own words, value by value."""
+    """Sets the message's payload_crc, computed value by value as the proto's comment defines it."""
     covered = b""
     for field in by_number(message)[:-1]:
         value = getattr(message, field.name)
@@ -80,7 +80,7 @@ def with_crc(message):
 
 
 def plain_request(sequences, options):
-    """The request as a program without our codec would write it."""
+    """Encodes the request as a program without our codec would."""
     message = teacher_pb2.ScoreSequencesRequest(**options._asdict())
     whole = all(s.spans == ((1, len(s.token_ids)),) for s in sequences)
     for s in sequences:
@@ -132,7 +132,7 @@ FLOATS = ("logprobs", "top_logprobs", "candidate_logprobs")
 @st.composite
 def runs(draw):
     top_k, count = draw(st.sampled_from([0, 0, 1, 5])), draw(st.sampled_from([0, 0, 2]))
-    # Any 32 bits, NaN payloads included: the codec moves numbers, it does not look at them.
+    # Any 32 bits, NaN payloads included: the codec does not interpret numbers.
     bits = st.binary(min_size=4, max_size=4)
 
     def column(shape, dtype):
@@ -298,7 +298,7 @@ def test_a_response_without_payload_crc_is_refused_and_a_request_without_one_is_
 
 
 def full_request():
-    """Every field holds something."""
+    """A ServerInfo whose fields are all set."""
     sequences = [
         SequenceToScore(
             np.arange(40, 46, dtype=np.int32),

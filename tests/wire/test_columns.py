@@ -1,4 +1,4 @@
-"""The reader and writer of bytes against protobuf's own class, whatever the bytes are."""
+"""The byte-level reader and writer against protobuf's class, for any bytes."""
 
 import zlib
 
@@ -39,7 +39,7 @@ WHOLE_REQUEST = teacher_pb2.ScoreSequencesRequest(
 
 
 def as_protobuf_reads(kind, data):
-    """Scalars and columns (as bytes) by protobuf's own class; None if the bytes are no message."""
+    """Reads scalars and columns (as bytes) with protobuf's class; None if the bytes are not a message."""
     try:
         whole = kind.FromString(data)
     except message.DecodeError:

@@ -1,4 +1,4 @@
-"""Errors go to a gRPC status and come back as the same error, through a real call."""
+"""Errors become a gRPC status and the same error again, through a real call."""
 
 import concurrent.futures
 

@@ -1,4 +1,4 @@
-"""What a model cannot score is refused, by name, before an engine sees it."""
+"""Requests that a model cannot score are refused, by field, before an engine sees them."""
 
 import dataclasses
 
