@@ -18,6 +18,7 @@ from jdistill.commands import score
 from jdistill.sidecar.engines import fake
 from jdistill.wire.types import TokenScores
 from tests.sidecar.certificates import Authority
+from tests.waiting import wait_until
 
 VOCAB = 64
 
@@ -221,12 +222,9 @@ def test_ctrl_c_ends_it_with_130_and_leaves_nothing(state, tmp_path):
     process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
     try:
         if state == "scoring":
-            give_up = time.monotonic() + 20
-            while not list(tmp_path.glob(".out*")):
-                assert process.poll() is None and time.monotonic() < give_up
-                time.sleep(0.02)
+            wait_until(lambda: list(tmp_path.glob(".out*")), process=process)
         else:
-            time.sleep(3)
+            assert any(state in line for line in process.stderr)
         os.kill(process.pid, signal.SIGINT)
         _, error = process.communicate(timeout=10)
     finally:

@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 from ruamel.yaml import YAML
@@ -28,6 +27,7 @@ from jdistill.sidecar.process import CLOSE_TIMEOUT_S
 from jdistill.wire.codec import SERVICE
 from tests.sidecar.certificates import Authority
 from tests.sidecar.processes import command
+from tests.waiting import wait_until
 
 DEPLOY = pathlib.Path(__file__).parents[2] / "deploy"
 # What the teacher needs after SIGTERM at most: the running calls, then to end the calls left, to tell clients, to close
@@ -106,7 +106,7 @@ def test_a_teacher_starts_from_the_yaml_of_the_unit(tmp_path, capsys):
         YAML().dump(data | changes, file)
     process = subprocess.Popen(command("teacher", path, "--log-format", "json"), stderr=subprocess.PIPE, text=True)
     try:
-        wait_until(port_file.exists, process)
+        wait_until(port_file.exists, process=process)
         argv = ["probe", f"127.0.0.1:{port_file.read_text().strip()}", "--tokens", "0", "--json"]
         assert cli.main([*argv, "--tls-ca", authority.ca, "--token-file", str(token)]) == 0
         assert json.loads(capsys.readouterr().out)["model"]["model"] == "Qwen3-14B"
@@ -304,14 +304,6 @@ def write_script(path, text):
     return str(path)
 
 
-def wait_until(condition, process, timeout_s=60):
-    give_up = time.monotonic() + timeout_s
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < give_up
-        time.sleep(0.05)
-
-
 def free_job_id():
     """Returns a job id whose port (20000 + id) and the next one are free."""
     for port in range(20000 + os.getpid() % 10000, 40000):
@@ -353,7 +345,7 @@ def test_the_slurm_job_starts_teachers_restarts_one_that_dies_and_saves_when_its
     argv = ["bash", script, "configs/demo.yaml", "num_steps=7"]
     job = subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True)
     try:
-        wait_until(notes.exists, job)
+        wait_until(notes.exists, process=job)
         name, path, resume, *overrides = json.loads(notes.read_text())
         assert (name, path, resume) == ("train", "configs/demo.yaml", "--resume")
         parsed = config.load(config.TrainConfig, DEPLOY.parent / "configs" / "demo.yaml", overrides)
@@ -370,8 +362,9 @@ def test_the_slurm_job_starts_teachers_restarts_one_that_dies_and_saves_when_its
         victim = pids / str(job_id)
         first = int(victim.read_text())
         os.kill(first, signal.SIGKILL)
-        wait_until(lambda: int(victim.read_text()) != first, job)
-        wait_until(lambda: cli.main(["probe", parsed.teacher.endpoints[0], "--tokens", "0", *credentials]) == 0, job)
+        wait_until(lambda: int(victim.read_text()) != first, process=job)
+        argv = ["probe", parsed.teacher.endpoints[0], "--tokens", "0", *credentials]
+        wait_until(lambda: cli.main(argv) == 0, process=job)
 
         last = [int(path.read_text()) for path in pids.iterdir()]
         job.terminate()

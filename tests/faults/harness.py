@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import time
 import urllib.request
 from typing import Any
 
@@ -87,15 +86,6 @@ def change_bytes(rng, data):
         elif changed:
             changed[place % len(changed)] ^= 1 << int(rng.integers(8))
     return bytes(changed)
-
-
-def wait_until(condition, timeout_s=60.0, *, what="it"):
-    """Waits until `condition()` is true and returns its value; the limit is far above what a busy machine needs."""
-    give_up = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < give_up, f"{what} did not happen within {timeout_s} s"
-        time.sleep(0.01)
-    return value
 
 
 def metrics(sidecar) -> dict[str, float]:

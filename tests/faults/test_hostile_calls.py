@@ -7,8 +7,9 @@ import grpc
 import pytest
 
 from jdistill.client import TeacherClient
-from tests.faults.harness import assert_scores, batch, good_calls, metrics, wait_until
+from tests.faults.harness import assert_scores, batch, good_calls, metrics
 from tests.sidecar import processes
+from tests.waiting import wait_until
 
 
 def call_without_utf8(address):

@@ -12,8 +12,9 @@ from jdistill.client import SequenceToScore, TeacherClient, pool
 from jdistill.wire import errors
 from jdistill.wire.v1 import teacher_pb2, teacher_pb2_grpc
 from tests.faults import proxy as faults
-from tests.faults.harness import FULL, assert_scores, batch, expected, good_calls, wait_until
+from tests.faults.harness import FULL, assert_scores, batch, expected, good_calls
 from tests.faults.proxy import DOWN, UP
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(3600 if FULL else 120)
 TOP_K, TEMPERATURE = 3, 0.5

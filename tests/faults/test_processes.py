@@ -15,8 +15,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jdistill.client import SequenceToScore
 from jdistill.wire.v1 import teacher_pb2, teacher_pb2_grpc
-from tests.faults.harness import FULL, WATCHED, assert_scores, batch, calls, good_calls, metrics, wait_until
+from tests.faults.harness import FULL, WATCHED, assert_scores, batch, calls, good_calls, metrics
 from tests.sidecar import processes
+from tests.waiting import wait_until
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ if importlib.util.find_spec("vllm") is None:
 from jdistill.client import SequenceToScore
 from jdistill.wire.v1 import teacher_pb2_grpc
 from tests.faults.bad_requests import BAD, MAX_LENGTH, VOCAB, assert_refused
-from tests.faults.harness import WATCHED, metrics, wait_until
+from tests.faults.harness import WATCHED, metrics
 from tests.sidecar import processes
 from tests.sidecar.checkpoints import write_checkpoint
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 

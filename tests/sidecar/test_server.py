@@ -27,6 +27,7 @@ from jdistill.wire.v1 import teacher_pb2, teacher_pb2_grpc
 from tests.sidecar.certificates import Authority
 from tests.sidecar.processes import NOT_SERVING, SERVICE, SERVING
 from tests.sidecar.processes import health as health_of
+from tests.waiting import wait_until
 
 CONTROL_SERVICE = "jdistill.wire.v1.TeacherControlService"
 
@@ -63,13 +64,6 @@ def alive(pid):
         return "\nState:\tZ" not in pathlib.Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return False
-
-
-def wait_until(condition, timeout_s=15.0):
-    give_up = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < give_up, "the condition did not become true in time"
-        time.sleep(0.02)
 
 
 def test_health_says_not_serving_while_it_loads_and_serving_once_it_answers(start_sidecar):
@@ -298,7 +292,7 @@ def test_an_engine_that_hangs_while_it_loads_is_left_behind_and_its_processes_ar
         assert alive(child_pid)
         process.terminate()
         assert process.wait(30) == 0  # it waits 5 s for the engine, which would take 100 s
-        wait_until(lambda: not alive(child_pid))
+        wait_until(lambda: not alive(child_pid), 15, what="the child's end")
     finally:
         process.kill()
         process.wait()
@@ -368,7 +362,7 @@ def test_a_sidecar_ends_when_its_parent_is_killed(tmp_path, when):
         parent.kill()
         parent.wait()
         parent.stdout.close()
-        wait_until(lambda: not alive(child_pid))
+        wait_until(lambda: not alive(child_pid), 15, what="the child's end")
         assert not port_file.exists(), "it did not shut down in order"
     finally:
         if alive(child_pid):
