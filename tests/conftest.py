@@ -16,7 +16,9 @@ with contextlib.suppress(ModuleNotFoundError):  # the SGLang environment has no 
 
 
 def pytest_itemcollected(item):
-    """Groups tests for `--dist loadgroup`: by file where they share a fixture of the file, by function elsewhere."""
+    """Groups tests for `--dist loadgroup`: by their mark, by file where they share its fixtures, else by function."""
+    if item.get_closest_marker("xdist_group"):
+        return
     scopes = {definitions[-1].scope for definitions in item._fixtureinfo.name2fixturedefs.values()}
     shares = scopes & {"class", "module", "package"}
     group = item.path.name if shares else f"{item.path.name}::{getattr(item, 'originalname', item.name)}"

@@ -17,6 +17,8 @@ from tests.sidecar.certificates import Authority
 from tests.sidecar.checkpoints import write_checkpoint
 
 DEADLINE_S = 30
+# One worker: two would build the same client in the same directory at once.
+pytestmark = pytest.mark.xdist_group("clients")
 
 
 def start(client, address, source, target, *flags):
