@@ -241,7 +241,7 @@ def test_bfloat16_is_served_when_asked_and_has_another_fingerprint(tmp_path):
         ({"data_parallel_size": 2}, "data_parallel_size: the transformers engine .*start several sidecars"),
         ({"quantization": "fp8"}, r"quantization: the transformers engine cannot do that \(got 'fp8'\)"),
         ({"memory_fraction": 0.5}, "memory_fraction: the transformers engine .*max_batch_tokens bounds the rest"),
-        ({"adapters": {"math": "no/such/adapter"}}, "is no LoRA adapter"),
+        ({"adapters": {"math": "no/such/adapter"}}, "is not a LoRA adapter"),
         ({"max_sequence_length": 129}, "expected 2 to 128"),
         ({"dtype": "float64"}, "auto or one of float32, bfloat16, float16, got 'float64'"),
     ],
