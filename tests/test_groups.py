@@ -7,5 +7,5 @@ import pytest
 
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="there are no groups without workers")
 def test_a_group_is_part_of_the_node_id_by_which_tests_are_distributed(request):
-    # Without it each test is distributed alone: fixtures of a module are made by every worker, builds run twice at once.
+    # Without it each test is distributed alone: every worker makes fixtures of a module, builds run twice at once.
     assert request.node.nodeid.endswith("@tests/test_groups.py::" + request.node.name)
