@@ -10,6 +10,7 @@ import concurrent.futures
 import dataclasses
 import heapq
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,18 @@ from jdistill.wire.types import SequenceToScore, TokenScores
 logger = logging.getLogger("jdistill.client")
 
 _NO_ENDPOINTS: frozenset[str] = frozenset()
+
+
+class ScoreFuture(concurrent.futures.Future[Any]):
+    """The future of one sequence's scores."""
+
+    def abandon(self, error: Exception) -> None:
+        """Ends an unfinished future in a forked child, without its callbacks: they are its parent's."""
+        self._condition = threading.Condition()  # a thread that the child lacks may have held the old one
+        self._waiters = []
+        self._done_callbacks = []
+        if not self.done():
+            self.set_exception(error)
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -48,7 +61,7 @@ class Job:
     crc: int
     num_tokens: int
     num_bytes: int
-    future: concurrent.futures.Future[Any] = dataclasses.field(default_factory=concurrent.futures.Future)
+    future: ScoreFuture = dataclasses.field(default_factory=ScoreFuture)
     order: int = 0
     group: Sequence[Job] = ()
     sink: Callable[[TokenScores], None] | None = None

@@ -7,6 +7,7 @@ import concurrent.futures
 import functools
 import itertools
 import math
+import os
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
@@ -36,6 +37,9 @@ class TeacherClient:
     sequence is scored exactly once or fails with an error. Replicas that die are left out until they answer again; a
     replica that returns with another model stays out. While none is up, calls wait until `deadline_s`.
 
+    A client works only in the process that created it; in a child made by fork() it, and any new one, raises an error.
+    Start workers before the first client is created, or with multiprocessing's "spawn" or "forkserver".
+
     Args:
         endpoints: "host:port" or "unix:/path" of each replica; or a `Teacher`, which also names the model or adapter
             that scores; or a mapping from names to either, for several teachers (`SequenceToScore.teacher`).
@@ -58,6 +62,7 @@ class TeacherClient:
 
     Raises:
         ValueError: malformed endpoints, or a number that is not positive and finite.
+        RuntimeError: this process was forked from one that had created a client.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class TeacherClient:
         self._deadline_s = deadline_s
         self._submitted = itertools.count()
         self._closed = False
+        self._pid = os.getpid()
         self._loop = background.get_loop()
         settings = Settings(
             deadline_s=deadline_s,
@@ -128,6 +134,7 @@ class TeacherClient:
                 expected one, or the teacher has changed since the first call.
             DeadlineError: no replica answered.
         """
+        self._check_open()
         return self._run(self._dispatchers[choose_teacher(teacher, list(self._dispatchers))].pool.info())
 
     def check_can_sleep(self, teacher: str | None = None) -> None:
@@ -188,6 +195,7 @@ class TeacherClient:
         """
         self._check_open()
         dispatcher, job = self._job(sequence, next(self._submitted), top_k, temperature)
+        background.submitted.add(job.future)
         self._loop.call_soon_threadsafe(lambda: dispatcher.submit([job], coalesce=True))
         return job.future
 
@@ -243,8 +251,11 @@ class TeacherClient:
         return builder.finish()
 
     def close(self) -> None:
-        """Fails unfinished work with UnavailableError and closes the connections; idempotent."""
-        if not self._closed:
+        """Fails unfinished work with UnavailableError and closes the connections; idempotent.
+
+        Does nothing in a forked child: the connections are its parent's.
+        """
+        if not self._closed and self._pid == os.getpid():
             self._closed = True
             background.open_clients.discard(self)
             for dispatcher in self._dispatchers.values():
@@ -345,6 +356,7 @@ class TeacherClient:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this TeacherClient is closed")
+        background.check_process(self._pid)
 
     def _check_thread(self) -> None:
         if background.is_current_thread():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ class StopSignals:
     """Turns SIGINT and SIGTERM into Stopped, but never between an update and its line in the metrics file."""
 
     def __init__(self) -> None:
+        self._pid = os.getpid()
         self._held = False
         self._pending: int | None = None
         self._previous: dict[int, Any] = {}
@@ -41,7 +43,10 @@ class StopSignals:
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self._held or hosts.count() > 1:  # several processes all stop after the same step
+        if self._pid != os.getpid():  # a forked worker: it has no run to save, and must end when its pool ends it
+            self.__exit__()
+            os.kill(os.getpid(), signum)
+        elif self._held or hosts.count() > 1:  # several processes all stop after the same step
             self._pending = signum
         else:
             raise Stopped(signum)

@@ -50,6 +50,7 @@ class TeacherProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._closing = threading.Event()
         self._lock = threading.Lock()
+        self._owner = os.getpid()
         self.restarts = 0
 
     @property
@@ -78,6 +79,8 @@ class TeacherProcess:
 
     def close(self) -> None:
         """Stops the sidecar with SIGTERM, then with SIGKILL after STOP_TIMEOUT_S; may be called again."""
+        if self._owner != os.getpid():
+            return  # a forked child that leaves the block: the sidecar is its parent's
         with self._lock:  # waits for a restart in progress, so that the new process is the one we stop
             self._closing.set()
         process = self._process
