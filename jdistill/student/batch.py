@@ -36,7 +36,8 @@ class TrainBatch(NamedTuple):
     advantages: Float[np.ndarray, "B T"] | None = None
     teacher_logprobs: Float[np.ndarray, "B T"] | None = None  # nats
     candidate_ids: Int[np.ndarray, "B T K"] | None = None  # the student's own top-k at sampling time, or the teacher's
-    teacher_candidate_logprobs: Float[np.ndarray, "B T K"] | None = None  # nats
+    # Nats; -inf marks a place without a candidate, which the bucket of all other tokens takes in (its id is 0).
+    teacher_candidate_logprobs: Float[np.ndarray, "B T K"] | None = None
     distill_weights: Float[np.ndarray, "B T"] | None = None  # of the distillation term; None: 1 everywhere
     teacher_segments: Int[np.ndarray, "B T"] | None = None  # for a teacher with another tokenizer; see losses.segments
     token_rewards: Float[np.ndarray, "B T"] | None = None  # for a value head: the reward, at the last token
@@ -63,6 +64,7 @@ def make_batch(
     rewards: Float[np.ndarray, "N"] | None = None,
     distill_weights: Float[np.ndarray, "N"] | None = None,
     min_length: int = 0,
+    num_shared_ids: int | None = None,
 ) -> TrainBatch:
     """Puts completions, their advantages and the teacher's scores on the target grid.
 
@@ -75,6 +77,8 @@ def make_batch(
         rewards: one per completion, for a value head; written at the last token. None: left out.
         distill_weights: one per completion, for the distillation term; None: left out.
         min_length: minimum number of tokens that rows must have room for, e.g. the longest row of another host.
+        num_shared_ids: candidates with this id or a larger one are marked as missing, because student or teacher lacks
+            them (`Recipe.num_shared_ids`); None: there are none.
 
     Raises:
         ValueError: a completion has no tokens or more than max_length; scores are for another number of tokens, or a
@@ -101,11 +105,14 @@ def make_batch(
     if rewards is not None:
         last_BT = mask_BT & (np.cumsum(mask_BT, axis=1) == mask_BT.sum(axis=1, keepdims=True))
         batch = batch._replace(token_rewards=_spread(rewards, last_BT))
-    return batch if scores is None else _with_scores(batch, completions, scores)
+    return batch if scores is None else _with_scores(batch, completions, scores, num_shared_ids)
 
 
 def _with_scores(
-    batch: TrainBatch, completions: Sequence[Completion], scores: Sequence[TokenScores] | Sequence[SegmentScores]
+    batch: TrainBatch,
+    completions: Sequence[Completion],
+    scores: Sequence[TokenScores] | Sequence[SegmentScores],
+    num_shared_ids: int | None,
 ) -> TrainBatch:
     """Adds the teacher's log-probs of the sampled tokens, and its segments or candidates where it scored them."""
     mask_BT = batch.loss_mask
@@ -118,10 +125,12 @@ def _with_scores(
         for b, score in enumerate(scores):
             _put(segments_BT[b], mask_BT[b], score.segment_ids, f"segment_ids of completion {b}")
         return batch._replace(teacher_segments=segments_BT)
-    return _with_candidates(batch, completions, scores)
+    return _with_candidates(batch, completions, scores, num_shared_ids)
 
 
-def _with_candidates(batch: TrainBatch, completions: Sequence[Completion], scores: Sequence[TokenScores]) -> TrainBatch:
+def _with_candidates(
+    batch: TrainBatch, completions: Sequence[Completion], scores: Sequence[TokenScores], num_shared_ids: int | None
+) -> TrainBatch:
     """Adds the candidates, the teacher's own or the student's, and the teacher's log-probs of them."""
     mask_BT = batch.loss_mask
     by_teacher = scores[0].top_ids is not None
@@ -143,6 +152,9 @@ def _with_candidates(batch: TrainBatch, completions: Sequence[Completion], score
             )
         _put(ids_BTK[b], mask_BT[b], ids[b], f"candidate_ids of completion {b}")
         _put(candidates_BTK[b], mask_BT[b], found[b], f"the teacher's candidates of completion {b}")
+    if num_shared_ids is not None:
+        is_missing_BTK = ids_BTK >= num_shared_ids
+        ids_BTK[is_missing_BTK], candidates_BTK[is_missing_BTK] = 0, -np.inf
     return batch._replace(candidate_ids=ids_BTK, teacher_candidate_logprobs=candidates_BTK)
 
 

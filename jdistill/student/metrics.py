@@ -35,6 +35,11 @@ METRICS = {
         "nats",
     ),
     "teacher_usable_share": Metric("share of sampled tokens that a teacher with another tokenizer scores", "1"),
+    "unshared_candidates_share": Metric(
+        "share of candidates that student or teacher lacks, counted into the bucket of all other tokens; only where "
+        "their vocabularies have different sizes",
+        "1",
+    ),
     "reference_kl": Metric("KL to the frozen reference, by its estimator, before its weight", "nats"),
     "value_loss": Metric("squared error of the value head, halved and clipped, before its weight", "1"),
     "explained_variance": Metric("share of the returns' variance that the value head predicts", "1"),

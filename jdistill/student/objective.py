@@ -38,11 +38,12 @@ class Scored(NamedTuple):
     values: Float[Array, "B T"] | None = None  # of the value head, before the target's token is chosen
 
 
-def check_batch(recipe: Recipe, batch: TrainBatch, *, num_parts: int) -> None:
-    """Checks that a batch has the fields that the loss reads, and splits into the parts of a step.
+def check_batch(recipe: Recipe, batch: TrainBatch, *, num_parts: int, vocab_size: int) -> None:
+    """Checks that a batch has the fields that the loss reads, ids of the student, and splits into the parts of a step.
 
     Raises:
-        ValueError: a field is missing, the rows do not split into `num_parts`, or no target is scored.
+        ValueError: a field is missing, an id is not below `vocab_size`, the rows do not split into `num_parts`, or no
+            target is scored.
     """
     missing = [name for name in recipe.batch_fields if getattr(batch, name) is None]
     if missing:
@@ -52,6 +53,14 @@ def check_batch(recipe: Recipe, batch: TrainBatch, *, num_parts: int) -> None:
         )
     if batch.teacher_segments is not None and recipe.distillation is not None and not recipe.has_segments:
         raise ValueError("the batch has teacher_segments, of a teacher with another tokenizer: set teacher.tokenizer")
+    for name in ("tokens", "candidate_ids"):
+        ids = getattr(batch, name)
+        # As an index, an id that the student lacks would read NaN, or another token's number.
+        if isinstance(ids, np.ndarray) and ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+            raise ValueError(
+                f"{name} of the batch hold ids from {ids.min()} to {ids.max()}, and the student has {vocab_size}: is "
+                "the teacher's vocabulary larger? Give make_batch num_shared_ids"
+            )
     num_rows = len(batch.tokens)
     if num_rows % num_parts:
         raise ValueError(
@@ -331,11 +340,14 @@ def _distill_loss(
         ratio_BT = jax.lax.stop_gradient(policy_gradient.probability_ratio(logprobs.now, logprobs.sampler))
         to_reduce_BT = ratio_BT * distill_BT
     else:
-        distill_BT = to_reduce_BT = term.function(
-            masked.fill(scored.candidate_logprobs, mask_BT),
-            masked.fill(batch.teacher_candidate_logprobs, mask_BT),
-            **recipe.distill_options,
-        )
+        candidates_BTK = masked.fill(scored.candidate_logprobs, mask_BT)
+        teacher_BTK = masked.fill(batch.teacher_candidate_logprobs, mask_BT)
+        if recipe.num_shared_ids is not None:
+            is_missing_BTK = jnp.isneginf(teacher_BTK)
+            candidates_BTK = jnp.where(is_missing_BTK, -jnp.inf, candidates_BTK)
+            missing_BT = jnp.mean(is_missing_BTK, axis=-1, dtype=jnp.float32)
+            metrics["unshared_candidates_share"] = masked.masked_mean(missing_BT, mask_BT)
+        distill_BT = to_reduce_BT = term.function(candidates_BTK, teacher_BTK, **recipe.distill_options)
         if term.name == AUTO_CANDIDATES:
             metrics["reverse_kl"] = masked.masked_mean(distill_BT, mask_BT)
     if objective.distill_clip is not None:

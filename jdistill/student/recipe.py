@@ -28,6 +28,7 @@ class TeacherCapabilities:
     engine: str  # for messages, e.g. "vllm 0.32.0"
     max_top_k: int  # its own most likely tokens at each position
     max_candidate_count: int  # tokens of the student's choice at each position
+    vocab_size: int | None = None  # rows of its output; None: as many as the student's
 
 
 # Assumed where no teacher has been asked, as by `jdistill plan`: it scores whatever the objective prefers.
@@ -56,6 +57,10 @@ class Recipe:
     # What rollout and teacher provide. At most one of the two counts is above 0; both 0: the sampled tokens alone.
     num_candidates: int  # K most likely tokens that the student reports and the teacher scores
     teacher_top_k: int  # K most likely tokens that the teacher reports
+    # Token ids below this number mean the same token to student and teachers; None: the vocabularies have one size.
+    # Where they differ, the ids beyond are padding, or tokens that one side lacks: a candidate with such an id counts
+    # into the bucket of all other tokens, and no such id is sent to a teacher or used as an index.
+    num_shared_ids: int | None
     has_segments: bool  # a teacher with another tokenizer scores segments of text
     batch_fields: tuple[str, ...]  # fields that a TrainBatch must have, beside tokens and loss_mask
 
@@ -110,6 +115,7 @@ def make_recipe(
         group_advantage=advantages.ADVANTAGES[objective.advantage] if objective.has_rl and not has_critic else None,
         num_candidates=num_candidates,
         teacher_top_k=top_k,
+        num_shared_ids=None if term is None or has_segments else _num_shared_ids(vocab_size, teachers),
         has_segments=has_segments,
         batch_fields=_batch_fields(objective, term, has_critic=has_critic, has_segments=has_segments),
         recomputes_proximal=on_policy and objective.proximal == "recomputed" and optimizer.minibatches > 1,
@@ -198,6 +204,14 @@ def _distillation(
             "objective.distillation: sampled_reverse_kl"
         )
     return (term, 0, wanted) if by_teacher else (term, wanted, 0)
+
+
+def _num_shared_ids(vocab_size: int | None, teachers: Sequence[TeacherCapabilities]) -> int | None:
+    """Recipe.num_shared_ids of a student and teachers with one tokenizer."""
+    if vocab_size is None:
+        return None
+    sizes = {vocab_size, *(teacher.vocab_size or vocab_size for teacher in teachers)}
+    return min(sizes) if len(sizes) > 1 else None
 
 
 def _reference(objective: ObjectiveSection) -> estimators.Objective | None:

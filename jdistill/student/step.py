@@ -58,9 +58,10 @@ class TrainStep:
         self._config = config
         self._recipe = recipe
         self.placement = Placement(mesh, packs=config.optimizer.packing)
-        forward = Forward(graphdef, config, recipe, self.placement.mesh)
-        self.program = StepProgram(config, recipe, optimizer, self.placement, forward)
+        self._forward = Forward(graphdef, config, recipe, self.placement.mesh)
+        self.program = StepProgram(config, recipe, optimizer, self.placement, self._forward)
         self.frozen = frozen
+        self._vocab_size: int | None = None  # known with the first state
         self._compiled: Any = None
         self._compiled_add: Any = None
         self._compiled_apply: Any = None
@@ -72,13 +73,18 @@ class TrainStep:
             ValueError: the batch lacks what the objective needs, or does not split into minibatches and devices.
         """
         section = self._config.optimizer
-        objective.check_batch(self._recipe, batch, num_parts=section.minibatches * section.accumulate)
+        self._check(state, batch, num_parts=section.minibatches * section.accumulate)
         batch, packing = self.placement.place(batch, section.minibatches, section.accumulate)
         if self._compiled is None:
             # A state returned with another sharding would compile everything again.
             shardings = jax.tree.map(lambda x: x.sharding, state)
             self._compiled = jax.jit(self.program.step, donate_argnums=0, out_shardings=(shardings, None))
         return self._compiled(state, batch, self.frozen, packing)
+
+    def _check(self, state: TrainState, batch: TrainBatch, *, num_parts: int) -> None:
+        if self._vocab_size is None:
+            self._vocab_size = self._forward.decoder(state.params, self.frozen.base).config.vocab_size
+        objective.check_batch(self._recipe, batch, num_parts=num_parts, vocab_size=self._vocab_size)
 
     def begin(self, state: TrainState, *, num_tokens: int, num_sequences: int) -> Gradient:
         """Begins an update that has no parts yet.
@@ -105,7 +111,7 @@ class TrainStep:
         Raises:
             ValueError: the part lacks what the objective needs, or does not split into devices.
         """
-        objective.check_batch(self._recipe, part, num_parts=1)
+        self._check(state, part, num_parts=1)
         mask_RT = part.loss_mask
         own = mask_RT.sum(), mask_RT.any(axis=1).sum(), row_lengths(mask_RT).sum(), mask_RT.size
         *counts, num_real, num_padded = map(int, hosts.total(np.array(own, np.int32)))

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
+import numpy as np
+
 from jdistill import checkpoint_files, models, tasks
 from jdistill.client import Teacher, TeacherClient
 from jdistill.config import ConfigError, TeacherSection, TrainConfig
@@ -63,8 +65,12 @@ class RemoteTeacher:
             self._client.wake()  # a run that was killed may have left it asleep
             self._client.check_can_sleep()  # now rather than after the first rollout
         infos = [self._client.info(name) for name in self._names]
+        num_token_ids = 1 + max(task.tokenizer.get_vocab().values())
         for info in infos:
-            check_teacher(config, model_config, info)
+            check_teacher(config, model_config, info, num_token_ids=num_token_ids)
+        if teacher.tokenizer is None:
+            for size in sorted({info.model.vocab_size for info in infos} - {model_config.vocab_size}):
+                say(_sizes_differ(model_config.vocab_size, size, num_token_ids))
         self._teacher_task, self._cross = task, None
         if teacher.tokenizer is not None:
             self._teacher_task = tasks.create_task(
@@ -79,7 +85,10 @@ class RemoteTeacher:
             )
         capabilities = [
             TeacherCapabilities(
-                f"{info.engine} {info.engine_version}", info.model.max_top_k, info.model.max_candidate_count
+                f"{info.engine} {info.engine_version}",
+                info.model.max_top_k,
+                info.model.max_candidate_count,
+                info.model.vocab_size,
             )
             for info in infos
         ]
@@ -116,12 +125,17 @@ class RemoteTeacher:
             prompt_ids = self._teacher_task.privileged_prompt_ids(theirs) if privileged else theirs.prompt_ids
             retokenized = self._cross.retokenize(prompt_ids, completion.completion_ids)
             return SequenceToScore(retokenized.token_ids, retokenized.spans, teacher=name), retokenized
+        candidate_ids = completion.candidate_ids if self.recipe.num_candidates else None
+        if (num_shared := self.recipe.num_shared_ids) is not None:
+            _check_shared(completion.token_ids, num_shared)
+            if candidate_ids is not None:  # make_batch marks their scores as missing
+                candidate_ids = np.where(candidate_ids < num_shared, candidate_ids, 0)
         if privileged:
             prefix, num_replaced = self._task.privileged_prompt_ids(problem), completion.prompt_length
         sequence = SequenceToScore(
             completion.token_ids,
             ((completion.prompt_length, len(completion.token_ids)),),
-            completion.candidate_ids if self.recipe.num_candidates else None,
+            candidate_ids,
             teacher=name,
             teacher_prefix=prefix,
             num_replaced=num_replaced,
@@ -207,8 +221,37 @@ def _client(
     )
 
 
-def check_teacher(config: TrainConfig, model_config: models.DecoderConfig, info: ServerInfo) -> None:
+def _sizes_differ(student: int, teacher: int, num_token_ids: int) -> str:
+    """What becomes of the ids that only one side has."""
+    larger, ids = ("teacher", teacher - student) if teacher > student else ("student", student - teacher)
+    return (
+        f"the {larger} has {ids} token ids more than the other side (student {student}, teacher {teacher}, tokenizer "
+        f"{num_token_ids}): a candidate with such an id counts into the bucket of all other tokens "
+        "(unshared_candidates_share)"
+    )
+
+
+def _check_shared(token_ids: np.ndarray, num_shared: int) -> None:
+    """Refuses a completion with an id that the teacher lacks: what follows such a token has no score."""
+    if token_ids.max() >= num_shared:
+        raise ValueError(
+            f"the student sampled token {token_ids.max()}, and the teacher has no id from {num_shared} on: it is a row "
+            "beyond the tokenizer, which a trained student does not sample. Start from trained weights, or from a "
+            "checkpoint with as many ids as the teacher"
+        )
+
+
+def check_teacher(
+    config: TrainConfig, model_config: models.DecoderConfig, info: ServerInfo, *, num_token_ids: int | None = None
+) -> None:
     """Checks, before training, that this teacher can score the student's samples.
+
+    Args:
+        config: configuration of the run.
+        model_config: architecture of the student.
+        info: of the teacher.
+        num_token_ids: ids of the tokenizer; rows of the student beyond them are padding, which the teacher may lack.
+            None: all rows of the student are tokens.
 
     Raises:
         ConfigError: vocabulary, length or temperature does not fit; the message names both sides and the remedy.
@@ -216,9 +259,10 @@ def check_teacher(config: TrainConfig, model_config: models.DecoderConfig, info:
     teacher, section = info.model, config.teacher
     longest = config.rollout.max_length
     other_tokenizer = section is not None and section.tokenizer is not None
-    if model_config.vocab_size > teacher.vocab_size and not other_tokenizer:
+    num_sampled = min(model_config.vocab_size, num_token_ids or model_config.vocab_size)
+    if num_sampled > teacher.vocab_size and not other_tokenizer:
         raise ConfigError(
-            f"the student's vocabulary has {model_config.vocab_size} ids, the teacher's {teacher.vocab_size}: it "
+            f"the student's vocabulary has {num_sampled} ids, the teacher's {teacher.vocab_size}: it "
             "cannot score all that the student samples; use a teacher of the same family, or set teacher.tokenizer"
         )
     if longest > teacher.max_sequence_length and not other_tokenizer:

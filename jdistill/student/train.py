@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import pathlib
 import time
+from collections.abc import Mapping
 
 import jax
 
@@ -104,17 +106,29 @@ def _apply(run: Run, position: Position, update: Update) -> dict[str, float]:
     results = {name: float(value) for name, value in jax.device_get(results).items()}
     update.timings["train_s"] = update.timings.get("train_s", 0.0) + time.monotonic() - began
     if not results.pop("finite"):
-        raise TrainingError(
-            f"NaN or infinity in the loss or the gradient of step {position.step + 1} (loss {results['loss']}, "
-            f"gradient norm {results['grad_norm']}); the update was not made. Lower optimizer.learning_rate or "
-            "optimizer.clip_norm, or set model.compute_dtype: float32"
-        )
+        raise TrainingError(not_finite(position.step + 1, results))
     position.step += 1
     position.num_problems, position.pending = update.num_problems, update.pending
     if run.recipe.on_policy:
         position.sampled_tokens += update.num_tokens
         results["sampled_tokens"] = position.sampled_tokens
     return results
+
+
+def not_finite(step: int, results: Mapping[str, float]) -> str:
+    """Names what was NaN or infinite in the metrics of a step, and the remedy for that cause."""
+    broken = [name for name, value in results.items() if not math.isfinite(value)]
+    student = [name for name in ("entropy", "sampler_gap_mean") if name in broken]
+    teacher = [name for name in ("reverse_kl", "distill_loss") if name in broken]
+    if teacher and not student:
+        remedy = (
+            "The student's own log-probs are finite, so the teacher's numbers or token ids are the cause, and a lower "
+            "learning rate does not help: look at its log, score a completion with `jdistill score`, and compare the "
+            "two checkpoints and their dtypes"
+        )
+    else:
+        remedy = "Lower optimizer.learning_rate or optimizer.clip_norm, or set model.compute_dtype: float32"
+    return f"NaN or infinity in {', '.join(broken)} of step {step}; the update was not made. {remedy}"
 
 
 def _evaluate(run: Run, position: Position, values: dict[str, float]) -> dict[str, float]:

@@ -173,4 +173,5 @@ def _batch(run: Run, rollout: Rollout, rows: _Rows, indices: np.ndarray) -> Trai
         rewards=rows.rewards[indices] if run.recipe.has_critic else None,
         distill_weights=None if rows.distill_weights is None else rows.distill_weights[indices],
         min_length=hosts.maximum(max(len(completion.token_ids) for completion in completions)),
+        num_shared_ids=run.recipe.num_shared_ids,
     )

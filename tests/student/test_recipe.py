@@ -44,6 +44,7 @@ REWARD_ALONE = {
     "group_advantage": "grpo",
     "num_candidates": 0,
     "teacher_top_k": 0,
+    "num_shared_ids": None,
     "has_segments": False,
     "batch_fields": ("sampler_logprobs", "advantages"),
     "recomputes_proximal": False,
