@@ -1,44 +1,33 @@
-"""Inspects a checkpoint directory without loading it: weight files, completeness, limits, dtype, tokenizer.
+"""Inspects a checkpoint directory without loading it: completeness, limits, dtype, tokenizer.
 
 Both sides of the wire use this module, so it needs only the standard library; transformers is imported only for
 tokenizers without a tokenizer.json.
-
-`stored_tensors` decides which files make the weights, for our loader (hence the jax engine) and for the fingerprint.
-The loaders of transformers, vLLM and SGLang choose for themselves: transformers prefers model.safetensors to an index,
-and without an index vLLM and SGLang read every *.safetensors, so a stray file beside the weights can make them load
-other bytes than the fingerprint describes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import pathlib
 import struct
 from typing import Any
 
-SAFETENSORS_INDEX = "model.safetensors.index.json"
-SAFETENSORS_FILE = "model.safetensors"
-# A LoRA adapter as PEFT saves it.
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+from jdistill.weight_files import (
+    ADAPTER_CONFIG,
+    DTYPE_OF_SAFETENSORS,
+    SAFETENSORS_INDEX,
+    embedding_and_head,
+    stored_tensors,
+)
+
 GENERATION_CONFIG = "generation_config.json"
+# What transformers' configuration class of an architecture takes for an absent tie_word_embeddings.
+TIED_BY_DEFAULT = {
+    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), True),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"), False),
+}
 # A checkpoint with any of these has a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors library itself sets
-DTYPE_OF_SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Location of one tensor: its file, offset of its first byte there, and size; dtype as safetensors names it."""
-
-    file: pathlib.Path
-    start: int
-    size_bytes: int
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def read_config(path: str | pathlib.Path) -> dict[str, Any]:
@@ -56,6 +45,11 @@ def read_config(path: str | pathlib.Path) -> dict[str, Any]:
             "a name on the Hugging Face Hub has to be downloaded first (`hf download NAME --local-dir DIR`)"
         )
     config = _read_json_object(path / "config.json")
+    if config is None and (path / ADAPTER_CONFIG).exists():
+        raise FileNotFoundError(
+            f"{path} holds a LoRA adapter ({ADAPTER_CONFIG}) and no model: give the base model's directory (a teacher "
+            "serves the adapter with --adapters NAME=DIR), or merge the adapter into the base model"
+        )
     if config is None:
         raise FileNotFoundError(
             f"{path} has no config.json, so it is not a Hugging Face checkpoint. "
@@ -90,80 +84,34 @@ def check_checkpoint(path: str | pathlib.Path) -> None:
 
     Raises:
         FileNotFoundError: the directory, config.json, the weights or a shard is missing.
-        ValueError: a file is damaged or half written.
+        ValueError: a file is damaged or half written, or engines would read different weights.
     """
-    read_config(path)
-    stored_tensors(path)
-
-
-def stored_tensors(path: str | pathlib.Path) -> dict[str, StoredTensor]:
-    """Locates every tensor of a checkpoint by name, from the safetensors headers alone.
-
-    The weights are the files that the index names; without an index model.safetensors, else every *.safetensors.
-
-    Raises:
-        FileNotFoundError, ValueError: as `check_checkpoint`, but config.json is not read.
-    """
-    path = pathlib.Path(path)
-    index_path = path / SAFETENSORS_INDEX
-    expected: dict[str, str] | None = None
-    if index_path.exists():
-        try:
-            expected = dict(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"])
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{index_path} is damaged ({e!r}): copy the checkpoint again") from None
-        files = [path / name for name in sorted(set(expected.values()))]
-        missing = [file.name for file in files if not file.exists()]
-        if missing:
-            raise FileNotFoundError(
-                f"{path} is incomplete: {SAFETENSORS_INDEX} names {len(files)} shards, {len(missing)} are missing "
-                f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Copy or download it again"
-            )
-    else:
-        files = [path / SAFETENSORS_FILE] if (path / SAFETENSORS_FILE).exists() else sorted(path.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(
-                f"{path} has no *.safetensors files. Weights in another format (pytorch_model.bin) have to be "
-                "converted once: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
-            )
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        tensors.update(_read_header(file))
-    lost = sorted(set(expected or ()) - set(tensors))
-    if lost:
-        raise ValueError(
-            f"{path} is incomplete: {SAFETENSORS_INDEX} lists {lost[0]!r} and {len(lost) - 1} more tensors that no "
-            "shard holds. The index belongs to another checkpoint, or a shard is outdated: copy the checkpoint again"
-        )
-    return tensors
-
-
-def _read_header(file: pathlib.Path) -> dict[str, StoredTensor]:
-    """Reads one safetensors header: 8 bytes of length, JSON, then the data."""
-    size_bytes = file.stat().st_size
-    again = "half written or damaged: copy or export the checkpoint again"
-    with file.open("rb") as f:
-        prefix = f.read(8)
-        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size_bytes - 8):
+    config = read_config(path)
+    tensors = stored_tensors(path)
+    files = {tensor.file.name for tensor in tensors.values()}
+    if ties_head(config) is False:
+        embedding, _ = embedding_and_head(tensors)
+        if embedding is not None and not any("lm_head" in name for name in tensors):
             raise ValueError(
-                f"{file} is not a safetensors file ({size_bytes} bytes, header length {header_bytes}), {again}"
+                f"{path} has no lm_head.weight, and config.json does not say tie_word_embeddings: true: some "
+                "engines would score with a random head. If the embeddings are also the head, say so in config.json; "
+                "otherwise copy the checkpoint again"
             )
-        try:
-            header = json.loads(f.read(header_bytes))
-            tensors = {}
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                start, stop = entry["data_offsets"]
-                shape = tuple(int(n) for n in entry["shape"])
-                tensors[name] = StoredTensor(file, 8 + header_bytes + start, stop - start, entry["dtype"], shape)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as e:
-            raise ValueError(f"{file} has a damaged safetensors header ({e!r}), {again}") from None
-    end = max((tensor.start + tensor.size_bytes for tensor in tensors.values()), default=8 + header_bytes)
-    if end != size_bytes:
-        raise ValueError(f"{file} has {size_bytes} bytes, but its header describes {end}: {again}")
-    return tensors
+    chosen = config.get("transformers_weights")
+    if chosen not in (None, SAFETENSORS_INDEX) and files != {chosen}:
+        raise ValueError(
+            f"{path}: config.json names transformers_weights = {chosen!r}, which only transformers reads; the other "
+            f"engines read {', '.join(sorted(files)[:3])}. Delete the field, and the files that are not the model's"
+        )
+
+
+def ties_head(config: dict[str, Any]) -> bool | None:
+    """Returns whether config.json ties the head to the embeddings; None if it depends on an unknown architecture."""
+    config = _text_config(config)
+    said = config.get("tie_word_embeddings")
+    if isinstance(said, bool):
+        return said
+    return TIED_BY_DEFAULT.get(str(config.get("model_type")))
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -7,13 +7,8 @@ import json
 import os
 import pathlib
 
-from jdistill.checkpoint_files import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    read_config,
-    stored_tensors,
-    tokenizer_fingerprint,
-)
+from jdistill.checkpoint_files import read_config, tokenizer_fingerprint
+from jdistill.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, stored_tensors
 
 __all__ = ["adapter_fingerprint", "model_fingerprint", "tokenizer_fingerprint"]
 

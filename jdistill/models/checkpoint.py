@@ -23,7 +23,7 @@ import safetensors.numpy
 from flax import nnx
 from jax.sharding import Mesh
 
-from jdistill import checkpoint_files
+from jdistill import checkpoint_files, weight_files
 from jdistill.models.decoder import Decoder
 from jdistill.models.layouts import Tensors, from_hf, hf_index, hf_shape, to_hf
 from jdistill.models.params import ParamSpec, param_specs
@@ -58,7 +58,11 @@ def read(
             misshapen.
     """
     specs = param_specs(abstract.config)
-    files = _Files(checkpoint_files.stored_tensors(path))
+    files = _Files(weight_files.stored_tensors(path))
+    embed, head = tensors["embed"], tensors["head"]
+    if abstract.config.tie_word_embeddings and embed[0] not in files.stored and head[0] in files.stored:
+        # Tying is symmetric in transformers 5: the tensor that is stored serves as both.
+        tensors = {**tensors, "embed": (head[0], embed[1])}
     _check_names(path, specs, tensors, set(files.stored), tied=abstract.config.tie_word_embeddings)
     shardings = (
         {}
@@ -82,7 +86,7 @@ def read(
 class _Files:
     """The tensors of a checkpoint; each file is opened once."""
 
-    def __init__(self, stored: Mapping[str, checkpoint_files.StoredTensor]):
+    def __init__(self, stored: Mapping[str, weight_files.StoredTensor]):
         self.stored = stored
         self._handles: dict[pathlib.Path, Any] = {}
 
@@ -100,7 +104,7 @@ class _Files:
                 f"{tensor.file}: {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)} "
                 f"({parameter}): weights and config.json belong to different models"
             )
-        if tensor.dtype not in checkpoint_files.DTYPE_OF_SAFETENSORS:
+        if tensor.dtype not in weight_files.DTYPE_OF_SAFETENSORS:
             raise ValueError(
                 f"{tensor.file}: {name} is stored as {tensor.dtype}, expected F32, BF16 or F16: "
                 "a quantized checkpoint has to be dequantized first"
@@ -144,7 +148,7 @@ def _check_names(
             f"{path}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are): "
             "not this model's checkpoint, or an incomplete one"
         )
-    # transformers and vLLM also ignore a stored head of a tied model; old Llama checkpoints stored their rotary table.
+    # The stored head of a tied model equals the embeddings; old Llama checkpoints stored their rotary table.
     ignored = {tensors["head"][0]} if tied else set()
     odd = sorted(n for n in stored - expected - ignored if not n.endswith("rotary_emb.inv_freq"))
     if odd:
@@ -220,13 +224,13 @@ def _write_tensors(
         for name, parameter, place in shard:
             values[name] = to_hf(on_host(state[parameter][place]).astype(dtype), tensors[parameter][1])
             total_bytes += values[name].nbytes
-        file = checkpoint_files.SAFETENSORS_FILE if len(plan) == 1 else f"model-{i:05d}-of-{len(plan):05d}.safetensors"
+        file = weight_files.SAFETENSORS_FILE if len(plan) == 1 else f"model-{i:05d}-of-{len(plan):05d}.safetensors"
         weight_map.update(dict.fromkeys(values, file))
         if writer:
             safetensors.numpy.save_file(values, directory / file, metadata={"format": "pt"})
     if writer and len(plan) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (directory / checkpoint_files.SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (directory / weight_files.SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def on_host(array: jax.Array) -> np.ndarray:

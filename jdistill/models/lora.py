@@ -25,7 +25,7 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-from jdistill import checkpoint_files
+from jdistill import weight_files
 from jdistill.config import LoraSection
 from jdistill.models import checkpoint
 from jdistill.models.config import DecoderConfig, Lora
@@ -124,8 +124,8 @@ def write_adapter(decoder: Decoder, path: str | pathlib.Path, tensors: Tensors, 
     if jax.process_index() == 0:
         temporary.mkdir(parents=True)
         try:
-            safetensors.numpy.save_file(values, temporary / checkpoint_files.ADAPTER_WEIGHTS, metadata={"format": "pt"})
-            (temporary / checkpoint_files.ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            safetensors.numpy.save_file(values, temporary / weight_files.ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            (temporary / weight_files.ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -112,6 +112,8 @@ def save(
         if config_from_hf(source) != decoder.config:
             raise ValueError(f"{source} describes another model than the one to be saved: give the one it came from")
         config_json = checkpoint_files.read_config(source)
+        if not decoder.config.tie_word_embeddings:
+            config_json["tie_word_embeddings"] = False  # the source may say true beside a separate head
     # transformers 5 writes `dtype`, versions before 4.56 know only `torch_dtype`, and all newer ones read both.
     for key in [key for key in ("dtype", "torch_dtype") if key in config_json] or ["torch_dtype"]:
         config_json[key] = dtype

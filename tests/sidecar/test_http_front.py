@@ -9,6 +9,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 pytest.importorskip("aiohttp")
 from aiohttp import web
@@ -444,6 +445,45 @@ def test_a_server_whose_checkpoint_has_another_vocabulary_is_refused_before_it_s
         assert fake.num_scored == 0
 
     asyncio.run(run())
+
+
+def test_a_server_whose_checkpoint_has_other_weights_is_refused_before_it_scores(path, tmp_path):
+    other = write_checkpoint(tmp_path / "teacher", seed=1)
+
+    async def run():
+        fake = FakeVllm(other)
+        async with running(fake):
+            with pytest.raises(ConfigError, match=r"other weights or another config\.json than "):
+                async with engine_for(path, fake):
+                    pass
+        assert fake.num_scored == 0
+
+    asyncio.run(run())
+
+
+def test_weights_that_the_server_would_read_otherwise_are_refused_or_named(tmp_path, caplog):
+    path = write_checkpoint(tmp_path / "teacher", tie_word_embeddings=False)
+    weights = (path / "model.safetensors").read_bytes()
+
+    async def start():
+        fake = FakeVllm(path)
+        async with running(fake), engine_for(path, fake):
+            pass
+
+    (path / "model-00001-of-00001.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=r"model\.safetensors alone, vLLM and SGLang all of them"):
+        asyncio.run(start())
+    (path / "model.safetensors").unlink()
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(ValueError, match=r"stored with other values .* the server \(vllm-http\) takes"):
+        asyncio.run(start())
+    (path / "config.json").write_text(json.dumps(config))
+    index = dict.fromkeys(load_file(path / "model-00001-of-00001.safetensors"), "model-00001-of-00001.safetensors")
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (path / "consolidated.safetensors").write_bytes(weights)
+    asyncio.run(start())
+    assert "also holds consolidated.safetensors: vLLM prefers it" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["raw", "all below 0"])

@@ -10,6 +10,7 @@ import weakref
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jdistill.config import TeacherServerConfig
 from jdistill.wire.types import SequenceToScore
@@ -288,3 +289,25 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
     adapter = write_adapter(tmp_path / "math", write_checkpoint(tmp_path / "deeper", num_hidden_layers=3))
     with pytest.raises(ValueError, match=r"does not fit .*tiny"):
         create(write_checkpoint(tmp_path / "tiny"), adapters={"math": str(adapter)})
+
+
+def test_weights_that_transformers_would_make_up_are_refused(tmp_path):
+    path = write_checkpoint(tmp_path / "tiny")
+    tensors = load_file(path / "model.safetensors")
+    lost = "model.layers.1.input_layernorm.weight"
+    save_file({name: value for name, value in tensors.items() if name != lost}, path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"no weights for {lost} \(1 such tensors\) and would score with random"):
+        create(path, engine_args={"device": "cpu"})
+
+
+def test_a_separate_head_is_scored_though_the_configuration_ties_it_and_a_version_that_ties_is_refused(
+    tmp_path, monkeypatch
+):
+    path = write_checkpoint(tmp_path / "tiny")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    check_against_reference(path, tmp_path, packs=True)
+    # As transformers 4 does it.
+    monkeypatch.setattr("transformers.modeling_utils._tied_params_are_equal", lambda a, b: True)
+    with pytest.raises(ValueError, match=r"another output head is stored, which transformers .* ignores"):
+        create(path, engine_args={"device": "cpu"})

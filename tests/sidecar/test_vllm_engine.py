@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -323,3 +324,14 @@ def test_a_dead_engine_raises_now_and_later(extension):
     for _ in range(2):
         with pytest.raises(EngineDeadError, match=r"has died .* has to be restarted"):
             extension.runner.run(score_all(extension.engine, [SequenceToScore(extension.token_ids[1])]))
+
+
+def test_a_stored_head_is_scored_though_the_configuration_ties_it(tmp_path, vllm_module):
+    path = write_checkpoint(tmp_path / "tiny")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    for served in serve("vllm", path, tmp_path, engine_args={"load_format": "auto"}):
+        (got,) = served.score([SequenceToScore(served.token_ids[2])])
+        expected_SV = expected_logprobs(served.logits[2], 1.0)[:-1]
+        ids = served.token_ids[2][1:]
+        np.testing.assert_allclose(got.logprobs, expected_SV[np.arange(len(ids)), ids], atol=1e-4)

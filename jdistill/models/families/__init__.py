@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pathlib
 from types import ModuleType
 
-from jdistill import checkpoint_files
+from jdistill import checkpoint_files, weight_files
 from jdistill.models.config import DecoderConfig
 from jdistill.models.hf_config import HFFields
 
@@ -28,11 +29,14 @@ def family(model_type: str) -> ModuleType:
 
 
 def config_from_hf(path: str | pathlib.Path) -> DecoderConfig:
-    """Reads the config.json of a checkpoint directory.
+    """Reads the config.json of a checkpoint directory, which may have no weights yet.
+
+    With weights, `tie_word_embeddings: true` holds only if no other head is stored, as in transformers 5.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: the architecture is unknown, or a field is missing, unknown or asks for something not implemented.
+        FileNotFoundError: there is no config.json, or a shard is missing.
+        ValueError: the architecture is unknown; a field is missing, unknown or asks for something not implemented; the
+            weights are damaged or ambiguous (`weight_files.stored_tensors`).
     """
     raw = checkpoint_files.read_config(path)
     source = str(pathlib.Path(path) / "config.json")
@@ -57,4 +61,7 @@ def config_from_hf(path: str | pathlib.Path) -> DecoderConfig:
     except ValueError as e:
         raise e if source in str(e) else ValueError(f"{source}: {e}") from None
     fields.finish()
+    if config.tie_word_embeddings and any(pathlib.Path(path).glob("*.safetensors")):
+        tied = not weight_files.has_separate_head(weight_files.stored_tensors(path))
+        config = dataclasses.replace(config, tie_word_embeddings=tied)
     return config

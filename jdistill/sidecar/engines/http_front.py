@@ -23,7 +23,7 @@ import numpy as np
 import pydantic
 
 from jdistill.checkpoint_files import (
-    ADAPTER_CONFIG,
+    check_checkpoint,
     checkpoint_dtype,
     context_length,
     read_config,
@@ -34,8 +34,11 @@ from jdistill.config import ConfigError, Section, TeacherServerConfig, parse
 from jdistill.fingerprint import model_fingerprint
 from jdistill.sidecar.engines.base import Engine
 from jdistill.sidecar.engines.http_connection import Connection, ServerRefusedError
+from jdistill.sidecar.engines.http_root import check_root, check_root_weights
 from jdistill.sidecar.engines.options import adapter_info
+from jdistill.sidecar.engines.own_loader import check_own_loader
 from jdistill.sidecar.engines.probe import distance, probe_ids
+from jdistill.weight_files import ADAPTER_CONFIG
 from jdistill.wire.errors import FingerprintMismatchError, InvalidRequestError, UnavailableError
 from jdistill.wire.types import ModelInfo, SequenceToScore, TokenScores
 
@@ -239,17 +242,20 @@ class HttpFrontEngine(Engine):
         self.version = str(identity["version"])
         path = pathlib.Path(config.model)
         hf_config = read_config(path)
-        _check_root(self.connection.url, identity.get("root"), path)
+        check_root(self.connection.url, identity.get("root"), path)
         longest = min(context_length(hf_config), identity["max_length"] or context_length(hf_config))
         if config.max_sequence_length is not None and not 2 <= config.max_sequence_length <= longest:
             raise ConfigError(
                 f"max_sequence_length: expected 2 to {longest} (the limit of the server), got "
                 f"{config.max_sequence_length}"
             )
-        try:
+        if any(path.glob("*.safetensors")):
+            check_checkpoint(path)
+            check_own_loader(f"the server ({self.name})", path)
             dtype = checkpoint_dtype(path) if config.dtype == "auto" else config.dtype
             fingerprint = model_fingerprint(path, dtype)
-        except (FileNotFoundError, ValueError):  # no weights here: only what the server says tells models apart
+            check_root_weights(self.connection.url, identity.get("root"), path, dtype, fingerprint)
+        else:  # no weights here: only what the server says tells models apart
             dtype = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "unknown")
             known = json.dumps([hf_config, identity["model"], identity["max_length"]], sort_keys=True)
             fingerprint = hashlib.sha256(known.encode()).hexdigest()
@@ -326,24 +332,6 @@ class HttpFrontEngine(Engine):
     def _distance(self, got: TokenScores) -> float:
         assert self._expected is not None
         return distance(got, self._expected)
-
-
-def _check_root(url: str, root: Any, path: pathlib.Path) -> None:
-    """Raises ConfigError if the server's checkpoint can be read here and is not the configuration's."""
-    if not isinstance(root, str):
-        return
-    ours = (vocab_size(read_config(path)), tokenizer_fingerprint(path))
-    try:
-        theirs = (vocab_size(read_config(root)), tokenizer_fingerprint(root))
-    except (OSError, ValueError):  # a name on a hub, or a directory on another machine
-        if pathlib.PurePath(root).name != path.resolve().name:
-            logger.warning("%s serves %s; make sure that it is the model of %s", url, root, path)
-        return
-    if ours != theirs:
-        raise ConfigError(
-            f"model {path} has another vocabulary or tokenizer than {root}, which {url} serves; give the "
-            "directory of the model that the server serves"
-        )
 
 
 def _checked_url(name: str, config: TeacherServerConfig) -> str:

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 
 from jdistill.checkpoint_files import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     check_checkpoint,
     checkpoint_dtype,
     context_length,
@@ -24,6 +22,7 @@ from jdistill.checkpoint_files import (
 )
 from jdistill.config import ConfigError, TeacherServerConfig
 from jdistill.fingerprint import adapter_fingerprint, model_fingerprint
+from jdistill.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from jdistill.wire.types import ModelInfo
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -23,6 +23,7 @@ import aiohttp
 
 from jdistill.config import ConfigError, TeacherServerConfig
 from jdistill.sidecar.engines.options import adapter_rank, check_engine_args, model_info
+from jdistill.sidecar.engines.own_loader import check_load_format, check_own_loader
 from jdistill.sidecar.engines.sglang_http import SglangHttpEngine, SglangHttpOptions
 from jdistill.wire.errors import EngineDeadError, FingerprintMismatchError, TeacherError, UnavailableError
 from jdistill.wire.types import SequenceToScore, TokenScores
@@ -79,7 +80,9 @@ class SglangEngine(SglangHttpEngine):
         on_cpu = config.engine_args.get("device", None if has_accelerator else "cpu") == "cpu"
         if config.offload and on_cpu:
             raise ConfigError("offload: SGLang can free memory on GPUs only; leave offload out")
+        check_load_format("SGLang", config.engine_args)
         info = await asyncio.to_thread(model_info, config)
+        await asyncio.to_thread(check_own_loader, "SGLang", config.model)
         for path in config.adapters.values():
             adapter_rank(path)  # raises if it is not an adapter
         with socket.socket() as probe:

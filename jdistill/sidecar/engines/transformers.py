@@ -19,6 +19,7 @@ import contextlib
 import gc
 import logging
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from transformers.utils import is_peft_available
 
 from jdistill.sidecar.batching import BatchedEngine, split_scores
 from jdistill.sidecar.engines.options import adapter_info, adapter_rank, check_engine_args, check_sizes, model_info
+from jdistill.weight_files import has_separate_head, stored_tensors
 from jdistill.wire.errors import EngineDeadError
 from jdistill.wire.types import SequenceToScore, TokenScores
 
@@ -113,13 +115,15 @@ class TransformersEngine(BatchedEngine):
         self._chunk_tokens = chunk_tokens
         self._device = _device(args["device"])
         transformers.utils.logging.disable_progress_bar()
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+        self._model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             config.model,
             dtype=getattr(torch, self.info.dtype),
             attn_implementation=args["attn_implementation"],
             trust_remote_code=args["trust_remote_code"],
             local_files_only=True,
+            output_loading_info=True,
         )
+        self._check_loading(loading)
         self._model.to(self._device).eval().requires_grad_(False)
         self._head = self._model.get_output_embeddings()
         self._check_head()
@@ -184,6 +188,25 @@ class TransformersEngine(BatchedEngine):
         else:
             self._model.disable_adapters()
         self._adapter = name
+
+    def _check_loading(self, loading: Mapping[str, Any]) -> None:
+        """Raises ValueError if weights are random, or the head is tied although another one is stored."""
+        path = self.config.model
+        if lost := sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]])):
+            raise ValueError(
+                f"{path}: transformers {transformers.__version__} finds no weights for {lost[0]} ({len(lost)} such "
+                "tensors) and would score with random ones: config.json and weights belong to different models, or the "
+                "checkpoint is incomplete"
+            )
+        if unused := sorted(map(str, loading["unexpected_keys"])):
+            logger.warning("%s: transformers does not use %s (%d such tensors)", path, unused[0], len(unused))
+        head, embedding = self._model.get_output_embeddings(), self._model.get_input_embeddings()
+        if head.weight is embedding.weight and has_separate_head(stored_tensors(path)):
+            raise ValueError(
+                f"{path}: config.json says tie_word_embeddings: true, but another output head is stored, which "
+                f"transformers {transformers.__version__} ignores: set tie_word_embeddings to false in config.json, or "
+                "delete the tensor that is wrong"
+            )
 
     @torch.inference_mode()
     def _check_head(self) -> None:

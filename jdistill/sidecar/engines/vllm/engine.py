@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import vllm
+from vllm.config import ModelConfig
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.engine import exceptions as vllm_exceptions
@@ -28,6 +29,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from jdistill.config import TeacherServerConfig
 from jdistill.sidecar.engines.base import Engine
 from jdistill.sidecar.engines.options import adapter_info, model_info, write_zero_adapter
+from jdistill.sidecar.engines.own_loader import check_own_loader
 from jdistill.sidecar.engines.probe import PROBE_LENGTH, distance, probe_ids
 from jdistill.sidecar.engines.vllm import startup
 from jdistill.sidecar.engines.vllm.ways import HAS_ID_SCORES, PARAMETERS, ExtensionWay, FieldsWay, PlainWay, Way
@@ -91,6 +93,8 @@ class VllmEngine(Engine):
         """
         scoring, given = startup.check_args(config)
         info = await asyncio.to_thread(model_info, config)
+        takes_stored_head = hasattr(ModelConfig, "maybe_untie_word_embeddings")  # since 0.32, or slightly before
+        await asyncio.to_thread(check_own_loader, "vLLM", config.model, takes_stored_head=takes_stored_head)
         args = startup.arguments(config, info, given)
         startup.set_environment(config, info, args)
         llm = await asyncio.to_thread(startup.start, args)

@@ -15,6 +15,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from jdistill.checkpoint_files import read_config
 from jdistill.config import TeacherServerConfig
 from jdistill.sidecar.engines.options import adapter_rank, check_engine_args
+from jdistill.sidecar.engines.own_loader import check_load_format
 from jdistill.sidecar.engines.vllm import worker
 from jdistill.wire.errors import EngineDeadError
 from jdistill.wire.types import ModelInfo
@@ -62,6 +63,7 @@ def check_args(config: TeacherServerConfig) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"engine_args: scoring: expected one of {', '.join(ways)}, got {scoring!r}")
     check_engine_args("vllm", args, _field_names() | {"scoring", "sleep_level"})
     _check_sleep(config, args.pop("sleep_level", 1))
+    check_load_format("vLLM", args)
     for name in RESERVED.keys() & args:
         instead = f"; set {RESERVED[name]} instead" if RESERVED[name] else ""
         raise ValueError(f"engine_args: {name} is set by the sidecar itself{instead}")
@@ -73,6 +75,8 @@ def arguments(config: TeacherServerConfig, info: ModelInfo, given: dict[str, Any
     args = dict(given)
     if args.get("max_logprobs", 0) == -1:
         args["max_logprobs"] = info.vocab_size
+    if args.get("load_format") == "auto":
+        del args["load_format"]
     default_max_logprobs = info.vocab_size if info.vocab_size <= SMALL_VOCAB_SIZE else MAX_LOGPROBS
     args = {
         "max_logprobs": default_max_logprobs,
@@ -80,6 +84,9 @@ def arguments(config: TeacherServerConfig, info: ModelInfo, given: dict[str, Any
         "enable_prefix_caching": False,
         "disable_log_stats": True,
         "generation_config": "vllm",
+        # The default, "auto", prefers Mistral's own files (consolidated*.safetensors, params.json).
+        "load_format": "safetensors",
+        "config_format": "hf",
         "enforce_eager": current_platform.is_cpu(),  # compiling for a CPU costs a minute
         **args,
         "model": config.model,
