@@ -1,9 +1,10 @@
-"""The package's shape: modules and functions of a readable size, and no circle of imports."""
+"""The package's shape: modules and functions of a readable size, no circle of imports, no imports of test modules."""
 
 from __future__ import annotations
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -64,3 +65,14 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 def test_a_circle_would_be_found() -> None:
     edges = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}}
     assert sorted(circles(edges)) == [["b", "c"], ["d"]]
+
+
+def test_what_tests_share_lies_in_modules_that_hold_no_tests() -> None:
+    # Strings count too: tests run them in other processes.
+    pattern = re.compile(r"\b(?:import|from)\s[^\n;()]*\b(?:test_\w+|conftest)\b")
+    found = {
+        str(path.relative_to(ROOT)): imports
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        if (imports := pattern.findall(path.read_text()))
+    }
+    assert not found, f"move what is shared to a module beside it, such as factories.py: {found}"

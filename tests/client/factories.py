@@ -16,6 +16,7 @@ import numpy as np
 from jdistill.wire import codec, errors, status
 from jdistill.wire.channel import SERVER_OPTIONS
 from jdistill.wire.types import ModelInfo, SequenceToScore, ServerInfo, ServerState, TokenScores
+from tests.waiting import wait_until
 
 SEED = 0
 VOCAB = 97
@@ -208,14 +209,6 @@ class FakeTeacher:
         return codec.encode_response(runs, info=self.info.models[number], temperature=temperature)
 
 
-def wait_for(condition, timeout_s=60.0):
-    """Waits until `condition()` holds; the limit is far above what a busy machine needs."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"the condition did not hold within {timeout_s:g} s"
-        time.sleep(0.01)
-
-
 def hang(teacher, context, chunks):
     """A fault: accepts, keeps the connection, sends nothing; ends when the client does."""
     while context.is_active():
@@ -243,7 +236,7 @@ def replicas(client):
 def wait_until_ready(client):
     """Waits until every replica has answered: a busy machine may leave some out of the preflight."""
     client.info()
-    wait_for(lambda: all(replica.ready for replica in replicas(client)))
+    wait_until(lambda: all(replica.ready for replica in replicas(client)))
 
 
 def score_first_at(client, first, asked, *, once=lambda call: True):
@@ -260,7 +253,7 @@ def score_first_at(client, first, asked, *, once=lambda call: True):
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         future = pool.submit(client.score, asked)
-        wait_for(started)
+        wait_until(started)
         for replica in others:
             replica.paused_until = 0.0
         dispatcher._loop.call_soon_threadsafe(dispatcher._pump)

@@ -10,7 +10,8 @@ import pytest
 
 from jdistill.client import SequenceToScore, TeacherClient
 from jdistill.wire import errors, status
-from tests.client.factories import check, hang, hang_after, sequences, wait_for, wait_until_ready
+from tests.client.factories import check, hang, hang_after, sequences, wait_until_ready
+from tests.waiting import wait_until
 
 
 def unavailable(teacher, context, chunks):
@@ -79,9 +80,9 @@ def test_a_server_that_is_stopped_in_mid_batch_and_started_again_loses_nothing(s
     asked = sequences(40)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         future = pool.submit(client.score, asked)
-        wait_for(lambda: len(teacher.requests) >= 4)
+        wait_until(lambda: len(teacher.requests) >= 4)
         teacher.stop()
-        wait_for(lambda: messages)
+        wait_until(lambda: messages)
         assert not future.done()
         teacher.start()
         check(teacher, asked, future.result(timeout=60))
@@ -110,7 +111,7 @@ def test_the_other_replicas_take_over_from_one_that_is_stopped(start_teacher, co
         check(teachers[0], asked[:10], client.score(asked[:10]))
         return len(teachers[1].requests) > num_before
 
-    wait_for(used_again)
+    wait_until(used_again)
 
 
 def test_a_replica_that_is_down_at_the_start_joins_later(start_teacher, connect):
@@ -125,7 +126,7 @@ def test_a_replica_that_is_down_at_the_start_joins_later(start_teacher, connect)
         check(up, asked, client.score(asked))
         return late.requests
 
-    wait_for(joined)
+    wait_until(joined)
 
 
 def test_a_client_may_be_started_before_its_teacher(start_teacher, connect):
@@ -135,7 +136,7 @@ def test_a_client_may_be_started_before_its_teacher(start_teacher, connect):
     client = connect(teacher, on_wait=messages.append)
     asked = sequences(8)
     futures = [client.submit(s) for s in asked]
-    wait_for(lambda: messages)
+    wait_until(lambda: messages)
     teacher.start()
     check(teacher, asked, [f.result(timeout=60) for f in futures])
     assert [s.token_ids.tolist() for call in teacher.requests for s in call] == [s.token_ids.tolist() for s in asked]

@@ -14,7 +14,7 @@ from jdistill.client import SequenceToScore
 from jdistill.client.jobs import JobQueue, make_job
 from jdistill.wire import codec
 from jdistill.wire.errors import VerificationError
-from tests.client.factories import wait_for
+from tests.waiting import wait_until
 
 ENDPOINTS = ("a", "b")
 
@@ -142,12 +142,13 @@ def test_unreferenced_scores_are_freed_without_the_garbage_collector(start_teach
     got += [future.result(timeout=60) for future in futures]
     arrays = [weakref.ref(scores.logprobs) for scores in got]
     del got, futures
-    wait_for(lambda: not any(array() is not None for array in arrays))  # the background thread may still hold the last
+    # The background thread may still hold the last.
+    wait_until(lambda: not any(array() is not None for array in arrays))
 
 
 def wait_until_held(num_bytes):
     """Waits until at most `num_bytes` are traced: the background thread frees a call only after its result."""
-    wait_for(lambda: tracemalloc.get_traced_memory()[0] < num_bytes)
+    wait_until(lambda: tracemalloc.get_traced_memory()[0] < num_bytes)
 
 
 def test_large_replies_are_decoded_into_the_final_arrays_without_a_second_copy(start_teacher, connect):

@@ -14,7 +14,8 @@ from jdistill.client import SequenceToScore, Teacher, TeacherClient
 from jdistill.client.teachers import choose_teacher
 from jdistill.wire import codec, errors
 from jdistill.wire.types import ServerState
-from tests.client.factories import FakeTeacher, wait_for
+from tests.client.factories import FakeTeacher
+from tests.waiting import wait_until
 
 
 def tokens(num, seed=0):
@@ -72,7 +73,7 @@ def test_one_teacher_that_is_down_does_not_stop_the_others(start_teacher, connec
     messages = []
     client = connect({"up": [up.endpoint], "down": [down.endpoint]}, on_wait=messages.append)
     waiting = client.submit(SequenceToScore(tokens(6), teacher="down"))
-    wait_for(lambda: messages)
+    wait_until(lambda: messages)
     up.assert_scores(client.score([SequenceToScore(tokens(6), teacher="up")])[0], SequenceToScore(tokens(6)))
     assert not waiting.done()
     down.start()
@@ -132,7 +133,7 @@ def test_a_replica_that_returns_without_the_adapter_is_not_used(start_teacher, c
                 sidecars[1].assert_scores(scores, sequence, model=1)
             return "teacher left out" in caplog.text
 
-        wait_for(left_out)
+        wait_until(left_out)
     assert f"teacher left out: {sidecars[0].endpoint}: {sidecars[0].endpoint}: serves no model 'math'" in caplog.text
 
 
@@ -257,7 +258,7 @@ def test_the_client_waits_for_a_loading_or_draining_server(start_teacher, connec
     messages = []
     client = connect(teacher, on_wait=messages.append)
     future = client.submit(SequenceToScore(tokens(5)))
-    wait_for(lambda: messages)
+    wait_until(lambda: messages)
     assert f"{teacher.endpoint}: {says}" in messages[0]
     assert not teacher.requests
     teacher.set_state(ServerState.SERVING)
@@ -337,7 +338,7 @@ def test_wake_waits_for_a_teacher_that_is_being_restarted(start_teacher, connect
     teacher.stop()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         future = pool.submit(client.wake)
-        wait_for(lambda: messages)
+        wait_until(lambda: messages)
         assert not future.done()
         teacher.start()
         future.result(timeout=60)

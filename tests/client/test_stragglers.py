@@ -14,7 +14,8 @@ from jdistill.client import SequenceToScore
 from jdistill.client.calls import Call
 from jdistill.client.replica import Pace
 from jdistill.wire import codec, errors
-from tests.client.factories import hang, hang_after, replicas, score_first_at, wait_for, wait_until_ready
+from tests.client.factories import hang, hang_after, replicas, score_first_at, wait_until_ready
+from tests.waiting import wait_until
 
 
 def sequences(num, num_tokens=40, seed=0):
@@ -29,7 +30,7 @@ def check(asked, got, teacher):
 
 def assert_idle(client):
     """Checks that the accounting is back at 0 once no call is in flight."""
-    wait_for(lambda: all(r.calls == 0 and r.outstanding_tokens == 0 for r in replicas(client)))
+    wait_until(lambda: all(r.calls == 0 and r.outstanding_tokens == 0 for r in replicas(client)))
 
 
 # ---- hedging ----
@@ -47,7 +48,7 @@ def test_a_straggler_is_hedged_and_each_sequence_is_scored_once_in_the_result(st
     check(asked, client.score(asked), teachers[0])  # without a hedge it would end at the deadline
     assert straggler.requests
     assert sum(len(call) for t in teachers for call in t.requests) > len(asked)
-    wait_for(lambda: straggler.num_cancelled == len(straggler.requests))
+    wait_until(lambda: straggler.num_cancelled == len(straggler.requests))
     assert_idle(client)
 
 
@@ -60,7 +61,7 @@ def test_only_unscored_sequences_are_hedged_and_the_late_call_is_cancelled(start
     assert [len(s.token_ids) for s in slow.requests[0]] == [10, 11, 12, 13]  # answered from the last to the first
     assert [[len(s.token_ids) for s in call] for call in fast.requests] == [[10, 11]]
     assert len(slow.requests) == 1
-    wait_for(lambda: slow.num_cancelled == 1)
+    wait_until(lambda: slow.num_cancelled == 1)
     assert_idle(client)
 
 
@@ -89,7 +90,7 @@ def test_a_late_call_that_still_ends_first_wins(start_teacher, connect):
     client = connect(first, second, hedge_after_s=0.1)
     asked = sequences(3)
     check(asked, score_first_at(client, first, asked), first)
-    wait_for(lambda: second.num_cancelled == 1)
+    wait_until(lambda: second.num_cancelled == 1)
     assert_idle(client)
 
 
@@ -117,7 +118,7 @@ def test_a_hedge_that_fails_costs_nothing(start_teacher, connect):
     slow, broken = start_teacher(), start_teacher()
 
     def late(teacher, context, chunks):
-        wait_for(lambda: replicas(client)[1].failures)
+        wait_until(lambda: replicas(client)[1].failures)
         yield from chunks
 
     def refuse(teacher, context, chunks):
@@ -141,7 +142,7 @@ def test_a_bad_reply_of_the_late_call_does_not_fail_hedged_sequences(start_teach
 
     def slowly(teacher, context, chunks):
         hedged.set()
-        wait_for(lambda: replicas(client)[0].calls == 0)  # until the client has the bad reply
+        wait_until(lambda: replicas(client)[0].calls == 0)  # until the client has the bad reply
         yield from chunks
 
     slow.faults.append(wrong)
@@ -160,7 +161,7 @@ def test_cancelling_a_hedged_sequence_ends_both_calls(start_teacher, connect):
     future = client.submit(sequences(1)[0])
     assert all(teacher.served.wait(60) for teacher in teachers)
     assert future.cancel()
-    wait_for(lambda: [t.num_cancelled for t in teachers] == [1, 1])
+    wait_until(lambda: [t.num_cancelled for t in teachers] == [1, 1])
     assert_idle(client)
 
 
@@ -179,7 +180,7 @@ def test_a_replica_that_always_loses_gets_less_and_less_work(start_teacher, conn
         (without_it_s if len(hung.requests) == num_before else with_it_s).append(time.monotonic() - begin)
         return len(hung.requests) >= 6 and len(without_it_s) > len(with_it_s)
 
-    wait_for(asked_often)
+    wait_until(asked_often)
     # Pauses of at least 0.05, 0.1, 0.2, 0.4 and 0.8 s, and another for each further request.
     assert time.monotonic() - start >= 0.05 * (2 ** (len(hung.requests) - 1) - 1)
     assert statistics.median(without_it_s) < statistics.median(with_it_s)  # those rounds did not wait
@@ -224,7 +225,7 @@ def test_work_does_not_alternate_with_a_hanging_replica(start_teacher, connect):
         check(asked, client.score(asked), good)
         return replicas(client)[0].stalls == 0 and int(replicas(client)[0]._limit) > 1
 
-    wait_for(trusted_again)
+    wait_until(trusted_again)
 
 
 def test_a_slow_server_that_sends_results_is_never_abandoned(start_teacher, connect, caplog):

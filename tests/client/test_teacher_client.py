@@ -14,7 +14,8 @@ import pytest
 
 from jdistill.client import SequenceToScore, TeacherClient
 from jdistill.wire import codec, errors
-from tests.client.factories import check, hang, sequences, wait_for
+from tests.client.factories import check, hang, sequences
+from tests.waiting import wait_until
 
 # ---- the good case ----
 
@@ -221,7 +222,7 @@ def test_cancelling_every_future_of_a_call_cancels_it_at_the_server(start_teache
     futures = _submit_together(client, sequences(3))
     assert teacher.served.wait(30)
     assert all(f.cancel() for f in futures)
-    wait_for(lambda: teacher.num_cancelled == 1)
+    wait_until(lambda: teacher.num_cancelled == 1)
     check(teacher, asked := sequences(2), client.score(asked))
 
 

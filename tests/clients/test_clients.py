@@ -10,8 +10,8 @@ import pytest
 
 from jdistill import cli
 from jdistill.wire import errors
-from tests.client.conftest import FakeTeacher
-from tests.commands.test_score import random_lines, write
+from tests.client.factories import FakeTeacher
+from tests.commands.factories import random_lines, write
 from tests.sidecar import processes
 from tests.sidecar.certificates import Authority
 from tests.sidecar.checkpoints import write_checkpoint

@@ -12,7 +12,7 @@ from flax import nnx
 
 from jdistill import models
 from jdistill.models.config import LORA_TARGETS
-from tests.models.test_checkpoint import CONFIGS, LLAMA, random_decoder
+from tests.models.factories import CONFIGS, LLAMA, random_decoder
 
 BY_FAMILY = {config.family: config for config in CONFIGS}
 MOE = BY_FAMILY["qwen3_moe"]

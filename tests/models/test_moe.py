@@ -1,16 +1,12 @@
 """Mixture of experts: blocks, and values and gradients against a dense mixture over all experts."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jdistill.models import moe
+from tests.devices import run_on_devices
 
 D, F = 6, 5
 
@@ -140,10 +136,4 @@ assert flops[0] < 0.4 * flops[1], f"each device computes {flops[0]} of {flops[1]
 
 
 def test_four_devices_equal_one_and_share_the_work(tmp_path):
-    subprocess.run(
-        [sys.executable, "-c", FOUR_DEVICES, str(tmp_path)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
-        cwd=pathlib.Path(__file__).parents[2],  # `tests` is imported from there
-        check=True,
-        timeout=200,
-    )
+    run_on_devices(4, FOUR_DEVICES, tmp_path)

@@ -1,8 +1,6 @@
 """The sampler against full forward passes and exact probabilities."""
 
 import itertools
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +11,7 @@ from flax import nnx
 from jdistill import models
 from jdistill.rollout.draw import Truncation, draw_tokens
 from jdistill.rollout.sampler import Sampler
+from tests.devices import run_on_devices
 
 VOCAB = 23
 CONFIG = models.DecoderConfig(
@@ -448,6 +447,4 @@ print("equal")
 
 
 def test_eight_devices_sample_the_same_tokens_as_one():
-    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=env, capture_output=True, text=True, timeout=240)
-    assert done.stdout.endswith("equal\n"), done.stderr
+    assert run_on_devices(8, EIGHT_DEVICES).endswith("equal\n")

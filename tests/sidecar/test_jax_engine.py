@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
-import subprocess
-import sys
 import weakref
 
 import numpy as np
@@ -23,6 +20,7 @@ pytest.importorskip("torch", reason="the reference is transformers with PyTorch"
 import jax
 
 from jdistill.sidecar.engines.jax import JaxEngine
+from tests.devices import run_on_devices
 
 
 @pytest.fixture(scope="module")
@@ -123,12 +121,7 @@ asyncio.run(main(sys.argv[1], int(sys.argv[2]), sys.argv[3]))
 
 def test_two_devices_give_the_scores_of_one(tmp_path, served):
     out = tmp_path / "two.npz"
-    subprocess.run(
-        [sys.executable, "-c", TENSOR_PARALLEL, str(served.path), "2", str(out)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
-        check=True,
-        timeout=200,
-    )
+    run_on_devices(2, TENSOR_PARALLEL, served.path, 2, out)
     ids = np.random.default_rng(0).integers(0, 512, 40).astype(np.int32)
     (one,) = served.runner.run(score_all(served.engine, [SequenceToScore(ids)], top_k=2))
     with np.load(out) as two:

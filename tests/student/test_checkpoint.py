@@ -1,6 +1,5 @@
 """Checkpoints are restored bit for bit, are complete or absent, and can move to another mesh."""
 
-import functools
 import os
 import shutil
 import signal
@@ -11,54 +10,13 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
-from jdistill import models
 from jdistill.student.checkpoint import Checkpoints, restore_params
-from jdistill.student.state import TrainState, init_state
-
-
-@functools.cache
-def graph_and_params(num_layers):
-    """Copies to host arrays, so that no test shares buffers with another."""
-    config = models.DecoderConfig(
-        family="qwen3", vocab_size=16, hidden_size=8, intermediate_size=8, num_layers=num_layers, num_heads=2,
-        num_kv_heads=2, head_dim=4, max_position_embeddings=32, qk_norm=True,
-    )  # fmt: skip
-    graphdef, params = nnx.split(models.random_init(config, 0), nnx.Param)
-    return graphdef, jax.tree.map(np.asarray, params)
-
-
-def make_decoder(seed, num_layers=2):
-    graphdef, params = graph_and_params(num_layers)
-    rng = np.random.default_rng(seed)
-    return nnx.merge(graphdef, jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params))
-
-
-OPTIMIZER = optax.adamw(1e-3)
-
-
-def make_state(seed, num_layers=2):
-    """A state whose numbers are all different."""
-    params = nnx.split(make_decoder(seed, num_layers), nnx.Param)[1]
-    state = init_state(params, OPTIMIZER)
-    rng = np.random.default_rng(seed)
-    opt_state = jax.tree.map(
-        lambda x: jnp.asarray(
-            rng.integers(1, 99, x.shape) if x.dtype == jnp.int32 else rng.normal(size=x.shape), x.dtype
-        ),
-        state.opt_state,
-    )
-    return TrainState(params, opt_state, jnp.asarray(seed, jnp.int32))
-
-
-def assert_same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
+from jdistill.student.state import TrainState
+from tests.devices import run_on_devices
+from tests.student.states import assert_same, make_decoder, make_state
 
 
 def test_restored_state_equals_the_saved_one_bit_for_bit(tmp_path):
@@ -176,25 +134,26 @@ def test_sigkill_while_saving_leaves_a_complete_checkpoint(tmp_path):
 
 
 ON_ANOTHER_MESH = """
-import sys, jax, jax.numpy as jnp, numpy as np, optax
-sys.path.insert(0, sys.argv[2])
-import test_checkpoint as t
+import sys, jax, numpy as np
 from flax import nnx
 from jdistill.config import MeshSection
 from jdistill.models import param_shardings
+from jdistill.student.checkpoint import Checkpoints
 from jdistill.student.sharding import make_mesh
+from jdistill.student.state import init_state
+from tests.student.states import OPTIMIZER, assert_same, make_decoder
 def sharded(seed, section):
-    decoder = t.make_decoder(seed)
+    decoder = make_decoder(seed)
     mesh = make_mesh(section)
     graphdef, params = nnx.split(decoder, nnx.Param)
     params = jax.device_put(params, param_shardings(decoder, mesh))
-    return t.init_state(params, t.OPTIMIZER, mesh)
-checkpoints = t.Checkpoints(sys.argv[1])
+    return init_state(params, OPTIMIZER, mesh)
+checkpoints = Checkpoints(sys.argv[1])
 saved = sharded(1, MeshSection(data=1, fsdp=2, tensor=2))
 checkpoints.save(1, saved, {})
 template = sharded(2, MeshSection(data=1, fsdp=4, tensor=1))
 restored, _ = checkpoints.restore(template)
-t.assert_same(jax.tree.map(np.asarray, restored), jax.tree.map(np.asarray, saved))
+assert_same(jax.tree.map(np.asarray, restored), jax.tree.map(np.asarray, saved))
 for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(template), strict=True):
     assert a.sharding.is_equivalent_to(b.sharding, a.ndim), (a.sharding, b.sharding)
 assert any(not x.is_fully_replicated for x in jax.tree.leaves(restored.opt_state))
@@ -204,9 +163,4 @@ print("same")
 
 
 def test_a_checkpoint_of_one_mesh_is_restored_onto_another(tmp_path):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", ON_ANOTHER_MESH, str(tmp_path), os.path.dirname(__file__)],
-        env=env, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0 and done.stdout.endswith("same\n"), done.stderr[-3000:]
+    assert run_on_devices(4, ON_ANOTHER_MESH, tmp_path).endswith("same\n")

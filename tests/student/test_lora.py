@@ -1,9 +1,6 @@
 """Training adapters: gradients equal the merged weights' by the chain rule, and frozen weights cost nothing extra."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +11,11 @@ from flax import nnx
 from jdistill import models
 from jdistill.models.config import LORA_TARGETS
 from jdistill.student.optimizer import make_optimizer
-from jdistill.student.sharding import make_mesh
 from jdistill.student.state import init_state
 from jdistill.student.step import make_train_step
-from tests.student.test_step import V, decoder_config, random_batch, train_config
-
-LORA = models.Lora(rank=2, alpha=6.0, targets=LORA_TARGETS)
-SGD = {"name": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": 1e9}
+from tests.devices import run_on_devices
+from tests.student.adapters import LORA, load, one_step
+from tests.student.factories import V, decoder_config, random_batch, train_config
 
 
 @pytest.fixture(scope="module")
@@ -28,29 +23,6 @@ def base(tmp_path_factory):
     path = tmp_path_factory.mktemp("base") / "model"
     models.save(models.random_init(decoder_config(), 3), path)
     return path
-
-
-def load(path, scale=0.2, mesh=None, **kwargs):
-    """A decoder whose adapters are not at their start, so that both factors have a gradient."""
-    decoder = models.load(path, lora=LORA, remat="layer", mesh=mesh, **kwargs)
-    rng = np.random.default_rng(0)
-    state = nnx.state(decoder, nnx.LoRAParam)
-    moved = jax.tree.map(lambda x: jax.device_put(rng.normal(0, scale, x.shape).astype(np.float32), x.sharding), state)
-    if scale:
-        nnx.update(decoder, moved)
-    return decoder
-
-
-def one_step(decoder, batch, mesh=None, reference=None, objective=None, **optimizer):
-    """Runs a step; returns the trained parameters before and after, the frozen ones, and metrics."""
-    config = train_config(optimizer=SGD | optimizer, objective=objective or {})
-    graphdef, params, frozen = nnx.split(decoder, models.trained_kind(decoder.config), ...)
-    maker = make_optimizer(config.optimizer, config.num_steps)
-    before = jax.tree.map(np.array, nnx.to_pure_dict(params)["layers"])
-    step = make_train_step(graphdef, config, maker, mesh, base=frozen, reference=reference)
-    state, metrics = step(init_state(params, maker, mesh), batch)
-    after = jax.tree.map(np.array, nnx.to_pure_dict(state.params)["layers"])
-    return before, after, frozen, metrics
 
 
 @pytest.mark.parametrize("optimizer", [{}, {"accumulate": 2, "packing": True}])
@@ -114,25 +86,13 @@ def test_frozen_weights_are_stored_once_in_compute_dtype_and_get_no_gradient(bas
     assert flops(load(tmp_path / "larger")) < 0.85 * flops(models.load(tmp_path / "larger", remat="layer"))
 
 
-def losses_on_mesh(base, data, fsdp, tensor, **optimizer):
-    """Returns metrics and the adapters' norm after a step; runs in a process with 8 devices."""
-    section = train_config(mesh={"data": data, "fsdp": fsdp, "tensor": tensor}).mesh
-    mesh = make_mesh(section, devices=jax.devices()[: data * fsdp * tensor])
-    _, after, _, metrics = one_step(load(base, mesh=mesh), random_batch(8), mesh, **optimizer)
-    norm = float(sum(np.square(x).sum() for x in after.values()))
-    return {name: float(value) for name, value in metrics.items()} | {"norm": norm}
-
-
 def test_eight_devices_train_the_same_adapters_as_one(base):
     code = (
-        "import json, tests.student.test_lora as t;"
+        "import json; from tests.student import on_meshes;"
         f"runs = [((1, 1, 1), {{}}), ((2, 2, 2), {{}}), ((1, 4, 2), {{'accumulate': 2}})];"
-        f"print(json.dumps([t.losses_on_mesh({str(base)!r}, *mesh, **optimizer) for mesh, optimizer in runs]))"
+        f"print(json.dumps([on_meshes.adapter_metrics({str(base)!r}, *mesh, **optimizer) for mesh, optimizer in runs]))"
     )
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, *meshes = json.loads(done.stdout.splitlines()[-1])
+    one, *meshes = json.loads(run_on_devices(8, code).splitlines()[-1])
     assert V == 19 and one["grad_norm"] > 0.01
     for other in meshes:
         for name, value in one.items():

@@ -14,7 +14,7 @@ from jdistill.student.objective import Scored
 from jdistill.student.optimizer import make_optimizer
 from jdistill.student.state import init_state
 from jdistill.student.step import make_train_step
-from tests.student.test_step import copy, make_params, plain_logprobs, random_batch, train_config
+from tests.student.factories import copy, make_params, plain_logprobs, random_batch, train_config
 
 
 def section(**keys):

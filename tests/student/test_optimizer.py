@@ -1,10 +1,6 @@
 """Optimizers by name, and moments in bfloat16."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +11,10 @@ from flax import nnx
 
 from jdistill.config import ConfigError
 from jdistill.student.optimizer import OPTIMIZERS, in_bfloat16, make_optimizer
-from jdistill.student.sharding import make_mesh
 from jdistill.student.state import init_state
 from jdistill.student.step import make_train_step
-from tests.student.test_step import copy, make_params, random_batch, train_config
+from tests.devices import run_on_devices
+from tests.student.factories import copy, make_params, random_batch, train_config
 
 RATES = {"adamw": 0.01, "lion": 0.003, "adafactor": 0.01, "muon": 0.01, "sgd": 0.5}
 
@@ -129,35 +125,9 @@ def test_wrong_names_and_options_are_named_with_the_remedy():
             make_optimizer(train_config(optimizer=optimizer).optimizer, 10)
 
 
-def states_on_mesh():
-    """Returns, per optimizer, the share of its state on each of 8 devices; runs in a separate process."""
-    config = train_config(mesh={"data": 1, "fsdp": 4, "tensor": 2})
-    mesh = make_mesh(config.mesh)
-    sizes = {"vocab_size": 64, "hidden_size": 16, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 32}
-    graphdef, params = make_params(mesh, **sizes)
-    found = {}
-    for name in OPTIMIZERS:
-        section = config.optimizer.model_copy(update={"name": name, "moment_dtype": "bfloat16", "b1": None})
-        optimizer = make_optimizer(section, 10)
-        state = init_state(copy(params), optimizer, mesh)
-        leaves = [x for x in jax.tree.leaves(state.opt_state) if x.ndim > 1]
-        found[name] = [sum(x.addressable_shards[0].data.nbytes for x in leaves), sum(x.nbytes for x in leaves)]
-        if name == "muon":
-            step = make_train_step(graphdef, config.model_copy(update={"optimizer": section}), optimizer, mesh)
-            _, metrics = step(state, random_batch(16, vocab=64))
-            assert metrics["finite"]
-    return found
-
-
 def test_moments_are_sharded_like_their_parameters():
-    code = (
-        f"import sys, json; sys.path.insert(0, {str(pathlib.Path(__file__).parents[2])!r}); "
-        "import tests.student.test_optimizer as t; print(json.dumps(t.states_on_mesh()))"
-    )
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    code = "import json; from tests.student import on_meshes; print(json.dumps(on_meshes.optimizer_bytes()))"
+    found = json.loads(run_on_devices(8, code).splitlines()[-1])
     for name in ("adamw", "lion", "muon"):
         mine, whole = found[name]
         assert 0 < mine < 0.2 * whole, name  # all but norms' scales are split by 8

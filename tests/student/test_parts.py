@@ -14,7 +14,7 @@ from jdistill.student.placement import balanced_order
 from jdistill.student.recipe import make_recipe
 from jdistill.student.state import init_state
 from jdistill.student.step import make_train_step
-from tests.student.test_step import make_params, random_batch, train_config
+from tests.student.factories import make_params, random_batch, train_config
 
 CASES = {
     "default": {},

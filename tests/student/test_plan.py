@@ -8,7 +8,7 @@ import pytest
 from jdistill import cli, models
 from jdistill.config import ConfigError
 from jdistill.student import plan
-from tests.student.test_step import train_config
+from tests.student.factories import train_config
 
 
 def decoder_config(num_layers=4, width=256, vocab_size=8192, **changes):

@@ -1,9 +1,6 @@
 """Meshes from the configuration, and the sharding of parameters on them."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -16,6 +13,7 @@ from jdistill.models.mesh import AXES
 from jdistill.models.params import param_specs
 from jdistill.models.partitioning import MESH_AXES
 from jdistill.student import sharding
+from tests.devices import run_on_devices
 
 CONFIG = DecoderConfig(
     family="llama",
@@ -111,12 +109,7 @@ assert sharded.layers.gate[...].sharding.spec == P(None, "fsdp", "tensor")
 
 
 def test_eight_devices_shard_by_the_table_and_start_equal_to_one():
-    subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        check=True,
-        timeout=200,
-    )
+    run_on_devices(8, EIGHT_DEVICES)
 
 
 def test_dims_of_a_missing_mesh_axis_are_not_sharded():

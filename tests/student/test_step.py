@@ -2,9 +2,6 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,80 +11,14 @@ import pytest
 from flax import nnx
 
 from jdistill import models
-from jdistill.config import TrainConfig, parse
 from jdistill.losses import distillation, masked, policy_gradient
 from jdistill.student.batch import TrainBatch
 from jdistill.student.logprobs import target_logprobs
 from jdistill.student.optimizer import make_optimizer, make_schedule
-from jdistill.student.sharding import make_mesh
 from jdistill.student.state import init_state
 from jdistill.student.step import make_train_step
-
-V, K = 19, 4
-
-
-def decoder_config(**changes):
-    sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 4}
-    sizes |= {"num_kv_heads": 2, "head_dim": 4, "max_position_embeddings": 64}
-    return models.DecoderConfig(family="qwen3", qk_norm=True, initializer_range=0.3, **(sizes | changes))
-
-
-def train_config(**sections):
-    data = {
-        "run_dir": "unused",
-        "num_steps": 10,
-        "model": {"path": "unused"},
-        "task": {"name": "unused"},
-        "teacher": {"endpoints": ["unused:1"]},
-        "rollout": {"num_prompts": 4, "num_completions": 2, "temperature": 0.7},
-        "objective": {"distill_loss_weight": 0.5, "rl_loss_weight": 0.8, "chunk_tokens": 7},
-        "optimizer": {"learning_rate": 0.01, "weight_decay": 0.1},
-    }
-    for name, section in sections.items():
-        data[name] = data.get(name, {}) | section
-    return parse(TrainConfig, data)
-
-
-def make_params(mesh=None, **changes):
-    decoder = models.random_init(decoder_config(**changes), 3, compute_dtype="float32", remat="layer", mesh=mesh)
-    return nnx.split(decoder, nnx.Param)
-
-
-def random_batch(num_rows=8, num_targets=12, seed=0, vocab=V):
-    """Prompts of different lengths, right padding; the mask of one row has a hole."""
-    rng = np.random.default_rng(seed)
-    mask_BT = np.zeros((num_rows, num_targets), bool)
-    for b in range(num_rows):
-        start = int(rng.integers(1, 5))
-        mask_BT[b, start : int(rng.integers(start + 1, num_targets + 1))] = True
-    mask_BT[0, 1:9] = [True, True, False, True, True, False, True, True]
-    ids_BTK = np.stack([rng.permutation(vocab)[:K] for _ in range(mask_BT.size)]).reshape(*mask_BT.shape, K)
-    teacher_BTK = np.log(rng.dirichlet(np.ones(K + 1), mask_BT.shape)[..., :K])
-
-    def floats(*shape):
-        return np.where(mask_BT, rng.normal(size=shape), 0).astype(np.float32)
-
-    return TrainBatch(
-        tokens=rng.integers(0, vocab, (num_rows, num_targets + 1)).astype(np.int32),
-        loss_mask=mask_BT,
-        sampler_logprobs=floats(*mask_BT.shape) * 0.3 - 2.8,
-        advantages=floats(*mask_BT.shape),
-        teacher_logprobs=-np.abs(floats(*mask_BT.shape)) - 2,
-        candidate_ids=ids_BTK.astype(np.int32),
-        teacher_candidate_logprobs=teacher_BTK.astype(np.float32),
-    )
-
-
-def plain_logprobs(graphdef, params, batch, temperature):
-    """Log-softmax [B, T, V] of a plain forward pass, all logits at once."""
-    decoder = nnx.merge(graphdef, params)
-    inputs_BT = jnp.asarray(batch.tokens[:, :-1])
-    hidden_BTD, _ = decoder(inputs_BT, jnp.broadcast_to(jnp.arange(inputs_BT.shape[1]), inputs_BT.shape))
-    return jax.nn.log_softmax(decoder.logits(hidden_BTD) / temperature)
-
-
-def copy(tree):
-    return jax.tree.map(jnp.copy, tree)
+from tests.devices import run_on_devices
+from tests.student.factories import K, V, copy, decoder_config, make_params, plain_logprobs, random_batch, train_config
 
 
 @functools.cache
@@ -365,33 +296,14 @@ def test_norms_do_not_decay_and_matrices_do():
         np.testing.assert_allclose(change[...], 0 if is_norm else -0.1 * 0.5 * value, rtol=1e-5, err_msg=str(path))
 
 
-def losses_on_mesh(mesh_section, **optimizer):
-    """Returns losses and the sum of parameters after three steps; runs in a separate process with 8 virtual devices."""
-    sizes = {"vocab_size": 64, "hidden_size": 16, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 32}
-    config = train_config(mesh=mesh_section or {}, optimizer={"minibatches": 2, **optimizer})
-    mesh = make_mesh(config.mesh) if mesh_section else None
-    graphdef, params = make_params(mesh, **sizes)
-    optimizer = make_optimizer(config.optimizer, config.num_steps)
-    step, state, losses = make_train_step(graphdef, config, optimizer, mesh), init_state(params, optimizer, mesh), []
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    for seed in range(3):
-        state, metrics = step(state, random_batch(16, seed=seed, vocab=64))
-        losses.append({name: float(value) for name, value in sorted(metrics.items())})
-    assert shardings == jax.tree.map(lambda x: x.sharding, state)
-    return losses
-
-
 def test_eight_devices_equal_one():
     code = (
-        f"import sys, json; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_step as t; "
+        "import json; from tests.student import on_meshes; "
         "cube = {'data': 2, 'fsdp': 2, 'tensor': 2}; "
         "runs = [(None, {}), ({'data': 8}, {}), (cube, {}), (cube, {'packing': True, 'accumulate': 2})]; "
-        "print(json.dumps([t.losses_on_mesh(mesh, **optimizer) for mesh, optimizer in runs]))"
+        "print(json.dumps([on_meshes.step_metrics(mesh, **optimizer) for mesh, optimizer in runs]))"
     )
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, *meshes = json.loads(done.stdout.splitlines()[-1])
+    one, *meshes = json.loads(run_on_devices(8, code).splitlines()[-1])
     for other in meshes:
         for a, b in zip(one, other, strict=True):
             for name in set(a) - {"padding_share"}:  # the packed one has less

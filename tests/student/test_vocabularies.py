@@ -26,7 +26,15 @@ from jdistill.student.step import make_train_step
 from jdistill.student.teacher import check_teacher
 from jdistill.student.teacher_process import TeacherProcess
 from jdistill.wire.types import ModelInfo, ServerInfo, TokenScores
-from tests.student.test_step import V, copy, decoder_config, make_params, plain_logprobs, train_config
+from tests.student.factories import (
+    V,
+    copy,
+    decoder_config,
+    make_params,
+    plain_logprobs,
+    random_batch,
+    train_config,
+)
 
 REPO = pathlib.Path(__file__).parents[2]
 K, PROMPT, LENGTH = 5, 3, 9
@@ -121,7 +129,6 @@ def test_an_id_that_the_student_lacks_is_never_an_index():
     graphdef, params = make_params()
     optimizer = make_optimizer(asked.optimizer, asked.num_steps)
     step, state = make_train_step(graphdef, asked, optimizer), init_state(params, optimizer)
-    from tests.student.test_step import random_batch
 
     for name, value in (("candidate_ids", V), ("candidate_ids", -1), ("tokens", V)):
         batch = random_batch()
