@@ -15,7 +15,6 @@ import logging
 import os
 import pathlib
 import signal
-import socket
 import time
 
 import grpc
@@ -25,6 +24,7 @@ from grpc_reflection.v1alpha import reflection
 from jdistill.config import ConfigError, TeacherServerConfig
 from jdistill.sidecar.engines import check_engine_name
 from jdistill.sidecar.metrics import Metrics
+from jdistill.sidecar.port import Port, address
 from jdistill.sidecar.process import CLOSE_TIMEOUT_S, exit_within, keep_freed_memory
 from jdistill.sidecar.security import BearerTokens, ServerTls, TokenInterceptor, check_exposure, is_loopback
 from jdistill.sidecar.service import TeacherService
@@ -89,15 +89,18 @@ class _Sidecar:
         self._interceptors = []
         if self._tokens is not None:
             self._interceptors.append(TokenInterceptor(self._tokens, lambda method: _count_refusal(metrics, method)))
-        self._server, port = self._bind_server(self._config)
+        self._port = Port(self._config.host, self._config.port)
+        self._guards.enter_context(contextlib.closing(self._port))
+        self._server = self._bind_server()
+        port = self._port.number
         self._metrics_port = self._serve_metrics(metrics)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
         await self._server.start()
-        listening = asyncio.ensure_future(self._keep_listening(port))
+        listening = asyncio.ensure_future(self._keep_listening())
         logger.info(
             "listening on %s, loading %s with the %s engine",
-            _address(self._config.host, port),
+            address(self._config.host, port),
             self._config.model,
             self._config.engine,
         )
@@ -128,22 +131,22 @@ class _Sidecar:
         logger.info("ended")
         return code
 
-    def _bind_server(self, config: TeacherServerConfig) -> tuple[grpc.aio.Server, int]:
-        """Returns a gRPC server with all services, not yet started, and its port."""
+    def _bind_server(self) -> grpc.aio.Server:
+        """Returns a gRPC server with all services at the port, not yet started."""
         server = grpc.aio.server(options=channel.SERVER_OPTIONS, interceptors=self._interceptors)
         server.add_generic_rpc_handlers(self._service.handlers())
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (*METHODS, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-        return server, _bind(server, config, self._tls)
+        self._port.bind(server, self._tls)
+        return server
 
-    async def _keep_listening(self, port: int) -> None:
+    async def _keep_listening(self) -> None:
         """Starts another gRPC server whenever one ends by itself; ends the sidecar (code 1) if the port is lost.
 
         grpc.aio's server ends for good, and leaves the process running, when any caller names a method that is not
         UTF-8: one flipped bit in a request's header is enough. The engine is unharmed, and loading it takes minutes.
         """
-        config = self._config.model_copy(update={"port": port})
         while True:
             try:
                 await self._server.wait_for_termination()
@@ -156,7 +159,7 @@ class _Sidecar:
             give_up_at = time.monotonic() + CLOSE_TIMEOUT_S
             while not self._closing:
                 try:
-                    self._server, _ = self._bind_server(config)
+                    self._server = self._bind_server()
                 except ConfigError as e:  # its port is released slightly later
                     if time.monotonic() > give_up_at:
                         logger.error("%s", e)
@@ -165,7 +168,7 @@ class _Sidecar:
                     await asyncio.sleep(0.05)
                 else:
                     await self._server.start()
-                    logger.info("listening again on %s", _address(self._config.host, port))
+                    logger.info("listening again on %s", address(self._config.host, self._port.number))
                     break
 
     def _serve_metrics(self, metrics: Metrics) -> int | None:
@@ -175,16 +178,16 @@ class _Sidecar:
         # Plain HTTP without a token, whatever protects the calls, and it tells how busy this teacher is: loopback
         # only, unless --insecure allows more.
         host = self._config.host if is_loopback(self._config.host) or self._config.insecure else "127.0.0.1"
-        address = _address(host, self._config.metrics_port)
+        place = address(host, self._config.metrics_port)
         try:
             port = metrics.serve(host, self._config.metrics_port)
         except OSError as e:
             in_use = e.errno == errno.EADDRINUSE
             reason = "the port is in use" if in_use else (e.strerror or str(e))
             raise ConfigError(
-                f"cannot serve metrics on {address}: {reason}; choose another --metrics-port (0: any free one)"
+                f"cannot serve metrics on {place}: {reason}; choose another --metrics-port (0: any free one)"
             ) from None
-        logger.info("metrics at http://%s/metrics", _address(host, port))
+        logger.info("metrics at http://%s/metrics", address(host, port))
         return port
 
     def _on_signal(self, number: int) -> None:
@@ -209,7 +212,7 @@ class _Sidecar:
         logger.info(
             "serving %s on %s: %s %s, %s, vocabulary %d, up to %d tokens",
             info.model,
-            _address(self._config.host, port),
+            address(self._config.host, port),
             engine.name,
             engine.version,
             info.dtype,
@@ -247,40 +250,7 @@ class _Sidecar:
         return 1 if lifecycle.dead.is_set() or self._lost_port.is_set() else 0
 
 
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _count_refusal(metrics: Metrics, method: str) -> None:
     _, service, name = method.split("/", 2) if method.count("/") == 2 else ("", "", "")
     # The caller chooses the name: unknown ones are counted together, or each would become a time series.
     metrics.call_ended(name if name in METHODS.get(service, ()) else "other", "UNAUTHENTICATED", 0.0)
-
-
-def _bind(server: grpc.aio.Server, config: TeacherServerConfig, tls: ServerTls | None) -> int:
-    """Binds the port and returns it; raises ConfigError with host, port, reason and remedy."""
-    address = _address(config.host, config.port)
-    try:
-        # gRPC says only "failed to bind"; a plain socket gives the reason.
-        family, kind, protocol, _, place = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does: no wait after a restart
-            probe.bind(place)
-            probe.listen()
-        return server.add_insecure_port(address) if tls is None else server.add_secure_port(address, tls.credentials)
-    except socket.gaierror as e:
-        raise ConfigError(f"cannot listen on {address}: host {config.host!r} is not known ({e.strerror})") from None
-    except OSError as e:
-        if e.errno == errno.EADDRINUSE:
-            reason = "the port is in use, by another teacher? Stop it, or choose another --port (0: any free one)"
-        elif e.errno == errno.EADDRNOTAVAIL:
-            reason = "this machine has no such address; choose another --host"
-        elif e.errno == errno.EACCES:
-            reason = "not permitted; choose a --port above 1023"
-        else:
-            reason = e.strerror or str(e)
-        raise ConfigError(f"cannot listen on {address}: {reason}") from None
-    except RuntimeError as e:  # gRPC's, if the port was taken in between
-        raise ConfigError(f"cannot listen on {address}: {e}; choose another --port (0: any free one)") from None
