@@ -48,7 +48,7 @@ def read_config(path: str | pathlib.Path) -> dict[str, Any]:
     if config is None and (path / ADAPTER_CONFIG).exists():
         raise FileNotFoundError(
             f"{path} holds a LoRA adapter ({ADAPTER_CONFIG}) and no model: give the base model's directory (a teacher "
-            "serves the adapter with --adapters NAME=DIR), or merge the adapter into the base model"
+            "serves the adapter with --adapter NAME=DIR), or merge the adapter into the base model"
         )
     if config is None:
         raise FileNotFoundError(

@@ -54,7 +54,7 @@ def stored_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     if (path / ADAPTER_CONFIG).exists():
         raise ValueError(
             f"{path} holds {ADAPTER_CONFIG} beside a model: transformers adds that adapter to the weights, other "
-            "engines do not. Move the adapter to its own directory (a teacher serves it with --adapters NAME=DIR); if "
+            "engines do not. Move the adapter to its own directory (a teacher serves it with --adapter NAME=DIR); if "
             "it is merged into the weights, delete its files"
         )
     index = _read_index(path)

@@ -18,9 +18,7 @@ from jdistill.checkpoint_files import (
     tokenizer_fingerprint,
     vocab_size,
 )
-from jdistill.config import ConfigError
 from jdistill.fingerprint import adapter_fingerprint, model_fingerprint
-from jdistill.sidecar.engines.options import adapter_rank
 from tests.sidecar.checkpoints import write_adapter, write_checkpoint, write_tokenizer
 
 
@@ -235,30 +233,3 @@ def test_an_adapter_is_known_by_its_base_its_weights_and_its_scale_and_not_by_wh
     others.add(adapter_fingerprint("base", moved))
     others.add(adapter_fingerprint("base", write_adapter(tmp_path / "code", tiny, seed=2)))
     assert len(others | {known}) == 4
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"peft_type": "IA3"}, "has peft_type 'IA3', expected LORA"),
-        ({"r": None}, "expected LORA with a rank r"),
-        ({"modules_to_save": ["lm_head"]}, "changes lm_head, which is not supported; merge it into the checkpoint"),
-        ({"target_modules": ["q_proj", "model.embed_tokens"]}, "changes model.embed_tokens"),
-    ],
-)
-def test_an_adapter_that_is_not_plain_lora_on_the_body_is_refused(tiny, tmp_path, change, message):
-    adapter = write_adapter(tmp_path / "math", tiny, rank=6)
-    assert adapter_rank(adapter) == 6
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {"q_proj": 9}}))
-    assert adapter_rank(adapter) == 9
-    (adapter / "adapter_config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ConfigError, match=message):
-        adapter_rank(adapter)
-
-
-def test_a_pickled_adapter_is_not_read(tiny, tmp_path):
-    adapter = write_adapter(tmp_path / "math", tiny)
-    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    with pytest.raises(ConfigError, match=r"no adapter_model\.safetensors; save the adapter as safetensors"):
-        adapter_rank(adapter)

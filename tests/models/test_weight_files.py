@@ -208,7 +208,7 @@ def test_a_weights_file_named_in_the_configuration_has_to_be_the_one_that_all_en
 
 def test_an_adapters_directory_is_not_mistaken_for_a_model(tmp_path):
     write_adapter_beside(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"holds a LoRA adapter .* --adapters NAME=DIR"):
+    with pytest.raises(FileNotFoundError, match=r"holds a LoRA adapter .* --adapter NAME=DIR"):
         check_checkpoint(tmp_path)
 
 

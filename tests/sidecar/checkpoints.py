@@ -107,8 +107,12 @@ def write_tokenizer(path: str | pathlib.Path, *, vocab_size: int, prefix: str = 
     (path / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def write_adapter(path: str | pathlib.Path, base: str | pathlib.Path, *, rank: int = 4, seed: int = 1) -> pathlib.Path:
+def write_adapter(
+    path: str | pathlib.Path, base: str | pathlib.Path, *, rank: int = 4, seed: int = 1, **options: Any
+) -> pathlib.Path:
     """Writes a random LoRA adapter on the attention of a Qwen3 checkpoint, in PEFT's format.
+
+    `options` go to adapter_config.json; alpha_pattern by the last part of names, as q_proj.
 
     Beside it, in `path`-merged, the checkpoint with the adapter merged into its weights, which gives the same numbers.
     """
@@ -117,6 +121,7 @@ def write_adapter(path: str | pathlib.Path, base: str | pathlib.Path, *, rank: i
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "bias": "none"}
     config |= {"target_modules": targets, "base_model_name_or_path": str(base), "lora_dropout": 0.0}
+    config |= options
     (path / "adapter_config.json").write_text(json.dumps(config))
     rng = np.random.default_rng(seed)
     weights, adapter = load_file(base / "model.safetensors"), {}
@@ -128,7 +133,8 @@ def write_adapter(path: str | pathlib.Path, base: str | pathlib.Path, *, rank: i
         b = (rng.standard_normal((rows, rank)) * rank**-0.5).astype(np.float32)
         prefix = "base_model.model." + name.removesuffix(".weight")
         adapter |= {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
-        weights[name] = weights[name] + 2.0 * (b @ a)  # lora_alpha / r
+        alpha = config.get("alpha_pattern", {}).get(name.split(".")[-2], config["lora_alpha"])
+        weights[name] = weights[name] + alpha / (rank**0.5 if config.get("use_rslora") else rank) * (b @ a)
     save_file(adapter, path / "adapter_model.safetensors", metadata={"format": "pt"})
     merged = path.with_name(path.name + "-merged")
     shutil.copytree(base, merged)

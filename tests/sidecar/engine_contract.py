@@ -282,11 +282,16 @@ class EngineContract:
 
 
 def serve_adapters(name: str, directory: pathlib.Path, **config: Any):
-    """Like serve(), with adapters "math" and "code" of different ranks; NAME-merged holds each merged checkpoint."""
+    """Like serve(), with adapters "math" and "code" of different ranks; NAME-merged holds each merged checkpoint.
+
+    "code" uses what an engine can apply wrongly: a scale by the root of the rank, other scales by pattern, a regular
+    expression as target.
+    """
     base = write_checkpoint(directory / "tiny")
+    special = {"target_modules": r".*\.self_attn\.[qkvo]_proj", "use_rslora": True, "alpha_pattern": {"q_proj": 2}}
     adapters = {
-        adapter: str(write_adapter(directory / adapter, base, rank=rank, seed=rank))
-        for adapter, rank in (("math", 4), ("code", 9))
+        adapter: str(write_adapter(directory / adapter, base, rank=rank, seed=rank, **options))
+        for adapter, rank, options in (("math", 4, {}), ("code", 9, {"lora_alpha": 5, **special}))
     }
     yield from serve(name, base, directory, adapters=adapters, **config)
 

@@ -5,9 +5,17 @@ from __future__ import annotations
 import asyncio
 import difflib
 import importlib
+import logging
+
+import numpy as np
 
 from jdistill.config import ConfigError, TeacherServerConfig
 from jdistill.sidecar.engines.base import Engine
+from jdistill.sidecar.engines.probe import probe_ids
+from jdistill.sidecar.results import check_scores
+from jdistill.wire.types import SequenceToScore
+
+logger = logging.getLogger(__name__)
 
 # Imported on demand: each engine has its own environment (vllm without jax, jax without torch).
 ENGINES = {
@@ -72,5 +80,35 @@ async def create_engine(config: TeacherServerConfig) -> Engine:
             f"that run already use engine {near}; to run one here leave urls out"
         )
     # In a thread: importing torch or vLLM takes seconds, during which health checks must be answered.
-    engine = await asyncio.to_thread(engine_class, config.engine)
-    return await engine.create(config)
+    kind = await asyncio.to_thread(engine_class, config.engine)
+    engine = await kind.create(config)
+    try:
+        await try_adapters(engine)
+    except BaseException:
+        await engine.close()
+        raise
+    return engine
+
+
+async def try_adapters(engine: Engine) -> None:
+    """Scores a probe with each adapter, so that one that its library cannot run fails at start, not at every request.
+
+    Raises:
+        ConfigError: an adapter does not score.
+    """
+    probe = SequenceToScore(probe_ids(engine.info))
+    scores: dict[str, np.ndarray] = {}
+    for name in ("", *engine.adapters) if engine.adapters else ():
+        try:
+            ((_, got),) = [item async for item in engine.score([probe], adapter=name)]
+            check_scores(probe, got, top_k=0, info=engine.info, index=0)
+        except Exception as e:  # a library that does not fit may raise anything
+            what = f"adapter {name!r}" if name else "the base model beside adapters"
+            raise ConfigError(
+                f"adapters: the {engine.name} engine ({engine.version}) cannot score with {what} "
+                f"({type(e).__name__}: {e}). Are its library and PEFT of versions that work together (pip install "
+                "'jdistill[adapters]')? Otherwise merge the adapter into the checkpoint"
+            ) from e
+        scores[name] = got.logprobs
+        if name and np.array_equal(got.logprobs, scores[""]):
+            logger.warning("adapter %r changes no score of the probe: is it a trained adapter?", name)

@@ -32,13 +32,13 @@ from jdistill.checkpoint_files import (
 )
 from jdistill.config import ConfigError, Section, TeacherServerConfig, parse
 from jdistill.fingerprint import model_fingerprint
+from jdistill.sidecar.engines.adapters import Adapter, adapter_info, read_adapter
 from jdistill.sidecar.engines.base import Engine
 from jdistill.sidecar.engines.http_connection import Connection, ServerRefusedError
 from jdistill.sidecar.engines.http_root import check_root, check_root_weights
-from jdistill.sidecar.engines.options import adapter_info
 from jdistill.sidecar.engines.own_loader import check_own_loader
 from jdistill.sidecar.engines.probe import distance, probe_ids
-from jdistill.weight_files import ADAPTER_CONFIG
+from jdistill.weight_files import ADAPTER_CONFIG, stored_tensors
 from jdistill.wire.errors import FingerprintMismatchError, InvalidRequestError, UnavailableError
 from jdistill.wire.types import ModelInfo, SequenceToScore, TokenScores
 
@@ -125,6 +125,11 @@ class HttpFrontEngine(Engine):
             ConfigError: it is another kind of server, or serves another model than the configuration says.
             UnavailableError: it does not answer.
         """
+
+    @classmethod
+    @abc.abstractmethod
+    def check_adapter(cls, adapter: Adapter) -> None:
+        """Raises ConfigError unless the server applies an adapter, whose files can be read here, as PEFT does."""
 
     def use(self, way: str) -> None:
         """Makes `request` and `read` follow `way`, one of `ways`."""
@@ -249,8 +254,10 @@ class HttpFrontEngine(Engine):
                 f"max_sequence_length: expected 2 to {longest} (the limit of the server), got "
                 f"{config.max_sequence_length}"
             )
+        tensors = None
         if any(path.glob("*.safetensors")):
             check_checkpoint(path)
+            tensors = stored_tensors(path)
             check_own_loader(f"the server ({self.name})", path)
             dtype = checkpoint_dtype(path) if config.dtype == "auto" else config.dtype
             fingerprint = model_fingerprint(path, dtype)
@@ -259,6 +266,9 @@ class HttpFrontEngine(Engine):
             dtype = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "unknown")
             known = json.dumps([hf_config, identity["model"], identity["max_length"]], sort_keys=True)
             fingerprint = hashlib.sha256(known.encode()).hexdigest()
+        for adapter in config.adapters.values():
+            if (pathlib.Path(adapter) / ADAPTER_CONFIG).is_file():  # otherwise its files are only on the server
+                self.check_adapter(read_adapter(adapter, tensors))
         size = vocab_size(hf_config)
         self.info = ModelInfo(
             model=config.served_name or path.resolve().name,
@@ -305,15 +315,7 @@ class HttpFrontEngine(Engine):
 
     def _set_candidates(self, count: int) -> None:
         self.info = dataclasses.replace(self.info, max_candidate_count=min(count, self.info.vocab_size))
-        self.adapters = {name: self._adapter_info(name, path) for name, path in self._config.adapters.items()}
-
-    def _adapter_info(self, name: str, path: str) -> ModelInfo:
-        info = adapter_info(self.info, name, path)
-        if (pathlib.Path(path) / ADAPTER_CONFIG).is_file():
-            return info
-        # The adapter's files are only on the server, so only its name and path identify it.
-        known = f"{self.info.fingerprint} {name} {path}"
-        return dataclasses.replace(info, fingerprint=hashlib.sha256(known.encode()).hexdigest())
+        self.adapters = {name: adapter_info(self.info, name, path) for name, path in self._config.adapters.items()}
 
     def _probe(self) -> SequenceToScore:
         """Returns the probe with its second half scored; where possible with two candidates from its top-k at start."""

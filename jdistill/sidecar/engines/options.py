@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import hashlib
-import json
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
-
-import numpy as np
 
 from jdistill.checkpoint_files import (
     check_checkpoint,
@@ -20,9 +15,8 @@ from jdistill.checkpoint_files import (
     tokenizer_fingerprint,
     vocab_size,
 )
-from jdistill.config import ConfigError, TeacherServerConfig
-from jdistill.fingerprint import adapter_fingerprint, model_fingerprint
-from jdistill.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from jdistill.config import TeacherServerConfig
+from jdistill.fingerprint import model_fingerprint
 from jdistill.wire.types import ModelInfo
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -63,54 +57,6 @@ def check_sizes(engine: str, config: TeacherServerConfig, *supported: str) -> No
         value = getattr(config, name)
         if name not in supported and value not in (1, None, {}):
             raise ValueError(f"{name}: the {engine} engine cannot do that (got {value!r}); {remedy}")
-
-
-def adapter_rank(path: str | pathlib.Path) -> int:
-    """Returns the rank of a LoRA adapter in PEFT's format; raise ConfigError if `path` is not a supported adapter."""
-    file = pathlib.Path(path) / ADAPTER_CONFIG
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as e:
-        raise ConfigError(
-            f"adapters: {path} is not a LoRA adapter ({type(e).__name__}: {e}); expected a directory that PEFT saved, "
-            f"with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
-        ) from None
-    if config.get("peft_type") != "LORA" or not isinstance(config.get("r"), int):
-        raise ConfigError(f"adapters: {file} has peft_type {config.get('peft_type')!r}, expected LORA with a rank r")
-    if not (file.parent / ADAPTER_WEIGHTS).is_file():
-        raise ConfigError(
-            f"adapters: {path} has no {ADAPTER_WEIGHTS}; save the adapter as safetensors (a .bin file is a "
-            "pickle, which can run code, and is not read)"
-        )
-    modules = [*(config.get("modules_to_save") or ()), *_words(config.get("target_modules"))]
-    if head := [name for name in modules if name.rpartition(".")[2] in ("lm_head", "embed_tokens")]:
-        raise ConfigError(f"adapters: {path} changes {head[0]}, which is not supported; merge it into the checkpoint")
-    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
-
-
-def _words(names: Any) -> list[str]:
-    return [names] if isinstance(names, str) else list(names or ())
-
-
-def write_zero_adapter(path: str | pathlib.Path, to: str | pathlib.Path) -> None:
-    """Writes an adapter to `to` with the shapes of the one at `path` and all weights zero."""
-    from safetensors import safe_open
-    from safetensors.numpy import save_file
-
-    path, to = pathlib.Path(path), pathlib.Path(to)
-    (to / ADAPTER_CONFIG).write_bytes((path / ADAPTER_CONFIG).read_bytes())
-    with safe_open(path / ADAPTER_WEIGHTS, framework="numpy") as file:
-        zeros = {name: np.zeros(file.get_slice(name).get_shape(), np.float32) for name in file.keys()}
-    save_file(zeros, to / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-
-
-def adapter_info(base: ModelInfo, name: str, path: str | pathlib.Path) -> ModelInfo:
-    """Describes an adapter: the base model's limits, and a fingerprint over base and adapter files."""
-    if (pathlib.Path(path) / ADAPTER_WEIGHTS).is_file():
-        fingerprint = adapter_fingerprint(base.fingerprint, path)
-    else:  # behind an HTTP engine the files may be only on the server: then only name and path identify the adapter
-        fingerprint = hashlib.sha256(f"{base.fingerprint} {name} {path}".encode()).hexdigest()
-    return dataclasses.replace(base, model=name, base_model=base.model, fingerprint=fingerprint)
 
 
 def model_info(

@@ -22,9 +22,11 @@ from typing import Any
 import aiohttp
 
 from jdistill.config import ConfigError, TeacherServerConfig
-from jdistill.sidecar.engines.options import adapter_rank, check_engine_args, model_info
+from jdistill.sidecar.engines.adapters import read_adapter
+from jdistill.sidecar.engines.options import check_engine_args, model_info
 from jdistill.sidecar.engines.own_loader import check_load_format, check_own_loader
 from jdistill.sidecar.engines.sglang_http import SglangHttpEngine, SglangHttpOptions
+from jdistill.weight_files import stored_tensors
 from jdistill.wire.errors import EngineDeadError, FingerprintMismatchError, TeacherError, UnavailableError
 from jdistill.wire.types import SequenceToScore, TokenScores
 
@@ -83,8 +85,9 @@ class SglangEngine(SglangHttpEngine):
         check_load_format("SGLang", config.engine_args)
         info = await asyncio.to_thread(model_info, config)
         await asyncio.to_thread(check_own_loader, "SGLang", config.model)
+        tensors = stored_tensors(config.model) if config.adapters else None
         for path in config.adapters.values():
-            adapter_rank(path)  # raises if it is not an adapter
+            cls.check_adapter(read_adapter(path, tensors))
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

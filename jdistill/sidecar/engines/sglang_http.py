@@ -25,9 +25,11 @@ import numpy as np
 import pydantic
 
 from jdistill.config import ConfigError
+from jdistill.sidecar.engines.adapters import MERGE, Adapter, check_applied
 from jdistill.sidecar.engines.http_connection import ServerRefusedError
 from jdistill.sidecar.engines.http_front import HttpFrontEngine, HttpOptions
 from jdistill.sidecar.engines.http_replies import token_scores
+from jdistill.weight_files import ADAPTER_WEIGHTS
 from jdistill.wire.codec import token_crc
 from jdistill.wire.errors import FingerprintMismatchError
 from jdistill.wire.types import SequenceToScore, TokenScores
@@ -74,6 +76,32 @@ class SglangHttpEngine(HttpFrontEngine):
             "root": info.get("model_path"),
             "revision": info.get("weight_version"),
         }
+
+    @classmethod
+    def check_adapter(cls, adapter: Adapter) -> None:
+        """See HttpFrontEngine.check_adapter: SGLang (0.5.23) reads less of PEFT's format than vLLM."""
+        rank, alpha = adapter.options["r"], adapter.options["lora_alpha"]
+        check_applied(adapter, "SGLang", lambda _: (rank, alpha / rank), remedy="use the vllm or transformers engine")
+        targets = adapter.options.get("target_modules")
+        if isinstance(targets, str) and targets != "all-linear":
+            raise ConfigError(
+                f"adapters: {adapter.path} has target_modules = {targets!r}; SGLang reads a list of names only: write "
+                f"{sorted({name.rpartition('.')[2] for name in adapter.modules})} there"
+            )
+        if others := sorted(set(adapter.path.glob("*.safetensors")) - {adapter.path / ADAPTER_WEIGHTS}):
+            raise ConfigError(f"adapters: SGLang would also read {others[0]}: move it to another directory")
+        layers: dict[str, set[str]] = {}
+        for name in adapter.modules:
+            parent, _, last = name.rpartition(".")
+            layers.setdefault(parent, set()).add(last)
+        for parent, names in layers.items():
+            # It joins q, k and v, starting from q and v, and gate and up, starting from gate; others would be lost.
+            lost = names & {"q_proj", "k_proj", "v_proj"} and not {"q_proj", "v_proj"} <= names
+            if lost or ("up_proj" in names and "gate_proj" not in names):
+                raise ConfigError(
+                    f"adapters: {adapter.path} adapts {', '.join(sorted(names))} of {parent}; SGLang needs q_proj and "
+                    f"v_proj together, and gate_proj with up_proj: use the vllm or transformers engine, or {MERGE}"
+                )
 
     def use(self, way: str) -> None:
         """See HttpFrontEngine.use."""

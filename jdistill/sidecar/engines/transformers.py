@@ -28,7 +28,8 @@ import transformers
 from transformers.utils import is_peft_available
 
 from jdistill.sidecar.batching import BatchedEngine, split_scores
-from jdistill.sidecar.engines.options import adapter_info, adapter_rank, check_engine_args, check_sizes, model_info
+from jdistill.sidecar.engines.adapters import adapter_info, read_adapter
+from jdistill.sidecar.engines.options import check_engine_args, check_sizes, model_info
 from jdistill.weight_files import has_separate_head, stored_tensors
 from jdistill.wire.errors import EngineDeadError
 from jdistill.wire.types import SequenceToScore, TokenScores
@@ -102,11 +103,12 @@ class TransformersEngine(BatchedEngine):
         self.info = model_info(config)
         if config.adapters and not is_peft_available():
             raise ValueError(
-                "adapters: the transformers engine needs PEFT for them: pip install peft, use the vllm engine, or "
-                "merge the adapter into the checkpoint"
+                "adapters: the transformers engine needs PEFT for them: pip install 'jdistill[adapters]', use the vllm "
+                "engine, or merge the adapter into the checkpoint"
             )
+        tensors = stored_tensors(config.model) if config.adapters else None
         for path in config.adapters.values():
-            adapter_rank(path)  # raises before the model is read
+            read_adapter(path, tensors)  # raises before the model is read
         chunk_tokens = args["chunk_tokens"]
         if chunk_tokens is None:
             chunk_tokens = max(16, CHUNK_LOGITS // self.info.vocab_size)
@@ -177,6 +179,8 @@ class TransformersEngine(BatchedEngine):
             bad = [*missing, *loaded.unexpected_keys, *map(str, loaded.mismatched_keys)]
             if bad:
                 raise ValueError(f"adapters: {path} does not fit {self.config.model}: {bad[0]} ({len(bad)} such names)")
+        if self._model.get_output_embeddings() is not self._head:
+            raise ValueError(f"adapters: PEFT changed the output head of {self.config.model}, which is not supported")
         self._model.requires_grad_(False)
 
     def _use_adapter(self, name: str) -> None:

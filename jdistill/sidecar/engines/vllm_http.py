@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from typing import Any, Literal
 
 import numpy as np
 import pydantic
 
 from jdistill.config import ConfigError, TeacherServerConfig
+from jdistill.sidecar.engines.adapters import Adapter, check_applied
 from jdistill.sidecar.engines.http_connection import ServerRefusedError
 from jdistill.sidecar.engines.http_front import HttpFrontEngine, HttpOptions
 from jdistill.sidecar.engines.http_replies import token_scores
@@ -89,6 +91,13 @@ class VllmHttpEngine(HttpFrontEngine):
             "max_length": None if length is None else length - 1,
             "root": card.get("root"),
         }
+
+    @classmethod
+    def check_adapter(cls, adapter: Adapter) -> None:
+        """See HttpFrontEngine.check_adapter: not every version of vLLM reads rank_pattern and alpha_pattern."""
+        rank, alpha = adapter.options["r"], adapter.options["lora_alpha"]
+        scale = alpha / (math.sqrt(rank) if adapter.options.get("use_rslora") else rank)
+        check_applied(adapter, "a vLLM server", lambda _: (rank, scale), remedy="use the vllm or transformers engine")
 
     def use(self, way: str) -> None:
         """See HttpFrontEngine.use."""

@@ -27,8 +27,9 @@ from vllm.v1.engine import exceptions as vllm_exceptions
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from jdistill.config import TeacherServerConfig
+from jdistill.sidecar.engines.adapters import adapter_info, write_zero_adapter
 from jdistill.sidecar.engines.base import Engine
-from jdistill.sidecar.engines.options import adapter_info, model_info, write_zero_adapter
+from jdistill.sidecar.engines.options import model_info
 from jdistill.sidecar.engines.own_loader import check_own_loader
 from jdistill.sidecar.engines.probe import PROBE_LENGTH, distance, probe_ids
 from jdistill.sidecar.engines.vllm import startup
@@ -136,8 +137,6 @@ class VllmEngine(Engine):
                     f"vLLM {self.version} scores {name} differently when other adapters share the batch (by up to "
                     f"{worst:.3g} nats): serve each adapter by its own sidecar, or merged"
                 )
-            if lora is not self._base_lora and np.array_equal(expected, alone[0]):
-                logger.warning("%s changes no score of the probe: is it a trained adapter?", name)
 
     async def _choose(self, scoring: str, info: ModelInfo, args: dict[str, Any]) -> None:
         """Chooses the first way that gives the plain way's numbers."""

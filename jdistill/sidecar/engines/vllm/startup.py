@@ -9,14 +9,17 @@ from typing import Any
 
 import vllm
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from jdistill.checkpoint_files import read_config
-from jdistill.config import TeacherServerConfig
-from jdistill.sidecar.engines.options import adapter_rank, check_engine_args
+from jdistill.config import ConfigError, TeacherServerConfig
+from jdistill.sidecar.engines.adapters import Adapter, check_applied, read_adapter
+from jdistill.sidecar.engines.options import check_engine_args
 from jdistill.sidecar.engines.own_loader import check_load_format
 from jdistill.sidecar.engines.vllm import worker
+from jdistill.weight_files import stored_tensors
 from jdistill.wire.errors import EngineDeadError
 from jdistill.wire.types import ModelInfo
 
@@ -105,8 +108,12 @@ def arguments(config: TeacherServerConfig, info: ModelInfo, given: dict[str, Any
     if config.offload:
         args["enable_sleep_mode"] = True
     if config.adapters:
-        ranks = [adapter_rank(path) for path in config.adapters.values()]
-        args |= {"enable_lora": True, "max_lora_rank": _lora_rank(max(ranks)), "max_loras": len(ranks) + 1}
+        tensors = stored_tensors(config.model)
+        adapters = [read_adapter(path, tensors) for path in config.adapters.values()]
+        for adapter in adapters:
+            _check_adapter(adapter)
+        rank = max(adapter.max_rank for adapter in adapters)
+        args |= {"enable_lora": True, "max_lora_rank": _lora_rank(rank), "max_loras": len(adapters) + 1}
     args["worker_extension_cls"] = f"{worker.__name__}.{worker.ScoringWorker.__name__}"
     names = _field_names()
     return {name: value for name, value in args.items() if name in names}
@@ -129,6 +136,20 @@ def _check_sleep(config: TeacherServerConfig, level: Any) -> None:
             f"offload: vLLM {vllm.__version__} has no sleep mode on this platform ({current_platform.device_type}); "
             "leave offload out, or use the transformers engine"
         )
+
+
+def _check_adapter(adapter: Adapter) -> None:
+    """Raises ConfigError unless this vLLM applies the adapter as PEFT does; asks vLLM's own reader."""
+    try:
+        helper = PEFTHelper.from_local_dir(str(adapter.path), None)
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"adapters: vLLM {vllm.__version__} does not read {adapter.path}: {e}") from None
+
+    def uniform(name: str) -> tuple[int, float]:  # versions that do not know rank_pattern and alpha_pattern
+        return helper.r, helper.vllm_lora_scaling_factor
+
+    rank_and_scale = getattr(helper, "get_rank_and_scaling", uniform)
+    check_applied(adapter, f"vLLM {vllm.__version__}", rank_and_scale, remedy="use the transformers engine")
 
 
 def _lora_rank(rank: int) -> int:
