@@ -3,6 +3,11 @@
 import contextlib
 import os
 
+# Compiling for XLA takes most of the time: without its optimizations a third. `make test-full` runs with them.
+if os.environ.get("JDISTILL_SOAK") != "1":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+
 import pytest
 
 from tests.sidecar import processes

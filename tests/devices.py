@@ -8,6 +8,12 @@ import sys
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+def environment(num):
+    """Returns the environment of a process with `num` CPU devices, and the compiler's flags of this one."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={num}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
 def run_on_devices(num, code, *args):
     """Runs Python code in a process with `num` CPU devices and returns its output; fails with its errors.
 
@@ -18,8 +24,7 @@ def run_on_devices(num, code, *args):
         code: run from the repository's root, so that it may import `tests`.
         args: sys.argv[1:] of the process.
     """
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num}", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", code, *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment(num), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

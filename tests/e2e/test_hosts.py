@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import signal
 import socket
@@ -13,6 +12,7 @@ import time
 import pytest
 
 from jdistill.student import metrics
+from tests import devices
 
 REPO = pathlib.Path(__file__).parents[2]
 KEYS = [
@@ -30,11 +30,10 @@ pytestmark = pytest.mark.timeout(3 * HANGS_S)
 def start(
     run_dir: pathlib.Path, num_devices: int, *argv: str, found: dict[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}", "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         [sys.executable, "-m", "jdistill.cli", "train", "configs/demo.yaml", *KEYS, f"run_dir={run_dir}", *argv],
         cwd=REPO,
-        env=os.environ | flags | (found or {}),
+        env=devices.environment(num_devices) | (found or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
