@@ -19,6 +19,7 @@ import numpy as np
 import pydantic
 
 from jdistill.config import Section
+from jdistill.tasks.answers import final_number
 from jdistill.tasks.base import Problem, Task, epoch_permutation
 from jdistill.turn_end import read_turn_end
 
@@ -158,47 +159,3 @@ def _read_jsonl(path: str) -> list[tuple[int, str, str, str]]:
     if not lines:
         raise ValueError(f'{path} is empty: expected one {{"question": ..., "answer": ...}} per line')
     return lines
-
-
-# A number as people write it: sign, currency sign, thousands separators, full stop at the end, unit without digits.
-_NUMBER = re.compile(r"([-+]?)\s*[$€£]?\s*(-?)\s*(\d[\d,]*(?:\.\d+)?|\.\d+)\s*\.?(?:\s*[%°A-Za-z][^\d]*)?")
-
-
-def final_number(text: str, answer_format: Literal["####", "boxed"]) -> decimal.Decimal | None:
-    r"""Parses the number after the last `####`, up to the end of its line, or in the last `\boxed{}`; None without one.
-
-    It does not fall back to the last number of the text, which would reward a format that the prompt did not ask for.
-    `18`, `18.00`, `$18`, `18 dollars` and `18.` are the same number; `18/3` and `18 or 19` are not numbers.
-    """
-    if answer_format == "####":
-        _, marker, rest = text.rpartition("####")
-        if not marker:
-            return None
-        span = rest.strip(" \t").partition("\n")[0]
-    else:
-        boxed = _last_boxed(text)
-        if boxed is None:
-            return None
-        span = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r" \1", boxed)
-        span = span.replace("{,}", ",").replace("\\%", "%").replace("\\$", "$")
-        span = re.sub(r"\\[,!;: ]", "", span)  # LaTeX's thin spaces, as in 1\,000
-    # U+2212 is the minus sign of typeset text.
-    match = _NUMBER.fullmatch(span.replace("\u2212", "-").strip().strip("*$").strip())
-    if match is None:
-        return None
-    value = decimal.Decimal(match[3].replace(",", ""))
-    return -value if (match[1] or match[2] or "+") == "-" else value
-
-
-def _last_boxed(text: str) -> str | None:
-    """Returns the content of the last `\\boxed{...}` with balanced braces; None without one."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start += len("\\boxed{")
-    depth = 1
-    for i in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[start:i]
-    return None

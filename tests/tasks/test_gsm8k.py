@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from jdistill.tasks import create_task
-from jdistill.tasks.gsm8k import final_number
 from tests.tasks import chat_tokenizer
 
 DATA = pathlib.Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
@@ -33,55 +32,6 @@ def make(tokenizer, tmp_path):
 def completion(task, text, end=True):
     ids = task.tokenizer(text, add_special_tokens=False)["input_ids"]
     return np.array([*ids, task.tokenizer.eos_token_id] if end else ids, np.int32)
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("So 70 + 2 = 72.\n#### 72", "72"),
-        ("####72", "72"),
-        ("#### $1,234.50.", "1234.50"),
-        ("#### -5", "-5"),
-        ("#### -$5", "-5"),
-        ("#### $-5", "-5"),
-        ("#### \u22125", "-5"),
-        ("#### 18 dollars", "18"),
-        ("#### 18.00", "18"),
-        ("#### .5", "0.5"),
-        ("#### 50%", "50"),
-        ("#### **18**", "18"),
-        ("#### 18\nIs that right?", "18"),
-        ("#### 17\nNo:\n#### 18", "18"),
-        ("72", None),  # another format than the one asked for
-        ("#### ", None),
-        ("#### seventy-two", None),
-        ("#### 18/3", None),
-        ("#### 18 or 19", None),
-        ("#### 18 19", None),
-        ("#### 1.2.3", None),
-        ("\\boxed{72}", None),
-    ],
-)
-def test_the_final_number_after_the_hashes(text, number):
-    assert final_number(text, "####") == (None if number is None else Decimal(number))
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("The answer is $\\boxed{72}$.", "72"),
-        ("\\boxed{17} no, \\boxed{18}", "18"),
-        ("\\boxed{\\$1{,}234}", "1234"),
-        ("\\boxed{1\\,234\\text{ dollars}}", "1234"),
-        ("\\boxed{50\\%}", "50"),
-        ("\\boxed{-5}", "-5"),
-        ("\\boxed{\\frac{1}{2}}", None),
-        ("\\boxed{72", None),
-        ("#### 72", None),
-    ],
-)
-def test_the_final_number_in_a_box(text, number):
-    assert final_number(text, "boxed") == (None if number is None else Decimal(number))
 
 
 def test_the_prompt_is_what_the_chat_template_tokenizes(make):
