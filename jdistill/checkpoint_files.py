@@ -20,6 +20,7 @@ from jdistill.weight_files import (
     stored_tensors,
 )
 
+CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 # What transformers' configuration class of an architecture takes for an absent tie_word_embeddings.
 TIED_BY_DEFAULT = {
@@ -44,7 +45,7 @@ def read_config(path: str | pathlib.Path) -> dict[str, Any]:
             f"no checkpoint directory {path}: {hint}. Give a local directory with config.json and *.safetensors; "
             "a name on the Hugging Face Hub has to be downloaded first (`hf download NAME --local-dir DIR`)"
         )
-    config = _read_json_object(path / "config.json")
+    config = _read_json_object(path / CONFIG)
     if config is None and (path / ADAPTER_CONFIG).exists():
         raise FileNotFoundError(
             f"{path} holds a LoRA adapter ({ADAPTER_CONFIG}) and no model: give the base model's directory (a teacher "

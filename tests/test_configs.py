@@ -9,6 +9,7 @@ import pytest
 from jdistill import cli, config
 from jdistill.tasks import create_task
 from tests.tasks import chat_tokenizer
+from tests.tasks.responses import respond
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "examples").glob("*/*.yaml")])
@@ -105,7 +106,7 @@ def test_gsm8k_runs_task_is_made_from_its_options(student, data):
         "<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )  # enable_thinking: false reached the template
     assert "put your final answer within \\boxed{}" in prompt
-    assert task.reward(problem, task.solution_ids(problem)) == 1.0
+    assert task.reward(problem, respond(task, task.solution_ids(problem))) == 1.0
     if task.num_eval > 1:
         assert run.eval.num_prompts == task.num_eval
         assert round(run.num_steps * run.rollout.num_prompts / task.num_train) == 5  # epochs, as the file says

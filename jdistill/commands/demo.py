@@ -143,6 +143,10 @@ def _teacher_accuracy(base: TrainConfig, path: str) -> dict[str, float]:
         max_prompt_tokens=base.rollout.max_prompt_tokens,
         max_new_tokens=base.rollout.max_new_tokens,
         stop_token_ids=task.stop_token_ids,
+        min_new_tokens=base.rollout.min_new_tokens,
+        stop_strings=base.rollout.stop_strings,
+        decode=task.decode,
+        include_stop=base.rollout.include_stop_str_in_output,
     )
     problems = task.eval_problems(base.eval.num_prompts)
     return held_out_accuracy(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # imported where they are needed: jax and the tasks are slow 
 
 DESCRIPTION = """\
 Measure a Hugging Face checkpoint on a task's held-out problems: accuracy, mean reward, mean response length, and the
-share of responses that end with a stop token. `jdistill train` logs its accuracies with the same code.
+share of responses that ended by themselves. `jdistill train` logs its accuracies with the same code.
 
 examples:
   jdistill eval --model DIR --task addition --num-prompts 512 --greedy
@@ -80,7 +80,7 @@ def _evaluate(args: argparse.Namespace, task: Task, problems: list[Problem]) -> 
 
     from jdistill.student.evaluate import evaluate
 
-    sampler, params = load_sampler(args, max(len(p.prompt_ids) for p in problems), task.stop_token_ids)
+    sampler, params = load_sampler(args, max(len(p.prompt_ids) for p in problems), task.stop_token_ids, task.decode)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     num_answers, total_reward = 0, 0.0
@@ -135,7 +135,7 @@ def _print_result(args: argparse.Namespace, result: EvalResult) -> None:
     print(
         f"{args.task}, {result.num_problems} held-out problems, {how}: accuracy {result.accuracy:.3f}, "
         f"mean reward {result.mean_reward:.3f}, {result.mean_response_tokens:.1f} tokens per response, "
-        f"{result.stop_share:.1%} ended with a stop token"
+        f"{result.stop_share:.1%} ended by themselves"
     )
     if result.stop_share < 0.5:
         print("most responses ran into the length limit: is --max-new-tokens too small for this task?", file=sys.stderr)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 DESCRIPTION = """\
@@ -40,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop-token-ids",
         metavar="I,J",
-        help="end a completion at any of these (default: end tokens of the tokenizer and of generation_config.json)",
+        help="end a completion at any of these (default: the end tokens of the chat template, the tokenizer, and "
+        "generation_config.json or else config.json)",
     )
     parser.add_argument("--jsonl", action="store_true", help="write one JSON object per line")
 
@@ -57,7 +60,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds temperature, limits and seed, which `jdistill eval` shares."""
+    """Adds temperature, limits, stop strings and seed, which `jdistill eval` shares."""
     parser.add_argument(
         "--temperature", type=float, default=1.0, help="temperature of sampling and log-probs (default 1)"
     )
@@ -67,6 +70,21 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="R",
         help="longest completion (default 512, or as many tokens as the model has positions left)",
+    )
+    parser.add_argument(
+        "--min-new-tokens", type=int, default=0, metavar="R", help="tokens before any stop token or stop string"
+    )
+    parser.add_argument(
+        "--stop-string",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a completion with this text too; may be repeated",
+    )
+    parser.add_argument(
+        "--include-stop-str-in-output",
+        action="store_true",
+        help="keep the stop token or stop string in the text that is printed or rewarded",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -82,11 +100,14 @@ def run(args: argparse.Namespace) -> int:
     check_sampling_arguments(args)
     if args.num_completions < 1:
         raise ValueError(f"--num-completions must be at least 1, got {args.num_completions}")
-    tokenizer = None
+    tokenizer = decode = None
     if checkpoint_files.has_tokenizer(args.model):
-        from jdistill.tasks.base import load_tokenizer
+        from jdistill.tasks.base import decode_all, load_tokenizer
 
         tokenizer = load_tokenizer(args.model)
+        decode = functools.partial(decode_all, tokenizer)
+    elif args.stop_string:
+        raise ValueError(f"--stop-string is searched for in text, but {args.model} has no tokenizer: --stop-token-ids")
     prompts = _read_prompts(args, tokenizer)
     stop_token_ids = _stop_token_ids(args, tokenizer)
 
@@ -94,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
     requests = [(p, c) for p in range(len(prompts)) for c in range(args.num_completions)]
     seeds = np.random.default_rng(args.seed).integers(0, 2**32, len(requests), dtype=np.uint32)
-    sampler, params = load_sampler(args, max(len(ids) for _, ids in prompts), stop_token_ids)
+    sampler, params = load_sampler(args, max(len(ids) for _, ids in prompts), stop_token_ids, decode)
     began = time.monotonic()
     weights = sampler.prepare(params)
     num_tokens = 0
@@ -126,7 +147,9 @@ def _answer(
     """Describes one completion: a line of --jsonl. Texts that need a tokenizer are None without one."""
     text, prompt_text = None, prompt[0]
     if tokenizer is not None:
-        text = tokenizer.decode(completion.completion_ids.tolist(), skip_special_tokens=True)
+        from jdistill.tasks.base import decode_all, without_special_tokens
+
+        text = without_special_tokens(completion.text(functools.partial(decode_all, tokenizer)), tokenizer)
         prompt_text = prompt_text or tokenizer.decode(list(prompt[1]), skip_special_tokens=False)
     return {
         "prompt_index": place[0],
@@ -159,15 +182,24 @@ def check_sampling_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if not args.temperature > 0:
         raise ValueError(f"--temperature must be above 0, got {args.temperature}; for the most likely tokens: --greedy")
+    if args.min_new_tokens < 0:
+        raise ValueError(f"--min-new-tokens must not be negative, got {args.min_new_tokens}")
+    if "" in args.stop_string:
+        raise ValueError("--stop-string must not be empty: an empty text would end every completion")
     if args.seed < 0:
         raise ValueError(f"--seed must not be negative, got {args.seed}")
 
 
-def load_sampler(args: argparse.Namespace, prompt_length: int, stop_token_ids: tuple[int, ...]) -> tuple[Any, Any]:
+def load_sampler(
+    args: argparse.Namespace,
+    prompt_length: int,
+    stop_token_ids: tuple[int, ...],
+    decode: Callable[[Any], str] | None,
+) -> tuple[Any, Any]:
     """Loads args.model; returns its sampler for prompts of up to `prompt_length` tokens, and its parameters.
 
     Raises:
-        ValueError: prompt and completion together exceed the model's positions.
+        ValueError: prompt and completion together exceed the model's positions, or min_new_tokens is above their limit.
     """
     import jax
     from flax import nnx
@@ -194,7 +226,14 @@ def load_sampler(args: argparse.Namespace, prompt_length: int, stop_token_ids: t
     decoder = models.load(args.model, compute_dtype=dtype, param_dtype=dtype)
     graphdef, params = nnx.split(decoder)
     sampler = Sampler(
-        graphdef, max_prompt_tokens=prompt_length, max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids
+        graphdef,
+        max_prompt_tokens=prompt_length,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=stop_token_ids,
+        min_new_tokens=args.min_new_tokens,
+        stop_strings=args.stop_string,
+        decode=decode,
+        include_stop=args.include_stop_str_in_output,
     )
     return sampler, params
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -135,7 +135,9 @@ class RolloutSection(Section):
     temperature: float = Field(
         1.0, gt=0, description="temperature of the student's sampling, the student's loss and the teacher's scores"
     )
-    min_new_tokens: int = Field(0, ge=0, description="tokens before which no stop token is sampled")
+    min_new_tokens: int = Field(
+        0, ge=0, description="tokens that a completion has before any stop token or the end of any stop string"
+    )
     top_k: int | None = Field(None, ge=1, description="sample from the k most likely tokens; null: off")
     top_p: float | None = Field(
         None, gt=0, le=1, description="sample from the fewest tokens whose probabilities reach top_p; null: off"
@@ -143,8 +145,11 @@ class RolloutSection(Section):
     min_p: float | None = Field(
         None, gt=0, le=1, description="sample from tokens with min_p times the top probability or more; null: off"
     )
-    stop_strings: tuple[str, ...] = Field(
+    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (), strict=False, description="strings that end a completion, besides the task's stop tokens"
+    )
+    include_stop_str_in_output: bool = Field(
+        False, description="the reward sees the stop token or stop string that ended the completion, too"
     )
     max_rows: int | None = Field(None, ge=1, description="sequences decoded at once; null: all of a step")
     cache_dtype: Literal["float32", "bfloat16"] | None = Field(

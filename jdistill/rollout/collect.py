@@ -139,7 +139,7 @@ class Collector:
                 index = completion.index
                 order.append(index)
                 completions[index] = completion
-                rewards_B[index] = self._task.reward(problems[index], completion.completion_ids)
+                rewards_B[index] = self._task.reward(problems[index], self._task.response(completion))
                 if scoring is not None:
                     scoring.submit(index, problems[index], completion)
         finished = [completion for completion in completions if completion is not None]

@@ -46,7 +46,7 @@ class Rows(NamedTuple):
     positions: Int[jax.Array, "B"]  # its position
     done: Bool[jax.Array, "B"]
     seeds: UInt32[jax.Array, "B"]
-    first_ends: Int[jax.Array, "B"]  # no completion ends before this position: min_new_tokens
+    first_ends: Int[jax.Array, "B"]  # position of the first token that may be a stop token: min_new_tokens
     last_positions: Int[jax.Array, "B"]  # position at which a completion has its max_new_tokens
 
 
@@ -238,11 +238,14 @@ def _draw(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Draws the tokens at `position_B`; returns them, their log-probs, and the K most likely tokens."""
     scaled_BV = logits_BV.astype(jnp.float32) / call.temperature
-    allowed_BV = settings.truncation(scaled_BV)
+    possible_BV = None
     if settings.min_new_tokens and settings.stop_token_ids:
         stops_BV = jnp.zeros(scaled_BV.shape, bool).at[:, np.array(settings.stop_token_ids)].set(True)
         too_early_BV = stops_BV & (position_B < first_end_B)[:, None]
-        allowed_BV = jnp.where(too_early_BV, -jnp.inf, scaled_BV if allowed_BV is None else allowed_BV)
+        possible_BV = jnp.where(too_early_BV, -jnp.inf, scaled_BV)
+    # After the stop tokens are taken out: with top_k = 1 a stop token would otherwise leave nothing to draw.
+    allowed_BV = settings.truncation(scaled_BV if possible_BV is None else possible_BV)
+    allowed_BV = possible_BV if allowed_BV is None else allowed_BV
     token_B, logprob_B = draw_tokens(scaled_BV, seed_B, position_B, call.greedy, allowed_BV)
     return token_B, logprob_B, most_likely_tokens(scaled_BV, settings.num_candidates)
 

@@ -32,6 +32,10 @@ class SampledBatch(NamedTuple):
             "lengths": np.array([len(c.token_ids) for c in self.completions], np.int32),
             "prompt_lengths": np.array([c.prompt_length for c in self.completions], np.int32),
             "stopped": np.array([c.finish_reason == "stop" for c in self.completions], np.int32),
+            "stop_string_spans": np.array(
+                [c.stop_string_span or (-1, -1) for c in self.completions], np.int32
+            ),  # [B, 2]
+            "include_stop": np.array([c.include_stop for c in self.completions], np.int32),
             "token_ids": np.concatenate([c.token_ids for c in self.completions]),
             "sampler_logprobs": np.concatenate([c.sampler_logprobs for c in self.completions]),
             "rewards": self.rewards,
@@ -50,6 +54,7 @@ class SampledBatch(NamedTuple):
         completions = []
         for b, index in enumerate(arrays["indices"]):
             sampled = slice(ends_B[b] - (lengths_B[b] - prompt_lengths_B[b]), ends_B[b])
+            start, end = map(int, arrays["stop_string_spans"][b])
             completions.append(
                 Completion(
                     index=int(index),
@@ -58,6 +63,8 @@ class SampledBatch(NamedTuple):
                     sampler_logprobs=arrays["sampler_logprobs"][sampled],
                     candidate_ids=arrays["candidate_ids"][sampled] if "candidate_ids" in arrays else None,
                     finish_reason="stop" if arrays["stopped"][b] else "length",
+                    stop_string_span=None if start < 0 else (start, end),
+                    include_stop=bool(arrays["include_stop"][b]),
                 )
             )
         num_dropped, next_problem = map(int, arrays["counts"])

@@ -23,6 +23,7 @@ from jdistill.rollout.completion import Completion
 from jdistill.rollout.decode import CallSettings, DecodeSettings, DecodeWeights, Programs
 from jdistill.rollout.draw import Truncation
 from jdistill.rollout.schedule import Request, Schedule, ScheduleSettings
+from jdistill.rollout.stop_strings import StopStrings
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,18 +45,20 @@ class Sampler:
         stop_token_ids: a completion ends with the first of these; may be empty.
         num_candidates: K, how many of the model's most likely tokens to report for each sampled token; 0: none.
         max_rows: requests that are decoded at once; the others wait for a row. None: all.
-        min_new_tokens: a completion has at least this many tokens: no stop token is drawn earlier.
+        min_new_tokens: tokens that precede any end: the first of them to be a stop token, or to complete a stop string,
+            is the next one (as in vLLM and transformers).
         top_k, top_p, min_p: see `draw.Truncation`. The log-probs stay those of the whole distribution, so ratios to
             them are not ratios to the policy that sampled.
         stop_strings: a completion ends with the token that completes the first of these; needs `decode`.
-        decode: token ids -> text, for stop_strings.
+        decode: token ids -> text, special tokens included, for stop_strings.
+        include_stop: `Completion.text` includes the stop token or stop string.
         chunk_tokens: C, steps between two checks for ended completions. Small: completions leave sooner, and fewer
             steps are wasted on rows that have ended; large: less work on the host.
         cache_dtype: of keys and values; None: the decoder's compute dtype.
         mesh: rows are spread over its data and fsdp axes; None: one device, or wherever the parameters are.
 
     Raises:
-        ValueError: a size or share out of range, or stop_strings without decode.
+        ValueError: a size or share out of range, an empty stop string, or stop_strings without decode.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Sampler:
         min_p: float | None = None,
         stop_strings: Sequence[str] = (),
         decode: Callable[[np.ndarray], str] | None = None,
+        include_stop: bool = False,
         chunk_tokens: int = 16,
         cache_dtype: jax.typing.DTypeLike | None = None,
         mesh: Mesh | None = None,
@@ -85,6 +89,8 @@ class Sampler:
             raise ValueError(f"Sampler: min_new_tokens {min_new_tokens} is above max_new_tokens {max_new_tokens}")
         if stop_strings and decode is None:
             raise ValueError("Sampler: stop_strings need decode, which turns token ids into text (tokenizer.decode)")
+        if not all(stop_strings):
+            raise ValueError(f"Sampler: an empty stop string would end every completion: {list(stop_strings)}")
         self._graphdef = nnx.split(decoder)[0] if isinstance(decoder, nnx.Module) else decoder
         self._max_new_tokens = max_new_tokens
         self._mesh = mesh
@@ -93,8 +99,8 @@ class Sampler:
             max_prompt_tokens=max_prompt_tokens,
             max_rows=max_rows,
             num_shards=num_batch_shards(mesh) if is_spread else 1,
-            stop_strings=tuple(stop_strings),
-            decode_text=decode,
+            stop_strings=StopStrings(tuple(stop_strings), decode, min_new_tokens) if stop_strings and decode else None,
+            include_stop=include_stop,
         )
         self._decode_settings = DecodeSettings(
             stop_token_ids=tuple(int(i) for i in stop_token_ids),

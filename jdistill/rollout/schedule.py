@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,10 @@ import jax
 import numpy as np
 
 from jdistill import buckets
-from jdistill.rollout.completion import Completion, FinishReason
+from jdistill.rollout.completion import Completion
 from jdistill.rollout.decode import Admission, CallSettings, DecodeWeights, Programs, Rows, Sampled
+from jdistill.rollout.stop_strings import StopStrings
+from jdistill.turn_end import FinishReason
 
 _LEAST_ROWS = 8  # fewer are not faster
 
@@ -33,8 +35,8 @@ class ScheduleSettings:
     max_prompt_tokens: int
     max_rows: int | None  # None: every request has a row from the start
     num_shards: int  # devices that the rows are spread over
-    stop_strings: tuple[str, ...]
-    decode_text: Callable[[np.ndarray], str] | None  # given where there are stop_strings
+    stop_strings: StopStrings | None
+    include_stop: bool  # see Completion
 
 
 @dataclass
@@ -169,7 +171,7 @@ class Schedule:
         seed_A, first_end_A, last_position_A = np.zeros(A, np.uint32), np.zeros(A, np.int32), np.zeros(A, np.int32)
         for a, request in enumerate(admitted):
             source_A[a], row_A[a], seed_A[a] = source[a], request.row, request.seed
-            first_end_A[a] = len(request.prompt) + self._programs.settings.min_new_tokens - 1
+            first_end_A[a] = len(request.prompt) + self._programs.settings.min_new_tokens
             last_position_A[a] = len(request.prompt) + request.most - 1
         admission = Admission(length_U, source_A, row_A, seed_A, first_end_A, last_position_A)
         return self._put(token_US), Admission(*map(self._put, admission))
@@ -191,44 +193,27 @@ class Schedule:
             if self._running.get(request.row) is not request:
                 continue  # it ended in an earlier chunk
             left = min(chunk.token_ids.shape[1], request.most - request.length)
-            early = max(self._programs.settings.min_new_tokens - request.length - 1, 0)
+            early = max(self._programs.settings.min_new_tokens - request.length, 0)
             stops = np.flatnonzero(stop_BC[place, early:left])
             num_taken = early + int(stops[0]) + 1 if len(stops) else left
             request.pieces.append((chunk, place))
             before, request.length = request.length, request.length + num_taken
             reason: FinishReason | None = "stop" if len(stops) else None
-            if self._settings.stop_strings and (end := self._string_end(request, before)):
-                request.length, reason = end, "stop"
+            span = None
+            if self._settings.stop_strings is not None:
+                ids = np.concatenate([chunk.token_ids[row] for chunk, row in request.pieces])
+                text_length = request.length - len(stops[:1])  # a stop token is not text
+                if (end := self._settings.stop_strings.find(ids[:text_length], before)) is not None:
+                    (request.length, span), reason = end, "stop"
             if reason is None and request.length >= request.most:
                 reason = "length"
             if reason is not None:
                 del self._running[request.row]
-                yield self._completion(request, reason)
+                yield self._completion(request, reason, span)
 
-    def _string_end(self, request: Request, before: int) -> int | None:
-        """Returns the number of tokens that complete the first stop string, or None if there is none.
-
-        Args:
-            request: with its pieces.
-            before: tokens without a stop string, known from earlier chunks.
-        """
-        decode_text = self._settings.decode_text
-        assert decode_text is not None
-        ids = np.concatenate([chunk.token_ids[row] for chunk, row in request.pieces])[: request.length]
-
-        def has(length: int) -> bool:
-            text = decode_text(ids[:length])
-            return any(string in text for string in self._settings.stop_strings)
-
-        if not has(len(ids)):
-            return None
-        low, high = before, len(ids)  # invariant: has(high) and not has(low)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if has(middle) else (middle, high)
-        return high
-
-    def _completion(self, request: Request, finish_reason: FinishReason) -> Completion:
+    def _completion(
+        self, request: Request, finish_reason: FinishReason, stop_string_span: tuple[int, int] | None
+    ) -> Completion:
         token_R, logprob_R, candidate_RK = (
             np.concatenate([getattr(chunk, name)[row] for chunk, row in request.pieces])[: request.length]
             for name in Sampled._fields
@@ -247,6 +232,8 @@ class Schedule:
             sampler_logprobs=logprob_R,
             candidate_ids=candidate_RK if self._programs.settings.num_candidates else None,
             finish_reason=finish_reason,
+            stop_string_span=stop_string_span,
+            include_stop=self._settings.include_stop,
         )
 
     def _prompt_slots(self, requests: Sequence[Request]) -> int:

@@ -22,7 +22,7 @@ class EvalResult:
     accuracy: float  # share of problems whose reward is 1, the full reward
     mean_reward: float
     mean_response_tokens: float  # stop token included
-    stop_share: float  # share of completions that ended with a stop token rather than at the length limit
+    stop_share: float  # share of completions that a stop token or stop string ended, rather than the length limit
 
 
 def held_out_accuracy(
@@ -88,7 +88,7 @@ def evaluate(
             seeds = seed_N[np.array(group)]
             for completion in sampler.sample(weights, prompts, seeds=seeds, temperature=temperature, greedy=greedy):
                 n = group[completion.index]
-                reward = float(task.reward(problems[n], completion.completion_ids))
+                reward = float(task.reward(problems[n], task.response(completion)))
                 answers.add(n, completion, reward)
                 if on_answer is not None:
                     on_answer(problems[n], completion, reward)

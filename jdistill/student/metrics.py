@@ -56,7 +56,7 @@ METRICS = {
     "sampler_gap_max": Metric("largest |trainer's - sampler's log-prob| of a sampled token", "nats"),
     "reward": Metric("mean reward of the completions sampled in this step", "1"),
     "response_length": Metric("mean length of the completions, stop token included", "tokens"),
-    "stopped_share": Metric("share of completions that end with a stop token", "1"),
+    "stopped_share": Metric("share of completions that a stop token or stop string ended, not max_new_tokens", "1"),
     "dropped_completions": Metric(
         "completions sampled in this step and not trained on, because of dynamic sampling", "completions"
     ),

@@ -260,6 +260,7 @@ def _make_sampler(config: TrainConfig, recipe: Recipe, task: Task, graphdef: nnx
         min_p=rollout.min_p,
         stop_strings=rollout.stop_strings,
         decode=task.decode,
+        include_stop=rollout.include_stop_str_in_output,
         cache_dtype=rollout.cache_dtype,
         chunk_tokens=rollout.chunk_tokens,
         mesh=mesh,

@@ -16,7 +16,7 @@ import pydantic
 
 from jdistill.config import Section
 from jdistill.tasks.base import Problem, Task
-from jdistill.turn_end import TurnEnd
+from jdistill.tasks.response import Response
 
 CHARACTERS = "0123456789+=,#"
 PAD, END = "<pad>", "<end>"
@@ -52,8 +52,6 @@ class Addition(Task):
                 f"and its end token is {tokenizer.eos_token!r}: "
                 "create the models with examples/addition/make_models.py"
             )
-        self._text_of = {i: token for token, i in self._id_of.items()}
-        self.turn_end = TurnEnd((self._id_of[END],), self._id_of[END])
         self.num_train = None
         self.num_eval = (
             10 ** (2 * self.num_digits) // 16
@@ -84,13 +82,10 @@ class Addition(Task):
                 prompts[prompt] = None
         return [self._problem(i, "eval", prompt) for i, prompt in enumerate(prompts)]
 
-    def reward(self, problem: Problem, completion_ids: np.ndarray) -> float:
-        """Returns 1.0 if the text between the first `#` and the end token is the answer, whatever precedes it."""
-        if not self.ended(completion_ids):
-            return 0.0
-        # Any other token (e.g. padding) becomes a "?"; dropping it could leave the right answer.
-        text = "".join(self._text_of.get(int(i), "?") for i in completion_ids[:-1])
-        return float(text.partition("#")[2] == problem.data["answer"])
+    def reward(self, problem: Problem, response: Response) -> float:
+        """Returns 1.0 if the text between the first `#` and the end is the answer, whatever precedes it."""
+        answer = response.text.removesuffix(END).partition("#")[2]
+        return float(response.ended and answer == problem.data["answer"])
 
     def privileged_prompt_ids(self, problem: Problem) -> np.ndarray:
         """Returns the solution, a comma and the prompt."""

@@ -15,7 +15,9 @@ import numpy as np
 
 from jdistill import checkpoint_files
 from jdistill.config import ConfigError, Section, parse
-from jdistill.turn_end import TurnEnd
+from jdistill.rollout.completion import Completion
+from jdistill.tasks.response import Response
+from jdistill.turn_end import read_turn_end
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,13 +40,13 @@ class Task(abc.ABC):
     name: ClassVar[str]  # the key in TASKS
     Options: ClassVar[type[Section]]  # schema of `task.options`
 
-    turn_end: TurnEnd  # how completions and solutions end
     num_train: int | None  # number of distinct training problems; None: practically unbounded
     num_eval: int  # number of held-out problems
 
     def __init__(self, options: Section, tokenizer: Any, *, seed: int, max_prompt_tokens: int | None) -> None:
         self.options = options
         self.tokenizer = tokenizer
+        self.turn_end = read_turn_end(tokenizer.name_or_path, tokenizer)  # how completions and solutions end
         self.seed = seed
         self.max_prompt_tokens = max_prompt_tokens
 
@@ -84,8 +86,8 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
-    def reward(self, problem: Problem, completion_ids: np.ndarray) -> float:
-        """Returns the reward of int32[R] sampled tokens; a completion that ended by itself includes its stop token."""
+    def reward(self, problem: Problem, response: Response) -> float:
+        """Returns the reward of a response, which may have been cut off (`response.ended`)."""
 
     @abc.abstractmethod
     def solution_ids(self, problem: Problem) -> np.ndarray:
@@ -115,11 +117,11 @@ class Task(abc.ABC):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of `ids`, special tokens included."""
-        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+        return decode_all(self.tokenizer, ids)
 
-    def ended(self, completion_ids: np.ndarray) -> bool:
-        """Returns whether a completion ended by itself rather than at a length limit."""
-        return len(completion_ids) > 0 and int(completion_ids[-1]) in self.stop_token_ids
+    def response(self, completion: Completion) -> Response:
+        """Returns what the reward of a completion judges."""
+        return Response(completion.text(self.decode), completion.completion_ids, completion.finish_reason)
 
     def _check_num_eval(self, num: int) -> None:
         if not 0 <= num <= self.num_eval:
@@ -149,6 +151,18 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as e:  # tokenizers raises bare Exception for a damaged file
         raise ValueError(f"the tokenizer in {path} cannot be loaded: {e}") from e
+
+
+def decode_all(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> str:
+    """Returns the text of `ids`, special tokens included and spaces as they are."""
+    return tokenizer.decode([int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def without_special_tokens(text: str, tokenizer: Any) -> str:
+    """Returns decoded text without the special tokens in it."""
+    for token in sorted(tokenizer.all_special_tokens, key=len, reverse=True):  # one may contain another
+        text = text.replace(token, "")
+    return text
 
 
 def epoch_permutation(seed: int, epoch: int, num: int) -> np.ndarray:

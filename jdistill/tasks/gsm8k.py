@@ -20,8 +20,8 @@ import pydantic
 
 from jdistill.config import Section
 from jdistill.tasks.answers import final_number
-from jdistill.tasks.base import Problem, Task, epoch_permutation
-from jdistill.turn_end import read_turn_end
+from jdistill.tasks.base import Problem, Task, epoch_permutation, without_special_tokens
+from jdistill.tasks.response import Response
 
 INSTRUCTIONS = {
     "####": 'Let\'s think step by step and output the final answer after "####".',
@@ -62,7 +62,6 @@ class Gsm8k(Task):
                 f"the tokenizer in {tokenizer.name_or_path} has no chat template, which gsm8k needs for its prompts: "
                 "use an instruction-tuned checkpoint, or put a chat_template.jinja beside tokenizer.json"
             )
-        self.turn_end = read_turn_end(tokenizer.name_or_path, tokenizer)
         if self.turn_end.appended_id is None:
             raise ValueError(
                 f"the tokenizer in {tokenizer.name_or_path} has no end token, so solutions cannot end: "
@@ -86,11 +85,11 @@ class Gsm8k(Task):
         self._check_num_eval(num)
         return self._eval[:num]
 
-    def reward(self, problem: Problem, completion_ids: np.ndarray) -> float:
+    def reward(self, problem: Problem, response: Response) -> float:
         """Returns 1.0 for the right number; a completion that was cut off has no final answer, even with a number."""
-        if not self.ended(completion_ids):
+        if not response.ended:
             return 0.0
-        text = self.tokenizer.decode([int(i) for i in completion_ids[:-1]], skip_special_tokens=True)
+        text = without_special_tokens(response.text, self.tokenizer)
         return float(final_number(text, self.answer_format) == decimal.Decimal(problem.data["answer"]))
 
     def solution_ids(self, problem: Problem) -> np.ndarray:

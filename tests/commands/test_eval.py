@@ -7,6 +7,7 @@ import pytest
 from jdistill import cli, models
 from jdistill.tasks import create_task
 from jdistill.tasks.addition import write_model
+from tests.tasks.responses import respond
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_the_summary_is_the_mean_of_the_answers_file(checkpoint, capsys, tmp_pat
     for answer in answers:
         assert answer["prompt"] == task.decode(problems[answer["index"]].prompt_ids)
         assert answer["response"] == task.decode(answer["token_ids"])
-        assert answer["reward"] == task.reward(problems[answer["index"]], answer["token_ids"])
+        assert answer["reward"] == task.reward(problems[answer["index"]], respond(task, answer["token_ids"]))
     assert result["mean_reward"] == sum(a["reward"] for a in answers) / 40
     assert result["mean_response_tokens"] == sum(len(a["token_ids"]) for a in answers) / 40
     assert result["stop_share"] == sum(a["finish_reason"] == "stop" for a in answers) / 40

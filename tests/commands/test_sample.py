@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jdistill import cli, models
+from jdistill.tasks import create_task
 from jdistill.tasks.addition import VOCABULARY, write_model
 
 
@@ -77,6 +78,29 @@ def test_stop_tokens_can_be_chosen(checkpoint, capsys):
     assert len(line["token_ids"]) == 1 and line["finish_reason"] == "stop"
 
 
+def test_a_stop_string_ends_a_completion_and_is_left_out_of_its_text(checkpoint, capsys):
+    argv = ["--model", checkpoint, "--token-ids", "1,2", "--max-new-tokens", 40, "--jsonl", "--min-new-tokens", 3]
+    digits = [flag for digit in range(10) for flag in ("--stop-string", digit)]
+    _, out, _ = run(capsys, *argv, *digits)
+    line = json.loads(out)
+    names = {i: token for token, i in VOCABULARY.items()}
+    whole = "".join(names[i] for i in line["token_ids"])
+    assert line["finish_reason"] == "stop" and whole[-1].isdigit() and line["text"] == whole[:-1].replace("<pad>", "")
+    assert len(line["token_ids"]) > 3
+    with_it = json.loads(run(capsys, *argv, *digits, "--include-stop-str-in-output")[1])
+    assert with_it["token_ids"] == line["token_ids"] and with_it["text"] == line["text"] + whole[-1]
+
+
+def test_without_generation_config_a_completion_stops_at_the_ids_of_config_json(checkpoint, capsys, tmp_path):
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    (model / "generation_config.json").unlink()
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": [*range(len(VOCABULARY))]}))
+    _, out, _ = run(capsys, "--model", model, "--token-ids", "1,2", "--max-new-tokens", 30, "--jsonl")
+    assert len(json.loads(out)["token_ids"]) == 1
+    assert create_task("addition", {}, model).stop_token_ids == (15, *range(15))  # train and eval read the same
+
+
 def test_by_default_a_completion_stops_at_the_end_tokens_of_tokenizer_and_generation_config(
     checkpoint, capsys, tmp_path
 ):
@@ -97,9 +121,13 @@ def test_a_checkpoint_without_an_end_token_is_a_warning(checkpoint, capsys, tmp_
     model = shutil.copytree(checkpoint, tmp_path / "model")
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         (model / name).unlink()
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
     code, out, err = run(capsys, "--model", model, "--token-ids", "1,2", "--max-new-tokens", 5, "--jsonl")
     assert code == 0 and len(json.loads(out)["token_ids"]) == 5
     assert "has no end token: completions continue to --max-new-tokens" in err
+    code, _, err = run(capsys, "--model", model, "--token-ids", "1,2", "--stop-string", "x")
+    assert code == 2 and "has no tokenizer: --stop-token-ids" in err
 
 
 @pytest.mark.parametrize(
@@ -114,6 +142,8 @@ def test_a_checkpoint_without_an_end_token_is_a_warning(checkpoint, capsys, tmp_
         (["--prompt", "1" * 128], "the longest prompt has 128 tokens: no position is left for a completion"),
         (["--prompt", "1", "--temperature", "0"], "--temperature must be above 0, got 0.0"),
         (["--prompt", "1", "--num-completions", "0"], "--num-completions must be at least 1, got 0"),
+        (["--prompt", "1", "--min-new-tokens", "-1"], "--min-new-tokens must not be negative, got -1"),
+        (["--prompt", "1", "--stop-string", ""], "--stop-string must not be empty"),
         (["--prompt", "1", "--max-rows", "0"], "--max-rows must be at least 1, got 0"),
     ],
 )

@@ -42,8 +42,11 @@ class FakeTask:
         self.asked.append(index)
         return Problem(index, "train", np.array([100 + index], np.int32), {})
 
-    def reward(self, problem, completion_ids):
-        g = int(completion_ids[0])
+    def response(self, completion):
+        return completion
+
+    def reward(self, problem, response):
+        g = int(response.completion_ids[0])
         self.log.append(("reward", problem.index, g))
         reward = self.rewards_of.get(problem.index, (0.0, 1.0, 2.0))[g]
         if isinstance(reward, Exception):

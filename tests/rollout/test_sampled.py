@@ -31,6 +31,8 @@ def test_arrays_hold_all_of_a_batch(num_candidates):
                 sampler_logprobs=rng.normal(size=length).astype(np.float32),
                 candidate_ids=candidates if num_candidates else None,
                 finish_reason=("stop", "length")[place % 2],
+                stop_string_span=(1, 3) if place == 2 else None,
+                include_stop=place > 1,
             )
         )
     batch = SampledBatch(problems, completions, rng.random(4).astype(np.float32), np.array([2, 0, 3, 1]), 8, 13)

@@ -307,9 +307,62 @@ def test_no_stop_token_before_min_new_tokens(decoder, params):
     assert min(len(c.completion_ids) for c in plain) < 6
     longer = run(Sampler(decoder, **LIMITS, min_new_tokens=6), params, prompts)
     for completion in longer:
-        assert not np.isin(completion.completion_ids[:5], LIMITS["stop_token_ids"]).any()
-        assert len(completion.completion_ids) >= 6
-    assert min(len(c.completion_ids) for c in longer) == 6
+        assert not np.isin(completion.completion_ids[:6], LIMITS["stop_token_ids"]).any()
+    assert min(len(c.completion_ids) for c in longer) == 7  # 6 tokens, and the stop token
+
+
+@pytest.mark.parametrize("least", [0, 1, 4])
+def test_min_new_tokens_is_that_of_transformers(tmp_path, least):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    stops = [*range(0, VOCAB, 2)]  # half of the vocabulary, so that greedy completions end soon
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=VOCAB, **sizes, eos_token_id=stops, initializer_range=0.5)
+    )
+    theirs.save_pretrained(tmp_path)
+    ours = models.load(tmp_path, compute_dtype="float32")
+    limits = {"max_prompt_tokens": 8, "max_new_tokens": 9, "stop_token_ids": stops, "chunk_tokens": 3}
+    prompts = make_prompts(3, 5, 8, 2, 7, 4)
+    sampler = Sampler(ours, **limits, min_new_tokens=least)
+    found = run(sampler, nnx.split(ours)[1], prompts, greedy=True)
+    for prompt, completion in zip(prompts, found, strict=True):
+        ids = torch.tensor(prompt[None].astype(np.int64))
+        options = {"min_new_tokens": least, "max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+        expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert completion.token_ids.tolist() == expected[0].tolist()
+    assert len({len(completion.completion_ids) for completion in found}) > 1
+
+
+def test_min_new_tokens_with_top_k_draws_the_most_likely_token_that_does_not_stop(decoder, params):
+    """With top_k = 1 every token was ruled out where a stop token was the most likely one, and token 0 was drawn."""
+    stops = tuple(range(VOCAB - 3))  # almost all: mostly the most likely token is one of them
+    limits = LIMITS | {"stop_token_ids": stops, "max_new_tokens": 6}
+    for c in run(Sampler(decoder, **limits, min_new_tokens=5, top_k=1), params, make_prompts(4, 4, 4)):
+        logprobs_TV = rescored(decoder, c.token_ids, 1.0)[c.prompt_length - 1 :]
+        best = VOCAB - 3 + logprobs_TV[:5, VOCAB - 3 :].argmax(axis=1)
+        np.testing.assert_array_equal(c.completion_ids[:5], best)
+        np.testing.assert_allclose(c.sampler_logprobs[:5], logprobs_TV[np.arange(5), best], atol=1e-4)
+
+
+def test_min_new_tokens_bounds_stop_strings_too(decoder, params):
+    limits = LIMITS | {"stop_token_ids": (), "max_new_tokens": 12}
+    options = {"decode": lambda ids: "x" * len(ids), "min_new_tokens": 4}
+    for completion in run(Sampler(decoder, **limits, stop_strings=["x"], **options), params, make_prompts(4, 2)):
+        assert len(completion.completion_ids) == 5
+        assert (completion.finish_reason, completion.stop_string_span) == ("stop", (4, 5))
+
+
+def test_a_stop_token_is_not_searched_for_stop_strings(decoder, params):
+    # As in vLLM: the text of a completion that a stop token ends is that of the tokens before it.
+    sampler = Sampler(
+        decoder,
+        **LIMITS | {"stop_token_ids": tuple(range(VOCAB))},
+        stop_strings=["x"],
+        decode=lambda ids: "x" * len(ids),
+    )
+    (completion,) = run(sampler, params, make_prompts(4))
+    assert (completion.finish_reason, completion.stop_string_span) == ("stop", None)
 
 
 def test_a_completion_ends_with_the_token_that_completes_a_stop_string(decoder, params):
@@ -326,6 +379,9 @@ def test_a_completion_ends_with_the_token_that_completes_a_stop_string(decoder, 
         ends = [text.find(string) + len(string) for string in strings if string in text]
         assert decode(cut.completion_ids) == text[: min(ends, default=len(text))]
         assert cut.finish_reason == ("stop" if ends else "length")
+        if ends:
+            assert decode(cut.completion_ids)[slice(*cut.stop_string_span)] in strings
+            assert cut.text(decode) == text[: cut.stop_string_span[0]]
 
 
 def test_bf16_samples_near_the_float32_distribution(decoder, params):
@@ -370,6 +426,7 @@ def test_wrong_sizes_are_refused(decoder):
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"min_new_tokens": 41}, "above max_new_tokens"),
         ({"stop_strings": ["x"]}, "need decode"),
+        ({"stop_strings": ["x", ""], "decode": str}, r"an empty stop string would end every completion: \['x', ''\]"),
         ({"max_rows": 0}, "max_rows must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jdistill.tasks import addition, create_task
+from tests.tasks.responses import respond
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_a_prompt_has_8_tokens_and_a_solution_33(task):
 def test_the_reward_is_an_exact_match_of_what_follows_the_hash(task, completion, reward):
     a, b = "850", "636"
     problem = addition.Problem(0, "train", encode(task, f"{a}+{b}="), {"a": a, "b": b, "answer": "1486"})
-    assert task.reward(problem, encode(task, completion)) == reward
+    assert task.reward(problem, respond(task, encode(task, completion))) == reward
 
 
 def test_an_eighth_of_all_prompts_is_held_out_in_every_carry_class():
@@ -100,7 +101,7 @@ def test_other_widths_are_the_same_task(tmp_path):
     task = create_task("addition", {"num_digits": 9}, tmp_path)
     problem = task.train_problem(0)
     assert len(problem.prompt_ids) + len(task.solution_ids(problem)) == 113 < addition.MAX_LENGTH
-    assert task.reward(problem, task.solution_ids(problem)) == 1.0
+    assert task.reward(problem, respond(task, task.solution_ids(problem))) == 1.0
     with pytest.raises(ValueError, match="num_digits"):
         create_task("addition", {"num_digits": 1}, tmp_path)
 

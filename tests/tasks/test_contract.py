@@ -10,6 +10,7 @@ import pytest
 from jdistill.tasks import TASKS, create_task
 from jdistill.tasks.addition import write_tokenizer
 from tests.tasks.chat_tokenizer import write_chat_tokenizer
+from tests.tasks.responses import respond
 
 
 def write_gsm8k(path, num, offset=0):
@@ -86,11 +87,23 @@ def test_the_solution_earns_1_and_another_problems_solution_0(recipe):
             solution = task.solution_ids(problem)
             assert solution.dtype == problem.prompt_ids.dtype == np.int32
             assert solution[-1] in task.stop_token_ids and not np.isin(solution[:-1], task.stop_token_ids).any()
-            assert task.reward(problem, solution) == 1.0
+            assert task.reward(problem, respond(task, solution)) == 1.0
+            assert task.reward(problem, respond(task, solution, include_stop=True)) == 1.0
             assert problem.data["answer"] != other.data["answer"]
-            assert task.reward(problem, task.solution_ids(other)) == 0.0
-            assert task.reward(problem, solution[:-1]) == 0.0  # cut off before its end
-            assert task.reward(problem, solution[:0]) == 0.0
+            assert task.reward(problem, respond(task, task.solution_ids(other))) == 0.0
+            assert task.reward(problem, respond(task, solution[:-1])) == 0.0  # cut off before its end
+            assert task.reward(problem, respond(task, solution[:0])) == 0.0
+
+
+def test_a_stop_string_ends_a_right_answer_as_a_stop_token_does(recipe):
+    """It once gave 0.0: only a stop token counted as an end."""
+    name, options, tokenizer = recipe
+    task = create_task(name, options, tokenizer)
+    problem, stop = task.eval_problems(1)[0], "=+"  # of characters that both tasks' tokenizers have
+    ids = [*task.solution_ids(problem)[:-1], *(task.tokenizer.convert_tokens_to_ids(c) for c in stop)]
+    assert task.reward(problem, respond(task, ids)) == 0.0  # cut off by chance where a stop string ends
+    assert task.reward(problem, respond(task, ids, stop_string=stop)) == 1.0
+    assert respond(task, ids, stop_string=stop, include_stop=True).text.endswith(stop)
 
 
 def test_a_prompt_longer_than_the_limit_is_an_error_when_the_task_is_made(recipe):

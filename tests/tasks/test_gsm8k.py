@@ -8,6 +8,7 @@ import pytest
 
 from jdistill.tasks import create_task
 from tests.tasks import chat_tokenizer
+from tests.tasks.responses import respond
 
 DATA = pathlib.Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 
@@ -57,7 +58,7 @@ def test_solutions_follow_the_prompts_format(make):
     def text(**options):
         task = make(**options)
         problem = task.train_problem(0)
-        assert task.reward(problem, task.solution_ids(problem)) == 1.0
+        assert task.reward(problem, respond(task, task.solution_ids(problem))) == 1.0
         return task.decode(task.solution_ids(problem))
 
     assert text() == "70 + 2 = 72\n#### 72<|im_end|>"
@@ -69,11 +70,11 @@ def test_a_completion_is_right_only_with_the_number_and_a_stop_token(make):
     task = make()
     problem = task.eval_problems(1)[0]
     assert task.stop_token_ids == (258, 256)  # the tokenizer's, and the other one of generation_config.json
-    assert task.reward(problem, completion(task, "#### 72.0")) == 1.0
-    assert task.reward(problem, completion(task, "#### 72", end=False)) == 0.0
-    assert task.reward(problem, np.array([*completion(task, "#### 72", end=False), 256], np.int32)) == 1.0
-    assert task.reward(problem, completion(task, "#### 73")) == 0.0
-    assert task.reward(problem, completion(task, "72")) == 0.0
+    assert task.reward(problem, respond(task, completion(task, "#### 72.0"))) == 1.0
+    assert task.reward(problem, respond(task, completion(task, "#### 72", end=False))) == 0.0
+    assert task.reward(problem, respond(task, [*completion(task, "#### 72", end=False), 256])) == 1.0
+    assert task.reward(problem, respond(task, completion(task, "#### 73"))) == 0.0
+    assert task.reward(problem, respond(task, completion(task, "72"))) == 0.0
 
 
 def test_every_epoch_visits_every_line_once_in_another_order(make):
@@ -142,7 +143,7 @@ def test_every_published_solution_is_right_and_an_answer_off_by_one_is_wrong(tok
     assert [Decimal(p.data["answer"]) for p in problems] == list(map(Decimal, published))
     problems += [task.train_problem(i) for i in range(task.num_train)]
     for problem in problems:
-        assert task.reward(problem, task.solution_ids(problem)) == 1.0, problem.data
+        assert task.reward(problem, respond(task, task.solution_ids(problem))) == 1.0, problem.data
         wrong = Decimal(problem.data["answer"]) + 1
         text = f"#### {wrong}" if answer_format == "####" else f"\\boxed{{{wrong}}}"
-        assert task.reward(problem, completion(task, text)) == 0.0, problem.data
+        assert task.reward(problem, respond(task, completion(task, text))) == 0.0, problem.data
