@@ -10,7 +10,8 @@ over its tokens. Bytes rather than characters, because a token may end inside a 
 A segment is left out, never guessed, where the teacher's tokenizer changed the text (normalisation, lower case), where
 the student's tokens are not UTF-8, after a special token inside the completion, beyond the teacher's longest sequence,
 at the end of a truncated completion (a truncated word is split differently from a whole one), and where it has
-suspiciously many tokens.
+suspiciously many tokens. A completion is left out as a whole if either tokenizer decodes its tokens to other bytes than
+those that were aligned.
 
 The prompt is not aligned: the task renders it for each tokenizer with that tokenizer's chat template. So there is
 always a boundary between prompt and completion, although the teacher's tokenizer might merge tokens across it.
@@ -20,7 +21,6 @@ Dimension key: `R` student tokens of a completion, `U` teacher tokens of it, `P`
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -29,9 +29,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# Decoders with which a token's bytes do not depend on its neighbours.
-_DECODERS = {None, "ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
+from jdistill.student.token_bytes import TokenBytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +54,7 @@ class CrossTokenizer:
         max_segment_tokens: a segment with more tokens, on either side, is not used.
 
     Raises:
-        ValueError: a tokenizer has no fast implementation, or its tokens' bytes depend on their neighbours (as in
-            WordPiece).
+        ValueError: as `TokenBytes`.
     """
 
     def __init__(
@@ -72,8 +69,8 @@ class CrossTokenizer:
     ):
         from tokenizers import Tokenizer
 
-        self._student_bytes = _bytes_of_tokens(student)
-        self._teacher_bytes = _bytes_of_tokens(teacher)
+        self._student_bytes = TokenBytes(student)
+        self._teacher_bytes = TokenBytes(teacher)
         self._student_stop_ids = frozenset(student_stop_ids)
         self._teacher_stop_id = teacher_stop_id
         self._max_length = max_length
@@ -101,11 +98,14 @@ class CrossTokenizer:
                 f"{self._max_length}: raise the teacher's max_sequence_length, or lower rollout.max_prompt_tokens"
             )
         ended = len(completion_ids) > 0 and int(completion_ids[-1]) in self._student_stop_ids
-        pieces = [self._student_piece(int(i)) for i in (completion_ids[:-1] if ended else completion_ids)]
+        student_ids = [int(i) for i in (completion_ids[:-1] if ended else completion_ids)]
+        pieces = [self._student_bytes[i] for i in student_ids]
         if None in pieces:  # a special token, which has no text
             pieces, ended = pieces[: pieces.index(None)], False
         student_ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
         teacher_ids, teacher_ends, is_wrong = self._encode(b"".join(pieces))
+        known_ids = [i for i in teacher_ids if self._teacher_bytes[i] is not None]
+        comes_back = self._teacher_bytes.are_decoded(known_ids)
         length = student_ends[-1] if len(student_ends) else 0
         boundaries = np.intersect1d(student_ends, teacher_ends[teacher_ends >= 0])
         boundaries = np.union1d(boundaries[boundaries > 0], [length] if length else []).astype(np.int64)
@@ -123,6 +123,7 @@ class CrossTokenizer:
             teacher_of = np.append(teacher_of, len(boundaries))
             teacher_ids = [*teacher_ids, self._teacher_stop_id]
         is_wrong[teacher_of[room:]] = True
+        is_wrong |= not (comes_back and self._student_bytes.are_decoded(student_ids[: len(pieces)]))
         for of in (student_of, teacher_of):
             # A segment without tokens on one side cannot be compared.
             counts = np.bincount(of, minlength=len(is_wrong))
@@ -137,10 +138,6 @@ class CrossTokenizer:
         token_ids = np.concatenate([teacher_prompt_ids, np.asarray(teacher_ids, np.int32)]).astype(np.int32)
         spans = ((len(teacher_prompt_ids), len(token_ids)),)
         return Retokenized(token_ids, spans, segment_ids, teacher_segment_ids)
-
-    def _student_piece(self, token_id: int) -> bytes | None:
-        # A model's vocabulary may be padded beyond the tokenizer's.
-        return self._student_bytes[token_id] if token_id < len(self._student_bytes) else None
 
     def _encode(self, raw: bytes) -> tuple[list[int], np.ndarray, np.ndarray]:
         """Tokenizes N bytes with the teacher's tokenizer.
@@ -212,52 +209,3 @@ def scatter(
     last = np.flatnonzero((segment_ids >= 0) & (segment_ids != np.append(segment_ids[1:], -1)))
     out[last] = sums[segment_ids[last]]
     return out, segment_ids
-
-
-def _bytes_of_tokens(tokenizer: Any) -> list[bytes | None]:
-    """Returns the bytes of each token id; None for special and unknown tokens, which have no text."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    name = getattr(tokenizer, "name_or_path", tokenizer)
-    if backend is None:
-        raise ValueError(f"the tokenizer of {name} has no fast implementation (tokenizer.json): convert it")
-    kinds = set(_kinds(None if backend.decoder is None else json.loads(backend.decoder.__getstate__())))
-    if not kinds <= _DECODERS:
-        raise ValueError(
-            f"the tokenizer of {name} has the decoder {', '.join(sorted(map(str, kinds - _DECODERS)))}, with which a "
-            "token's text depends on its neighbours: use byte-level BPE or SentencePiece tokenizers for teacher and "
-            "student"
-        )
-    added = tokenizer.added_tokens_decoder
-    found: list[bytes | None] = []
-    for i, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
-        if token is None or i == tokenizer.unk_token_id or (i in added and added[i].special):
-            found.append(None)
-        elif i in added:
-            found.append(added[i].content.encode())
-        elif "ByteLevel" in kinds:
-            found.append(bytes(_BYTE_OF[c] for c in token) if all(c in _BYTE_OF for c in token) else None)
-        elif "ByteFallback" in kinds and (match := _BYTE.fullmatch(token)):
-            found.append(bytes([int(match[1], 16)]))
-        elif kinds & {"Replace", "Metaspace"}:
-            found.append(token.replace("\u2581", " ").encode())
-        else:
-            found.append(token.encode())
-    return found
-
-
-def _kinds(decoder: dict[str, Any] | None) -> list[str | None]:
-    if decoder is None:
-        return [None]
-    if decoder["type"] == "Sequence":
-        return [kind for one in decoder["decoders"] for kind in _kinds(one)]
-    return [decoder["type"]]
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Maps the characters of byte-level BPE to bytes: printable bytes stand for themselves, others from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from jdistill.student.cross_tokenizer import CrossTokenizer, _bytes_of_tokens, scatter
+from jdistill.student.cross_tokenizer import CrossTokenizer, scatter
+from jdistill.student.token_bytes import TokenBytes
 
 END = "<end>"
 CORPUS = [
@@ -73,6 +74,36 @@ def characters():
     return wrap(tokenizer)
 
 
+def gemma():
+    """BPE with byte fallback and added tokens for runs of spaces and line feeds, as in Gemma 3."""
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    trained.train_from_iterator(CORPUS[:2], trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>"]))
+    model = json.loads(trained.to_str())["model"]
+    vocab = {"<unk>": 0} | {f"<0x{byte:02X}>": 1 + byte for byte in range(256)}
+    merges = [("▁", "▁"), ("▁▁", "▁"), ("▁▁", "▁▁"), *map(tuple, model["merges"])]
+    for token in ("▁", "▁▁", "▁▁▁", "▁▁▁▁", "\n", *model["vocab"]):
+        vocab.setdefault(token, len(vocab))
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    added = ["▁▁", "▁▁▁", "▁▁▁▁", "\n\n", "\n\n\n", "<table>"]
+    backend.add_tokens([AddedToken(token, normalized=False) for token in added])
+    return wrap(backend)
+
+
+def with_added(make, **options):
+    """A tokenizer with added tokens that are text: of spaces, of the byte alphabet's characters, of whole words."""
+
+    def made():
+        found = make()
+        contents = ["  ", "    ", "low", " held", "\n\n", "é", "Ġlow", "▁▁", "<think>"]
+        found.backend_tokenizer.add_tokens([AddedToken(content, **options) for content in contents])
+        return found
+
+    return made
+
+
 KINDS = {
     "bytes": lambda: byte_level(256),
     "bpe": lambda: byte_level(300),
@@ -82,6 +113,12 @@ KINDS = {
     "sentencepiece": sentencepiece,
     "unigram": unigram,
     "characters": characters,
+    "gemma": gemma,
+    "bpe_added": with_added(lambda: byte_level(300), normalized=False),
+    "bpe_normalized": with_added(lambda: byte_level(300, normalizers.NFC()), normalized=True),
+    "bpe_strip": with_added(lambda: byte_level(300), normalized=False, lstrip=True, rstrip=True),
+    "sentencepiece_added": with_added(sentencepiece, normalized=False),
+    "unigram_added": with_added(unigram, normalized=True),
 }
 _made = {}
 
@@ -90,6 +127,15 @@ def tokenizer(kind):
     if kind not in _made:
         _made[kind] = KINDS[kind]()
     return _made[kind]
+
+
+_bytes = {}
+
+
+def token_bytes(kind):
+    if kind not in _bytes:
+        _bytes[kind] = TokenBytes(tokenizer(kind))
+    return _bytes[kind]
 
 
 def cross(student, teacher, **kwargs):
@@ -135,8 +181,8 @@ def check(student, teacher, found, completion_ids):
         for number in range(num_segments):
             assert np.all(np.diff(np.flatnonzero(ids == number)) == 1)
     sides = [
-        (_bytes_of_tokens(tokenizer(student)), completion_ids, found.segment_ids, tokenizer(student).eos_token_id),
-        (_bytes_of_tokens(tokenizer(teacher)), teacher_ids, found.teacher_segment_ids, tokenizer(teacher).eos_token_id),
+        (token_bytes(student), completion_ids, found.segment_ids, tokenizer(student).eos_token_id),
+        (token_bytes(teacher), teacher_ids, found.teacher_segment_ids, tokenizer(teacher).eos_token_id),
     ]
     spelled = [
         [
@@ -162,13 +208,63 @@ def check(student, teacher, found, completion_ids):
 texts = st.one_of(
     st.text(alphabet="ehlot wrs.0123+=", max_size=24),
     st.text(max_size=12),
+    st.text(alphabet="  \n\nlowheld▁é<think>Ġ", max_size=24),
     st.text(alphabet="🙂🙃é日本語é ̈🏳️‍🌈 \n", max_size=12),
 )
 
 
-@pytest.mark.parametrize("student", ["bpe", "sentencepiece", "characters", "unigram"])
+STUDENTS = ["bpe", "sentencepiece", "characters", "unigram", "gemma", "bpe_added", "sentencepiece_added"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_of_every_token_are_those_of_the_tokenizers_decoder(kind):
+    found, pieces = tokenizer(kind), token_bytes(kind)
+    before = found.convert_tokens_to_ids("l")
+    num_checked = 0
+    for token_id in range(len(found)):
+        if (piece := pieces[token_id]) is None:
+            assert token_id == found.unk_token_id or found.added_tokens_decoder[token_id].special
+        elif "\ufffd" not in (text := found.backend_tokenizer.decode([before, token_id, before])):
+            assert text.encode() == b"l" + piece + b"l"
+            num_checked += 1
+        else:
+            with pytest.raises(UnicodeDecodeError):
+                piece.decode()
+        assert piece is None or pieces.are_decoded([token_id])
+    assert num_checked > 40
+
+
+@pytest.mark.parametrize("student", ["bpe", "gemma", "bpe_added"])
+@pytest.mark.parametrize("text", ["a  low    b", "    low\n\n        lower", "low\n\n\nhello  <table> x", " ▁▁ low"])
+def test_the_teacher_reads_the_students_text(student, text):
+    """Gemma's tokens for runs of spaces were once aligned as the literal character U+2581, all of it usable."""
+    ids = ids_of(student, text)
+    sampled = tokenizer(student).backend_tokenizer.decode(list(ids[:-1]))
+    found = kept_cross(student, "gemma").retokenize(PROMPT, ids)
+    read = tokenizer("gemma").backend_tokenizer.decode(list(found.token_ids[3:-1]), skip_special_tokens=False)
+    if "▁" in sampled:  # Gemma has no token for this character: its text is another, and these segments are left out
+        assert read != sampled and (found.segment_ids < 0).any()
+    else:
+        assert read == sampled and (found.segment_ids >= 0).all()
+    check(student, "gemma", found, ids)
+
+
+@pytest.mark.parametrize("odd", ["student", "teacher"])
+def test_a_completion_that_is_decoded_to_other_bytes_is_not_usable(odd):
+    # A decoder that rewrites the text over several tokens, so that no token has bytes of its own.
+    rewriting = byte_level(256)
+    rewriting.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("lower", "LOWER")])
+    student, teacher = (rewriting, tokenizer("bpe")) if odd == "student" else (tokenizer("bpe"), rewriting)
+    stops = {"student_stop_ids": [student.eos_token_id], "teacher_stop_id": teacher.eos_token_id}
+    both = CrossTokenizer(student, teacher, **stops, max_length=100)
+    for text, is_usable in (("hello lower", False), ("hello low", True)):
+        found = both.retokenize(PROMPT, ids_of("bytes" if odd == "student" else "bpe", text))
+        assert ((found.segment_ids >= 0) == is_usable).all() and ((found.teacher_segment_ids >= 0) == is_usable).all()
+
+
+@pytest.mark.parametrize("student", STUDENTS)
 @pytest.mark.parametrize("teacher", KINDS)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(text=texts, end=st.booleans())
 @example(text="", end=True)
 @example(text=" ", end=True)
@@ -177,10 +273,10 @@ def test_segments_spell_the_same_bytes_for_any_text(student, teacher, text, end)
     ids = ids_of(student, text, end=end)
     found = kept_cross(student, teacher).retokenize(PROMPT, ids)
     spelled = check(student, teacher, found, ids)
-    if end and teacher.startswith("byte"):
+    if end and teacher == "bytes":
         # Every byte of a text is a token of this teacher, so only tokens without bytes and segments of more than 16
         # tokens are left out.
-        pieces = _bytes_of_tokens(tokenizer(student))
+        pieces = token_bytes(student)
         long = [i for i in ids[:-1] if pieces[i] is not None and len(pieces[i]) > 16]
         if None not in [pieces[i] for i in ids[:-1]] and not long:
             assert b"".join(spelled) == b"".join(pieces[i] for i in ids[:-1]) + b"<END>"
@@ -281,6 +377,9 @@ def test_tokenizers_whose_tokens_depend_on_neighbours_are_refused():
     words = Tokenizer(models.WordPiece({"[UNK]": 0, "low": 1, "##er": 2}, unk_token="[UNK]"))
     words.decoder = decoders.WordPiece()
     with pytest.raises(ValueError, match="WordPiece"):
+        CrossTokenizer(wrap(words), tokenizer("bpe"), student_stop_ids=[0], teacher_stop_id=0, max_length=10)
+    words.decoder = None
+    with pytest.raises(ValueError, match="has no decoder, so a token's text depends on its neighbours"):
         CrossTokenizer(wrap(words), tokenizer("bpe"), student_stop_ids=[0], teacher_stop_id=0, max_length=10)
     with pytest.raises(ValueError, match="no fast implementation"):
         CrossTokenizer(object(), tokenizer("bpe"), student_stop_ids=[0], teacher_stop_id=0, max_length=10)
