@@ -11,7 +11,7 @@ def assert_close(got, expected, *, factor, scale=None, dtype="float32", err_msg=
 
     Args:
         got: an array, or anything that NumPy takes for one.
-        expected: of the same shape.
+        expected: of the same shape, or one number for all elements.
         factor: roundings allowed, in units of the dtype's eps: about the number of operations along the longest path.
         scale: size of the terms; None: the largest finite absolute value of `expected`.
         dtype: in which `got` was computed, by NumPy's name, or "bfloat16".
@@ -19,7 +19,7 @@ def assert_close(got, expected, *, factor, scale=None, dtype="float32", err_msg=
     """
     eps = 2.0**-7 if dtype == "bfloat16" else float(np.finfo(dtype).eps)
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    assert got.shape == expected.shape, f"{err_msg}: shape {got.shape}, expected {expected.shape}"
+    assert expected.shape in ((), got.shape), f"{err_msg}: shape {got.shape}, expected {expected.shape}"
     if scale is None:
         finite = np.abs(expected[np.isfinite(expected)])
         scale = finite.max() if finite.size else 0.0

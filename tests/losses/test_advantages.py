@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdistill.losses import advantages, distillation
+from tests.close import assert_close
 
 SEEDS = st.integers(0, 2**32 - 1)
 GROUPS = ["grpo", "dr_grpo", "rloo"]
@@ -20,13 +21,13 @@ def test_grpo_standardises_each_group_by_its_sample_deviation():
     expected = (rewards_PG - rewards_PG.mean(1, keepdims=True)) / (rewards_PG.std(1, ddof=1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(advantages.grpo(rewards_PG), expected, atol=1e-5)
     centered = rewards_PG - rewards_PG.mean(1, keepdims=True)
-    np.testing.assert_allclose(advantages.ADVANTAGES["dr_grpo"](rewards_PG), centered, atol=1e-6)
+    assert_close(advantages.ADVANTAGES["dr_grpo"](rewards_PG), centered, factor=32)
 
 
 def test_rloo_compares_each_completion_with_the_others():
     rewards_PG = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
     expected = np.array([[row[g] - np.delete(row, g).mean() for g in range(5)] for row in rewards_PG])
-    np.testing.assert_allclose(advantages.rloo(rewards_PG), expected, atol=1e-6)
+    assert_close(advantages.rloo(rewards_PG), expected, factor=32)
 
 
 def test_reinforce_plus_plus_normalises_by_the_batch():
@@ -61,7 +62,7 @@ def test_advantages_sum_to_zero_and_follow_their_completions_and_prompts(name, s
     np.testing.assert_allclose(found.sum(1), 0, atol=1e-5)
     prompts, completions = rng.permutation(3), rng.permutation(4)
     moved = np.asarray(advantages.ADVANTAGES[name](rewards_PG[prompts][:, completions]))
-    np.testing.assert_allclose(moved, found[prompts][:, completions], rtol=1e-5, atol=1e-6)
+    assert_close(moved, found[prompts][:, completions], factor=64)
 
 
 @pytest.mark.parametrize("name", GROUPS)

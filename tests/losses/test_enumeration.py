@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jdistill.losses import distillation, policy_gradient
+from tests.close import assert_close
 
 V, T = 5, 3
 SEQUENCES_NT = np.array(list(itertools.product(range(V), repeat=T)))
@@ -325,12 +326,13 @@ def test_what_the_bucket_hides_is_the_divergence_within_it(name):
 def test_it_is_zero_where_student_and_teacher_agree_and_with_its_tail_so_is_its_gradient(name, tail):
     student_HV, _ = tables()
     ours, _ = DIVERGENCES[name]
+    rounding = {"factor": 5000, "scale": 1, "dtype": "float64"}  # what is left of 1 for the rest loses digits
     for k in (1, 3, V):
         loss = jax.value_and_grad(lambda x, k=k: ours(*candidates(x, student_HV, k), tail=tail).sum())
         value, grad = loss(student_HV)
-        np.testing.assert_allclose(value, 0, atol=1e-13)
+        assert_close(value, 0, **rounding)
         if tail or k == V or name == "topk_jsd":
-            np.testing.assert_allclose(grad, 0, atol=1e-13)
+            assert_close(grad, 0, **rounding)
         else:  # a sum over some tokens has a gradient even where student and teacher agree
             assert np.abs(grad).max() > 0.01
 
@@ -379,6 +381,5 @@ def test_without_the_tail_the_forward_kl_teaches_that_nothing_happens_outside_th
 def test_the_jsd_without_its_tail_is_blind_to_how_the_rest_differs():
     log_p, log_q = (jnp.log(jnp.array(x))[None, None] for x in ([0.5, 0.3, 0.2, 1e-9], [0.5, 0.3, 1e-9, 0.2]))
     assert distillation.topk_jsd(log_p, log_q, beta=0.5)[0, 0] > 0.1
-    np.testing.assert_allclose(
-        distillation.topk_jsd(log_p[..., :2], log_q[..., :2], beta=0.5, tail=False), 0, atol=1e-15
-    )
+    blind = distillation.topk_jsd(log_p[..., :2], log_q[..., :2], beta=0.5, tail=False)
+    assert_close(blind, 0, factor=50, scale=1, dtype="float64")
