@@ -73,7 +73,7 @@ def test_submitted_sequences_share_calls_in_order(start_teacher, connect):
     client.info()
     asked = sequences(30)
     futures = _submit_together(client, asked, temperature=0.5)
-    check(teacher, asked, [f.result(timeout=10) for f in futures])
+    check(teacher, asked, [f.result(timeout=60) for f in futures])
     assert len(teacher.requests) == 1
     assert [s.token_ids.tolist() for call in teacher.requests for s in call] == [s.token_ids.tolist() for s in asked]
     assert {options.temperature for options in teacher.options} == {0.5}
@@ -87,7 +87,7 @@ def test_different_options_never_share_a_call(start_teacher, connect):
     kinds = [(top_k, temperature) for top_k in (0, 2) for temperature in (1.0, 0.7)] * 3
     futures = [client.submit(s, top_k=k, temperature=t) for s, (k, t) in zip(asked, kinds, strict=True)]
     for sequence, (top_k, _), future in zip(asked, kinds, futures, strict=True):
-        teacher.assert_scores(future.result(timeout=10), sequence, top_k)
+        teacher.assert_scores(future.result(timeout=60), sequence, top_k)
     assert len(teacher.requests) >= 4
 
 
@@ -97,7 +97,7 @@ def test_submitted_tokens_are_scored_even_if_the_buffer_changes(start_teacher, c
     buffer = np.arange(10, dtype=np.int32)
     future = client.submit(SequenceToScore(buffer))
     buffer[:] = 50
-    teacher.assert_scores(future.result(timeout=10), SequenceToScore(np.arange(10)))
+    teacher.assert_scores(future.result(timeout=60), SequenceToScore(np.arange(10)))
 
 
 def test_a_batch_is_aligned_with_its_mask_and_nan_elsewhere(start_teacher, connect):
@@ -176,7 +176,7 @@ def test_a_replica_that_changed_its_model_is_left_out_and_reported(start_teacher
     with pytest.raises(errors.FingerprintMismatchError, match="differ in fingerprint"):
         client.info()
     teachers[0].info = same  # restarted with the right weights: it may join again
-    end = time.monotonic() + 15
+    end = time.monotonic() + 60
     while len(teachers[0].requests) == num_requests and time.monotonic() < end:
         check(teachers[1], asked, client.score(asked))
     assert len(teachers[0].requests) > num_requests
@@ -184,7 +184,7 @@ def test_a_replica_that_changed_its_model_is_left_out_and_reported(start_teacher
 
 def test_a_model_that_changed_everywhere_is_an_error_at_once(start_teacher, connect):
     teacher = start_teacher()
-    client = connect(teacher)
+    client = connect(teacher, deadline_s=120)
     client.info()
     teacher.info = dataclasses.replace(
         teacher.info, models=(dataclasses.replace(teacher.info.model, fingerprint="new"),)
@@ -194,7 +194,7 @@ def test_a_model_that_changed_everywhere_is_an_error_at_once(start_teacher, conn
         client.score(sequences(3))
     with pytest.raises(errors.FingerprintMismatchError, match="fingerprint is now 'new', was 'ffffffff'"):
         client.info()
-    assert time.monotonic() - start < 15  # the deadline is 20 s
+    assert time.monotonic() - start < 60  # half of the deadline
 
 
 def test_a_model_change_within_a_stream_is_detected(start_teacher, connect):
@@ -220,7 +220,7 @@ def test_cancelling_every_future_of_a_call_cancels_it_at_the_server(start_teache
     client = connect(teacher)
     client.info()
     futures = _submit_together(client, sequences(3))
-    assert teacher.served.wait(30)
+    assert teacher.served.wait(60)
     assert all(f.cancel() for f in futures)
     wait_until(lambda: teacher.num_cancelled == 1)
     check(teacher, asked := sequences(2), client.score(asked))
@@ -232,7 +232,7 @@ def test_close_fails_pending_work_and_refuses_more(start_teacher, connect):
     client = connect(teacher, batch_tokens=20, max_in_flight=1)
     client.info()
     futures = [client.submit(s) for s in sequences(6)]
-    assert teacher.served.wait(10)
+    assert teacher.served.wait(60)
     client.close()
     client.close()
     for future in futures:
@@ -253,7 +253,7 @@ def test_a_callback_that_would_wait_for_itself_gets_an_error(start_teacher, conn
             caught.set_result(str(e))
 
     client.submit(sequences(1)[0]).add_done_callback(callback)
-    assert "callback must not" in caught.result(timeout=10)
+    assert "callback must not" in caught.result(timeout=60)
 
 
 def test_an_on_wait_that_fails_does_not_stop_the_scoring(start_teacher, connect):
@@ -268,9 +268,9 @@ def test_an_on_wait_that_fails_does_not_stop_the_scoring(start_teacher, connect)
 
     client = connect(teacher, on_wait=broken)
     future = client.submit(sequences(1)[0])
-    assert called.wait(15)
+    assert called.wait(60)
     teacher.start()
-    teacher.assert_scores(future.result(timeout=15), sequences(1)[0])
+    teacher.assert_scores(future.result(timeout=60), sequences(1)[0])
 
 
 @pytest.mark.parametrize(
@@ -323,4 +323,4 @@ def test_a_bug_in_the_client_is_an_error_instead_of_a_hang(start_teacher, connec
     monkeypatch.setattr(f"jdistill.client.{where}", broken)
     for _ in range(2):
         with pytest.raises(errors.TeacherError, match="the client failed with ZeroDivisionError: our bug"):
-            client.submit(sequences(1)[0]).result(timeout=10)
+            client.submit(sequences(1)[0]).result(timeout=60)

@@ -78,7 +78,7 @@ def test_credentials_open_a_teacher_and_their_lack_is_told_at_once(tmp_path, sta
     assert "no token" in capsys.readouterr().err
     assert cli.main([*argv, "--token-file", str(tokens)]) == 1
     assert "speaks TLS" in capsys.readouterr().err
-    assert time.monotonic() - begin < 10, "of the 600 s that a teacher may stay away"
+    assert time.monotonic() - begin < 120, "of the 600 s that a teacher may stay away"
 
 
 @given(st.lists(st.floats(max_value=-0.0, width=32, allow_nan=False, allow_infinity=False), min_size=1))
@@ -200,7 +200,7 @@ def test_ctrl_c_ends_it_with_130_and_leaves_nothing(state, tmp_path):
         else:
             assert any(state in line for line in process.stderr)
         os.kill(process.pid, signal.SIGINT)
-        _, error = process.communicate(timeout=10)
+        _, error = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130, error

@@ -111,7 +111,7 @@ def test_a_teacher_starts_from_the_yaml_of_the_unit(tmp_path, capsys):
         assert cli.main([*argv, "--tls-ca", authority.ca, "--token-file", str(token)]) == 0
         assert json.loads(capsys.readouterr().out)["model"]["model"] == "Qwen3-14B"
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.communicate()
@@ -368,7 +368,7 @@ def test_the_slurm_job_starts_teachers_restarts_one_that_dies_and_saves_when_its
 
         last = [int(path.read_text()) for path in pids.iterdir()]
         job.terminate()
-        assert job.wait(30) == 143, job.stderr.read()
+        assert job.wait(60) == 143, job.stderr.read()
         assert pathlib.Path(f"{notes}.saved").exists()
         assert not any(is_alive(pid) for pid in last), "teachers outlive the job"
     finally:

@@ -91,7 +91,7 @@ def change_bytes(rng, data):
 def metrics(sidecar) -> dict[str, float]:
     """Reads the sidecar's Prometheus metrics, by name and labels."""
     port = int(pathlib.Path(f"{sidecar.port_file}.metrics").read_text())
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as reply:
         lines = reply.read().decode().splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 

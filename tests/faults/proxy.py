@@ -173,7 +173,7 @@ class FaultProxy:
         ready = threading.Event()
         self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._main(ready),), daemon=True)
         self._thread.start()
-        assert ready.wait(10)
+        assert ready.wait(60)
 
     @property
     def endpoint(self) -> str:

@@ -16,7 +16,7 @@ from tests.faults.harness import FULL, assert_scores, batch, expected, good_call
 from tests.faults.proxy import DOWN, UP
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.timeout(3600 if FULL else 120)
+pytestmark = pytest.mark.timeout(3600 if FULL else 900)
 TOP_K, TEMPERATURE = 3, 0.5
 ASKED = batch(40, candidates=2)
 PREFLIGHT_BYTES = 200  # of the connection and GetServerInfo, at least, either way

@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.harness import FULL, metrics, num_fds, rss_bytes
 
-pytestmark = pytest.mark.timeout(3600 if FULL else 120)
+pytestmark = pytest.mark.timeout(3600 if FULL else 900)
 # A quarter of the speed in the short run: beside other work, the engine's time stays more than what Python needs.
 TOKENS_PER_S = 20_000 if FULL else 5_000
 BATCH_TOKENS = TOKENS_PER_S // 10
@@ -90,7 +90,7 @@ def test_overload_at_ten_times_capacity_keeps_memory_bounded_loses_nothing_and_w
                 now = time.monotonic()
                 samples.append((now, state["jdistill_scored_tokens_total"], state["jdistill_queued_tokens"]))
                 time.sleep(0.1)
-                assert time.monotonic() - begin < 6 * OVERLOAD_S + 10, "it does not end"
+                assert time.monotonic() - begin < 6 * OVERLOAD_S + 120, "it does not end"
         took_s = max(json.loads(client.stdout.read())["took_s"] for client in clients)  # fails if numbers were wrong
         assert [client.returncode for client in clients] == [0] * NUM_CLIENTS
     finally:
@@ -164,7 +164,7 @@ def test_a_soak_leaks_neither_memory_nor_file_descriptors(start_sidecar):
                 sample[f"rss {name}"] = rss_bytes(one.process.pid)
                 sample[f"fds {name}"] = num_fds(one.process.pid)
             samples.append(sample)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()

@@ -13,7 +13,7 @@ from jdistill.wire import codec, errors, status
 from tests.client.factories import FakeTeacher
 from tests.faults.harness import FULL, change_bytes
 
-pytestmark = pytest.mark.timeout(3600 if FULL else 120)
+pytestmark = pytest.mark.timeout(3600 if FULL else 900)
 NUM_SEEDS = 1000 if FULL else 60
 ASKED = [SequenceToScore(np.arange(3 + i, dtype=np.int32) % 97) for i in range(12)]
 

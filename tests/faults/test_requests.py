@@ -13,7 +13,7 @@ from tests.faults.bad_requests import BAD, MAX_LENGTH, VOCAB, assert_refused
 from tests.faults.harness import FULL, WATCHED, batch, change_bytes, expected, metrics
 from tests.sidecar import processes
 
-pytestmark = pytest.mark.timeout(3600 if FULL else 120)
+pytestmark = pytest.mark.timeout(3600 if FULL else 900)
 NUM_FUZZED = 20_000 if FULL else 1500
 REFUSALS = {"INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "UNIMPLEMENTED"}
 

@@ -35,7 +35,7 @@ class Sidecar:
     def log(self):
         return self.log_path.read_text()
 
-    def wait_for_port(self, timeout_s=30.0):
+    def wait_for_port(self, timeout_s=120.0):
         give_up = time.monotonic() + timeout_s
         while not self.port_file.exists():
             assert self.process.poll() is None, f"ended with {self.process.returncode}: {self.log}"
@@ -46,7 +46,7 @@ class Sidecar:
     def stop(self):
         """Sends SIGTERM and returns the exit code."""
         self.process.terminate()
-        return self.process.wait(20)
+        return self.process.wait(60)
 
 
 def launch(directory, *args, wait=True):
@@ -68,4 +68,4 @@ def health(address, service=SERVICE):
     """Returns the status that the standard health service reports."""
     with grpc.insecure_channel(address) as channel:
         request = health_pb2.HealthCheckRequest(service=service)
-        return health_pb2_grpc.HealthStub(channel).Check(request, timeout=5, wait_for_ready=True).status
+        return health_pb2_grpc.HealthStub(channel).Check(request, timeout=60, wait_for_ready=True).status

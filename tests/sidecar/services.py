@@ -69,16 +69,16 @@ class Gated(fake.FakeEngine):
 
 async def until(condition):
     """Waits until `condition()` is true."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(100):
         while not condition():
             await asyncio.sleep(0.001)
 
 
 def run(main):
-    """Runs `main` like asyncio.run, for at most 30 s."""
+    """Runs `main` like asyncio.run, for at most 120 s."""
 
     async def bounded():
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             return await main()
 
     return asyncio.run(bounded())

@@ -37,7 +37,7 @@ class RecordingEngine(BatchedEngine):
         self.adapters_used.append(adapter)
         self.batches.append([(len(s.token_ids), int(s.token_ids[0])) for s in sequences])
         if self.gate is not None:
-            assert self.gate.wait(10)
+            assert self.gate.wait(60)
         if any(s.token_ids[0] == 666 for s in sequences):
             raise RuntimeError("a batch that fails")
         if any(s.token_ids[0] == 777 for s in sequences):

@@ -366,7 +366,7 @@ def test_an_engines_death_is_noticed_and_ends_running_and_waiting_calls(monkeypa
             if while_ == "it drains":
                 await service.lifecycle.refuse(UnavailableError("shutting down"))
             engine._dead = True
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 await service.lifecycle.dead.wait()
             for call in calls:
                 with pytest.raises(grpc.aio.AioRpcError) as caught:

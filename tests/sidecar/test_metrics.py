@@ -18,7 +18,7 @@ def scrape():
     def get(metrics):
         port = metrics.serve("127.0.0.1", 0)
         served.append(metrics)
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as reply:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as reply:
             families = list(text_string_to_metric_families(reply.read().decode()))
         samples = {
             (sample.name, tuple(sorted(sample.labels.items()))): sample.value

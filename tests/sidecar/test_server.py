@@ -99,7 +99,7 @@ def test_reflection_tells_the_schema_to_any_client(start_sidecar):
             reflection_pb2.ServerReflectionRequest(list_services=""),
             reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE),
         ]
-        services, file = stub.ServerReflectionInfo(iter(asked), timeout=10)
+        services, file = stub.ServerReflectionInfo(iter(asked), timeout=60)
     names = {service.name for service in services.list_services_response.service}
     assert {SERVICE, CONTROL_SERVICE, "grpc.health.v1.Health"} <= names
     schema = descriptor_pb2.FileDescriptorProto.FromString(file.file_descriptor_response.file_descriptor_proto[0])
@@ -112,10 +112,10 @@ def test_health_of_a_sleeping_teacher_says_whether_a_score_would_be_served(start
         sidecar = start_sidecar("--offload", "--on-sleep", on_sleep)
         with grpc.insecure_channel(sidecar.address) as channel:
             control = teacher_pb2_grpc.TeacherControlServiceStub(channel)
-            control.Sleep(teacher_pb2.SleepRequest(), timeout=10)
+            control.Sleep(teacher_pb2.SleepRequest(), timeout=60)
             for service in ("", SERVICE, CONTROL_SERVICE):
                 assert health_of(sidecar.address, service) == expected
-            control.Wake(teacher_pb2.WakeRequest(), timeout=10)
+            control.Wake(teacher_pb2.WakeRequest(), timeout=60)
             assert health_of(sidecar.address) == health_of(sidecar.address, CONTROL_SERVICE) == SERVING
 
 
@@ -127,7 +127,7 @@ def test_metrics_are_served_while_the_model_loads_and_count_calls(start_sidecar,
     url = re.search(r"metrics at (http://127\.0\.0\.1:\d+/metrics)", sidecar.log)[1]
 
     def values():
-        with urllib.request.urlopen(url, timeout=10) as reply:
+        with urllib.request.urlopen(url, timeout=60) as reply:
             lines = [line for line in reply.read().decode().splitlines() if not line.startswith("#")]
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
@@ -165,7 +165,7 @@ def test_a_metrics_port_in_use_is_named_with_the_remedy_before_anything_is_loade
         taken.listen()
         port = taken.getsockname()[1]
         sidecar = start_sidecar("--metrics-port", port, "--engine-arg", "load_s=60", wait=False)
-        assert sidecar.process.wait(15) == 2
+        assert sidecar.process.wait(60) == 2
     last = sidecar.log.strip().splitlines()[-1]
     assert f"metrics on 127.0.0.1:{port}: the port is in use" in last and "--metrics-port" in last
 
@@ -175,7 +175,7 @@ def test_a_json_log_has_one_object_per_line_even_for_errors(start_sidecar, tmp_p
     flags = ("--log-format", "json", "--engine-arg", "fail_on_token=63", *authority.server_flags())
     sidecar = start_sidecar(*flags)
     with grpc.insecure_channel(sidecar.address) as channel, pytest.raises(grpc.RpcError):
-        teacher_pb2_grpc.TeacherServiceStub(channel).GetServerInfo(teacher_pb2.GetServerInfoRequest(), timeout=5)
+        teacher_pb2_grpc.TeacherServiceStub(channel).GetServerInfo(teacher_pb2.GetServerInfoRequest(), timeout=60)
     trusted = grpc.ssl_channel_credentials(pathlib.Path(authority.ca).read_bytes())
     with grpc.secure_channel(sidecar.address, trusted) as channel:
         stub = teacher_pb2_grpc.TeacherServiceStub(channel)
@@ -214,22 +214,22 @@ def test_sigterm_under_load_finishes_running_calls_refuses_new_ones_and_exits_wi
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    assert waiting.wait(5)
+    assert waiting.wait(60)
     for call in running:
-        assert call.first.wait(5)
+        assert call.first.wait(60)
     with grpc.insecure_channel(sidecar.address) as channel:
         stub = teacher_pb2_grpc.TeacherServiceStub(channel)
         stub.GetServerInfo(teacher_pb2.GetServerInfoRequest())
         sidecar.process.send_signal(signal.SIGTERM)
         wait_until(lambda: NOT_SERVING in statuses)
         with pytest.raises(grpc.RpcError) as caught:
-            list(stub.ScoreSequences(request(), timeout=5))
+            list(stub.ScoreSequences(request(), timeout=60))
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE and "shutting down" in caught.value.details()
     for call in running:
-        call.thread.join(10)
+        call.thread.join(60)
         assert call.error is None and call.scored == set(range(20)), "a running call was cut off"
-    assert sidecar.process.wait(10) == 0
-    watcher.join(10)
+    assert sidecar.process.wait(60) == 0
+    watcher.join(60)
     assert statuses == [SERVING, NOT_SERVING]
 
 
@@ -238,16 +238,16 @@ def test_calls_that_take_too_long_to_drain_end_as_unavailable(start_sidecar, end
     timeout_s = 0.5 if ended_by == "drain timeout" else 60
     sidecar = start_sidecar("--engine-arg", "delay_s=0.2", "--drain-timeout-s", timeout_s)
     call = BackgroundCall(sidecar.address, request(500))
-    assert call.first.wait(5)
+    assert call.first.wait(60)
     begin = time.monotonic()
     sidecar.process.send_signal(signal.SIGINT)
     if ended_by == "second signal":
         wait_until(lambda: "calls may finish within 60 s" in sidecar.log)
         assert sidecar.process.poll() is None
         sidecar.process.send_signal(signal.SIGINT)
-    assert sidecar.process.wait(10) == 0  # the calls would take 100 s
+    assert sidecar.process.wait(50) == 0  # the calls would take 100 s
     assert ended_by == "second signal" or time.monotonic() - begin >= timeout_s
-    call.thread.join(10)
+    call.thread.join(60)
     assert call.error.code() == grpc.StatusCode.UNAVAILABLE and "before it finished" in call.error.details()
     assert len(call.scored) < 500
 
@@ -257,7 +257,7 @@ def test_a_signal_during_loading_ends_it_at_once(start_sidecar):
     wait_until(lambda: "listening on" in sidecar.log)
     begin = time.monotonic()
     assert sidecar.stop() == 0
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 50  # loading takes 100 s
     assert not sidecar.port_file.exists()
 
 
@@ -291,8 +291,8 @@ def test_an_engine_that_hangs_while_it_loads_is_left_behind_and_its_processes_ar
         child_pid = int(pid_file.read_text())
         assert alive(child_pid)
         process.terminate()
-        assert process.wait(30) == 0  # it waits 5 s for the engine, which would take 100 s
-        wait_until(lambda: not alive(child_pid), 15, what="the child's end")
+        assert process.wait(60) == 0  # it waits 5 s for the engine, which would take 100 s
+        wait_until(lambda: not alive(child_pid), what="the child's end")
     finally:
         process.kill()
         process.wait()
@@ -301,23 +301,21 @@ def test_an_engine_that_hangs_while_it_loads_is_left_behind_and_its_processes_ar
 def test_a_dead_engine_ends_the_sidecar_with_1_and_fails_running_calls(start_sidecar):
     sidecar = start_sidecar("--engine-arg", "die_on_token=63", "--engine-arg", "delay_s=0.02")
     running = BackgroundCall(sidecar.address, request(500, length=4))
-    assert running.first.wait(5)
+    assert running.first.wait(60)
     deadly = teacher_pb2.ScoreSequencesRequest(sequence_lengths=[2], token_ids=[1, 63])
     with grpc.insecure_channel(sidecar.address) as channel, pytest.raises(grpc.RpcError) as caught:
         list(teacher_pb2_grpc.TeacherServiceStub(channel).ScoreSequences(deadly))
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-    assert sidecar.process.wait(10) == 1
-    running.thread.join(10)
+    assert sidecar.process.wait(60) == 1
+    running.thread.join(60)
     assert running.error.code() == grpc.StatusCode.UNAVAILABLE and "died" in running.error.details()
     assert "the engine has died" in sidecar.log
 
 
 def test_a_port_in_use_is_named_with_the_remedy_before_anything_is_loaded(start_sidecar):
     first = start_sidecar()
-    begin = time.monotonic()
-    second = start_sidecar("--port", first.port, "--engine-arg", "load_s=60", wait=False)
-    assert second.process.wait(15) == 2
-    assert time.monotonic() - begin < 15
+    second = start_sidecar("--port", first.port, "--engine-arg", "load_s=600", wait=False)
+    assert second.process.wait(120) == 2  # loading takes 600 s
     last = second.log.strip().splitlines()[-1]
     assert f"cannot listen on 127.0.0.1:{first.port}" in last and "in use" in last and "--port" in last
     assert "Traceback" not in second.log
@@ -362,7 +360,7 @@ def test_a_sidecar_ends_when_its_parent_is_killed(tmp_path, when):
         parent.kill()
         parent.wait()
         parent.stdout.close()
-        wait_until(lambda: not alive(child_pid), 15, what="the child's end")
+        wait_until(lambda: not alive(child_pid), what="the child's end")
         assert not port_file.exists(), "it did not shut down in order"
     finally:
         if alive(child_pid):
@@ -373,7 +371,7 @@ def test_a_sidecar_whose_parent_died_before_it_started_ends_too(start_sidecar):
     sidecar = start_sidecar("--exit-with-parent", os.getpid())
     assert sidecar.stop() == 0
     orphan = start_sidecar("--exit-with-parent", 2**22 + 1, wait=False)  # above Linux's largest process id
-    assert orphan.process.wait(15) == -signal.SIGTERM
+    assert orphan.process.wait(60) == -signal.SIGTERM
     assert not orphan.port_file.exists()
 
 

@@ -149,7 +149,7 @@ def test_a_closed_iterator_aborts_the_requests_in_the_server(owned):
     url = owned.engine.connection.url
 
     def busy():
-        with urllib.request.urlopen(url + "/v1/loads?include=core", timeout=5) as reply:
+        with urllib.request.urlopen(url + "/v1/loads?include=core", timeout=60) as reply:
             loads = json.load(reply)["loads"]
         return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
 

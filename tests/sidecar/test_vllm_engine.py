@@ -241,7 +241,7 @@ def test_workers_end_with_a_killed_sidecar_even_before_it_is_reaped():
         assert worker.stdout.readline() == b"1\n"
         assert engine_core.poll() is None
         os.kill(sidecar.pid, signal.SIGKILL)  # it stays a zombie until the end of this test
-        assert worker.wait(20) == engine_core.wait(20) == -signal.SIGKILL
+        assert worker.wait(60) == engine_core.wait(60) == -signal.SIGKILL
     finally:
         for process in (sidecar, engine_core, worker):
             process.kill()

@@ -105,7 +105,7 @@ def test_a_closed_iterator_aborts_the_requests_in_the_server(way, url, request):
     served = request.getfixturevalue(way)
 
     def running_requests():
-        text = urllib.request.urlopen(url[0] + "/metrics", timeout=5).read().decode()
+        text = urllib.request.urlopen(url[0] + "/metrics", timeout=60).read().decode()
         names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
         lines = [line for line in text.splitlines() if line.startswith(names)]
         assert lines
