@@ -34,7 +34,7 @@ TEACHER_ENV_jax := $(STUDENT)/.student
 TEACHER_ENV_transformers := $(TORCH)/.transformers
 TEACHER_ENV_vllm := $(VLLM)/.vllm
 
-.PHONY: help demo figure tune bench-service bench-student warmup test test-full test-latest lint lock docs proto clean
+.PHONY: help demo figure tune bench-service bench-student warmup test test-vllm test-sglang test-full test-latest lint lock docs proto clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -111,10 +111,15 @@ warmup: $(STUDENT)/.student  ## train the demo's teacher and student again from 
 	  $(STUDENT)/bin/jdistill export runs/warmup/$$model-run --to examples/addition/$$model --dtype bfloat16 || exit 1; \
 	done
 
-# Two at a time: compiling for JAX keeps one core busy. vLLM and SGLang keep both.
+# Two workers, then two engines: compiling for JAX keeps one core busy, and so do the engines while they start.
 test: $(STUDENT)/.dev $(VLLM)/.vllm $(SGLANG)/.sglang  ## all tests but the longest, real vLLM and real SGLang included
 	@JDISTILL_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(STUDENT)/bin/python -m pytest -n 2 --dist loadgroup
+	@$(MAKE) --no-print-directory --output-sync=target --jobs=2 test-vllm test-sglang
+
+test-vllm: $(VLLM)/.vllm
 	@$(VLLM)/bin/python -m pytest -m vllm $$(grep -rl --include='*.py' pytest.mark.vllm tests)
+
+test-sglang: $(SGLANG)/.sglang
 	@$(SGLANG)/bin/python -m pytest -m sglang $$(grep -rl --include='*.py' pytest.mark.sglang tests)
 
 test-full:  ## all tests: engines over two workers, the soak of 30 minutes, faults in their full length (hours)
