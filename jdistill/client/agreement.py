@@ -44,6 +44,13 @@ def pick_model(info: ServerInfo, model: str, endpoint: str) -> ModelInfo:
     )
 
 
+def same_servers(infos: Sequence[tuple[str, ServerInfo]]) -> list[tuple[str, str]]:
+    """Returns the pairs of endpoints that reach one server process: a mistake, or two routes to it."""
+    first: dict[str, str] = {}
+    pairs = [(first.setdefault(info.instance_id, endpoint), endpoint) for endpoint, info in infos if info.instance_id]
+    return [(one, other) for one, other in pairs if one != other]
+
+
 def agree(models: Sequence[tuple[str, ModelInfo]], expected_tokenizer_fingerprint: str | None) -> ModelInfo:
     """Returns the model that all replicas serve, with the tightest limits of all.
 

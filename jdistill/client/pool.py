@@ -12,10 +12,12 @@ from typing import Any
 import grpc
 
 from jdistill.client import agreement
+from jdistill.client.identity import SeveralServersError
 from jdistill.client.replica import MAX_BACKOFF_S, Replica
 from jdistill.client.teachers import Teacher
 from jdistill.client.token import BearerToken
 from jdistill.client.waiting import WaitReport
+from jdistill.wire.endpoint import parse_endpoint
 from jdistill.wire.errors import (
     DeadlineError,
     FingerprintMismatchError,
@@ -76,7 +78,7 @@ class ReplicaPool:
         self._on_hopeless = on_hopeless
         self.replicas = [
             Replica(
-                endpoint,
+                parse_endpoint(endpoint),
                 model=teacher.model,
                 tls=settings.credentials,
                 token=token,
@@ -157,6 +159,7 @@ class ReplicaPool:
         failures = 0
         while True:
             answers = await self._ask_all(deadline)
+            _raise_first(a for _, a in answers if isinstance(a, SeveralServersError))
             infos = [(r, a) for r, a in answers if isinstance(a, ServerInfo)]
             if infos:
                 break
@@ -169,6 +172,8 @@ class ReplicaPool:
         model = agreement.agree(models, self._settings.expected_tokenizer_fingerprint)
         first = infos[0][1]
         if self.model is None:
+            for pair in agreement.same_servers([(replica.endpoint, info) for replica, info in infos]):
+                logger.warning("%s and %s are the same server: give it once, unless these are two routes to it", *pair)
             self.model = model
             answered = {r for r, _ in infos}
             for replica in self.replicas:
@@ -249,7 +254,7 @@ class ReplicaPool:
                 continue  # `wake` has brought it back meanwhile
             try:
                 info = await replica.ask(PROBE_TIMEOUT_S)
-            except UnauthenticatedError as e:
+            except (UnauthenticatedError, SeveralServersError) as e:
                 replica.failures += 1
                 self.refuse(replica, e)
             except TeacherError:
@@ -297,8 +302,8 @@ class ReplicaPool:
         replica.failures += 1
         replica.paused_until = max(replica.paused_until, self._loop.time() + replica.backoff_s())
 
-    def refuse(self, replica: Replica, error: FingerprintMismatchError | UnauthenticatedError) -> None:
-        """Leaves out a server that is another model or rejects our token; it is still probed from time to time."""
+    def refuse(self, replica: Replica, error: TeacherError) -> None:
+        """Leaves out another model, several servers, or one that rejects our token; still probed from time to time."""
         if replica.refused is None:
             logger.error("teacher left out: %s", error)
         replica.error = str(error)

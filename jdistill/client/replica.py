@@ -9,21 +9,25 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
 import grpc.aio
 
 from jdistill.client import agreement
+from jdistill.client.identity import Identity
 from jdistill.client.token import BearerToken
 from jdistill.wire import codec, credentials, status
 from jdistill.wire.channel import client_options, service_config
+from jdistill.wire.endpoint import Endpoint
 from jdistill.wire.errors import TeacherError, UnauthenticatedError, UnavailableError, UnsupportedError
 from jdistill.wire.types import ModelInfo, ServerInfo
 
 MAX_BACKOFF_S = 3.0  # between two probes of a dead replica; a probe is cheap, an idle trainer is not
 MAX_CALL_BYTES = 1 << 20  # token ids, spans and candidates of one call of several sequences; below every server's limit
 MAX_PAUSE_S = 300.0  # for a replica that hangs: the longest time until the client notices that it works again
+ONE_ADDRESS_S = 2.0  # for GetServerInfo when the server's identity is checked
 PACE_DECAY = 0.8  # per call: about the last five calls count
 REQUEST_OVERHEAD_BYTES = 4096  # names, fingerprint, field tags
 
@@ -60,7 +64,7 @@ class Replica:
 
     def __init__(
         self,
-        endpoint: str,
+        endpoint: Endpoint,
         *,
         model: str,
         tls: grpc.ChannelCredentials | None,
@@ -68,12 +72,11 @@ class Replica:
         client_id: str,
         max_in_flight: int,
     ):
-        self.endpoint = endpoint
-        self._tls = tls is not None
-        if tls is None:
-            self.channel = grpc.aio.insecure_channel(endpoint, _options())
-        else:
-            self.channel = grpc.aio.secure_channel(endpoint, tls, _options())
+        self.endpoint = endpoint.text
+        self._address = endpoint
+        self._identity = Identity(endpoint)
+        self._tls = tls
+        self.channel = self._open(endpoint.target, _options())
         self._model_name = model
         self._token = token
         self._metadata = (("jdistill-client", client_id),)  # the server's fairness is per client
@@ -105,12 +108,39 @@ class Replica:
         return self._score(request, timeout=timeout_s, metadata=self._headers(token))
 
     async def look(self, timeout_s: float) -> ServerInfo:
-        """Calls GetServerInfo, whatever state the server is in; raises TeacherError if the call fails."""
+        """Calls GetServerInfo, whatever state the server is in.
+
+        Raises:
+            TeacherError: the call fails.
+            SeveralServersError: the endpoint means several servers.
+        """
+        info = await self._ask_info(timeout_s)
+        await self._identity.check(info.instance_id, self._instance_id, self._instance_at)
+        self.info = info
+        return info
+
+    async def _ask_info(self, timeout_s: float) -> ServerInfo:
         data = await self._unary(self._info, timeout_s)
         if data is None:  # gRPC returns None if the reply was lost on the way but the end of the call was not
             raise UnavailableError(f"{self.endpoint}: GetServerInfo ended without a reply")
-        self.info = codec.decode_server_info(data)
-        return self.info
+        return codec.decode_server_info(data)
+
+    async def _instance_id(self) -> str:
+        return (await self._ask_info(ONE_ADDRESS_S)).instance_id
+
+    async def _instance_at(self, target: str) -> str | None:
+        """Instance id of the server at one address of the endpoint's name; None if it does not answer."""
+        name = f"{self._address.host}:{self._address.port}"
+        options = (("grpc.ssl_target_name_override", self._address.host), ("grpc.default_authority", name))
+        token = await self._token.get() if self._token is not None else None
+        async with self._open(target, (*_options(), *options)) as channel:
+            try:
+                data = await channel.unary_unary(codec.INFO_METHOD)(
+                    b"", timeout=ONE_ADDRESS_S, metadata=self._headers(token)
+                )
+            except grpc.aio.AioRpcError:
+                return None
+        return None if data is None else codec.decode_server_info(data).instance_id
 
     async def ask(self, timeout_s: float) -> ServerInfo:
         """Calls GetServerInfo; raises TeacherError if that fails or the server would not accept a score now."""
@@ -238,7 +268,12 @@ class Replica:
             return remedy
         if self.info is not None or error.reason != UnavailableError.reason:
             return None  # it has answered before, so TLS works
-        return await asyncio.to_thread(credentials.why_closed, self.endpoint, tls=self._tls)
+        return await asyncio.to_thread(credentials.why_closed, self.endpoint, tls=self._tls is not None)
+
+    def _open(self, target: str, options: Sequence[tuple[str, int | str]]) -> grpc.aio.Channel:
+        if self._tls is None:
+            return grpc.aio.insecure_channel(target, options)
+        return grpc.aio.secure_channel(target, self._tls, options)
 
     def _headers(self, token: str | None) -> tuple[tuple[str, str], ...]:
         return self._metadata if token is None else (*self._metadata, ("authorization", f"Bearer {token}"))
@@ -255,6 +290,7 @@ def with_remedy(error: UnauthenticatedError) -> UnauthenticatedError:
 def _options() -> tuple[tuple[str, int | str], ...]:
     config = json.loads(service_config())
     del config["healthCheckConfig"]  # see the module's docstring
+    del config["loadBalancingConfig"]  # one server per endpoint, so that Sleep reaches the server that scores
     options = {**dict(client_options()), "grpc.service_config": json.dumps(config)}
     # http_proxy and similar variables are meant for the internet; a teacher is in the same network.
     return (*options.items(), ("grpc.enable_http_proxy", 0))

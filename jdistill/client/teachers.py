@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+from jdistill.wire.endpoint import parse_endpoints
 from jdistill.wire.errors import InvalidRequestError
 
 
@@ -14,7 +15,7 @@ class Teacher:
     """One teacher: equivalent sidecars, and which of their served models scores.
 
     Args:
-        endpoints: "host:port" or "unix:/path" of each replica.
+        endpoints: "host:port", "[IPv6 address]:port" or "unix:/path" of each replica; each means one server.
         model: served name of the model or of a LoRA adapter on it; "" is the base model.
 
     Raises:
@@ -25,8 +26,8 @@ class Teacher:
     model: str = ""
 
     def __post_init__(self) -> None:
-        _check_endpoints(self.endpoints)
-        object.__setattr__(self, "endpoints", tuple(self.endpoints))
+        endpoints = parse_endpoints(self.endpoints)
+        object.__setattr__(self, "endpoints", tuple(endpoint.text for endpoint in endpoints))
 
 
 Endpoints: TypeAlias = Sequence[str] | Teacher | Mapping[str, "Sequence[str] | Teacher"]
@@ -61,18 +62,3 @@ def choose_teacher(name: str, names: Sequence[str], index: int | None = None) ->
         "this TeacherClient has one teacher without a name: leave it out" if list(names) == [""] else f"one of {known}"
     )
     raise InvalidRequestError(f"teacher {name!r}{whose}, expected {remedy}", field="teacher", sequence=index)
-
-
-def _check_endpoints(endpoints: Sequence[str]) -> None:
-    if isinstance(endpoints, str) or not endpoints:
-        raise ValueError(f'endpoints = {endpoints!r}, expected a list of addresses such as ["127.0.0.1:50051"]')
-    for endpoint in endpoints:
-        port = endpoint.rpartition(":")[2]
-        if endpoint.startswith(("unix:", "dns:", "ipv4:", "ipv6:")):
-            continue
-        if "/" in endpoint or ":" not in endpoint or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ValueError(
-                f'endpoint {endpoint!r}, expected "host:port" or "unix:/path", without a scheme such as http://'
-            )
-    if len(set(endpoints)) != len(endpoints):
-        raise ValueError(f"endpoints {list(endpoints)}: one is listed twice")

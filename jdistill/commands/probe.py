@@ -109,6 +109,7 @@ def _ask(args: argparse.Namespace, credentials: dict[str, Any], facts: dict[str,
 
     from jdistill.client import TeacherClient
     from jdistill.wire.channel import MAX_MESSAGE_BYTES
+    from jdistill.wire.endpoint import parse_endpoint
     from jdistill.wire.types import ServerState
 
     give_up = time.monotonic() + args.timeout_s
@@ -118,10 +119,8 @@ def _ask(args: argparse.Namespace, credentials: dict[str, Any], facts: dict[str,
         # Opened first: it also checks the address.
         client = stack.enter_context(TeacherClient([args.endpoint], deadline_s=args.timeout_s, **credentials))
         # Without the client's service config, whose health check would not let this channel use a loading server.
-        if tls is None:
-            channel = grpc.insecure_channel(args.endpoint, options)
-        else:
-            channel = grpc.secure_channel(args.endpoint, tls, options)
+        target = parse_endpoint(args.endpoint).target
+        channel = grpc.insecure_channel(target, options) if tls is None else grpc.secure_channel(target, tls, options)
         stack.enter_context(channel)
 
         def look() -> Any:
@@ -142,6 +141,8 @@ def _ask(args: argparse.Namespace, credentials: dict[str, Any], facts: dict[str,
         if info.state is ServerState.SLEEPING and args.wake:
             client.wake()
             info = look()
+        if info.state is ServerState.SERVING:
+            client.info()  # is it one server?
         if args.tokens and info.state is ServerState.SERVING:
             facts["tokens_per_s"] = _tokens_per_s(client, info.model, args.tokens, 0)
             if args.top_k:

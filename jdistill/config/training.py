@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from jdistill.config.objective import ObjectiveSection
 from jdistill.config.section import Section
 from jdistill.config.sidecar import EngineSection
+from jdistill.wire.endpoint import parse_endpoints
 
 
 class LoraSection(Section):
@@ -71,7 +72,9 @@ class SpawnSection(EngineSection):
 class TeacherSection(Section):
     """How to reach the teacher. Give exactly one of endpoints, several and spawn."""
 
-    endpoints: list[str] | None = Field(None, description='running sidecars of one teacher, as "host:port"')
+    endpoints: list[str] | None = Field(
+        None, description='running sidecars of one teacher, each as "host:port" or "unix:/path"'
+    )
     several: dict[str, list[str]] | None = Field(
         None, description="several teachers: name -> endpoints; the task chooses the teacher of each problem"
     )
@@ -114,6 +117,9 @@ class TeacherSection(Section):
                 "give exactly one of teacher.endpoints (running sidecars), teacher.several (several teachers) and "
                 "teacher.spawn (the trainer starts a sidecar)"
             )
+        for key, endpoints in {"endpoints": self.endpoints, **(self.several or {})}.items():
+            if endpoints is not None:
+                parse_endpoints(endpoints, "teacher.endpoints" if key == "endpoints" else f"teacher.several.{key}")
         credentials = [name for name in ("tls_ca", "tls_cert", "tls_key", "token_file") if getattr(self, name)]
         if self.spawn is not None and credentials:
             raise ValueError(

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from jdistill.config import ConfigError, TrainConfig
+from jdistill.wire.endpoint import parse_endpoint
 from jdistill.wire.errors import TeacherError
 
 
@@ -36,8 +37,11 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
         process_id: number of this process, from 0.
 
     Raises:
+        ValueError: the coordinator's address is malformed.
         ConfigError: nothing to read the arguments from, or the other processes did not join.
     """
+    if coordinator is not None and not parse_endpoint(coordinator, "--coordinator").host:
+        raise ConfigError(f"--coordinator {coordinator!r}: expected HOST:PORT of process 0, not a Unix socket")
     # Under Slurm and Open MPI, JAX takes one device per process, however many the host has. None stands for that
     # default (or the user's JAX_LOCAL_DEVICE_IDS), an empty list for all devices that the process sees.
     takes_all = is_alone_on_host(os.environ) and not os.environ.get("JAX_LOCAL_DEVICE_IDS")

@@ -15,6 +15,8 @@ from typing import Any
 
 import grpc
 
+from jdistill.wire.endpoint import parse_endpoint
+
 DIAGNOSIS_TIMEOUT_S = 3.0
 
 _VALIDITY_CODES = (9, 10)  # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
@@ -195,11 +197,11 @@ def why_closed(endpoint: str, *, tls: bool) -> str | None:
     shutting down ("Socket closed"), which is worth a retry. So this starts a TLS handshake and looks at the answer.
 
     Args:
-        endpoint: "host:port"; other forms are not diagnosed.
+        endpoint: of the server; a Unix socket is not diagnosed.
         tls: whether the failed connection was TLS.
     """
-    host, _, port = endpoint.rpartition(":")
-    if not host or not port.isdecimal() or host.startswith("unix"):
+    address = parse_endpoint(endpoint)
+    if not address.host:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -208,7 +210,7 @@ def why_closed(endpoint: str, *, tls: bool) -> str | None:
     shook = refused = False
     try:
         with (
-            socket.create_connection((host.strip("[]"), int(port)), timeout=DIAGNOSIS_TIMEOUT_S) as plain,
+            socket.create_connection((address.host, address.port), timeout=DIAGNOSIS_TIMEOUT_S) as plain,
             context.wrap_socket(plain) as secure,
         ):
             shook = True
@@ -238,11 +240,10 @@ def server_certificate(
     context.set_alpn_protocols(["h2"])
     if cert is not None:
         context.load_cert_chain(cert, key)
-    host, _, port = endpoint.rpartition(":")
-    host = host.strip("[]")
+    address = parse_endpoint(endpoint)
     with (
-        socket.create_connection((host, int(port)), timeout=timeout_s) as plain,
-        context.wrap_socket(plain, server_hostname=host) as secure,
+        socket.create_connection((address.host, address.port), timeout=timeout_s) as plain,
+        context.wrap_socket(plain, server_hostname=address.host) as secure,
     ):
         return _facts(secure.getpeercert())
 

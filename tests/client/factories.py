@@ -9,6 +9,7 @@ import math
 import random
 import threading
 import time
+import uuid
 
 import grpc
 import numpy as np
@@ -105,6 +106,7 @@ class FakeTeacher:
         self.options: list[codec.RequestOptions] = []
         self.delay_s = 0.0  # before each sequence
         self.chunk_bytes = 1 << 20
+        self.host = "127.0.0.1"
         self.port = 0
         self.unix_path = None
         self.server = None
@@ -113,12 +115,19 @@ class FakeTeacher:
         self.token = None  # that every call must bring
         self.control: list[str] = []  # "Sleep" and "Wake", as they came
         self.served = threading.Event()
+        self.instance_id = ""
 
     @property
     def endpoint(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
+
+    @property
+    def sent_info(self) -> ServerInfo:
+        """`info` with the id of this start."""
+        return dataclasses.replace(self.info, instance_id=self.instance_id)
 
     def start(self) -> FakeTeacher:
+        self.instance_id = uuid.uuid4().hex
         self.server = grpc.server(concurrent.futures.ThreadPoolExecutor(8), options=SERVER_OPTIONS)
         handlers = {
             "ScoreSequences": grpc.unary_stream_rpc_method_handler(self._score),
@@ -134,7 +143,7 @@ class FakeTeacher:
                 grpc.method_handlers_generic_handler(codec.CONTROL_SERVICE, control),
             )
         )
-        self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
+        self.port = self.server.add_insecure_port(f"{self.host}:{self.port}")
         if self.unix_path is not None:
             self.server.add_insecure_port(f"unix:{self.unix_path}")
         self.server.start()
@@ -160,7 +169,7 @@ class FakeTeacher:
 
     def _get_info(self, _, context):
         self._check_token(context)
-        return codec.encode_server_info(self.info)
+        return codec.encode_server_info(self.sent_info)
 
     def _set_state(self, name, context):
         self._check_token(context)

@@ -98,7 +98,7 @@ def test_an_unexpected_tokenizer_is_an_error_with_a_remedy(start_teacher, connec
 
 def test_the_expected_tokenizer_passes(start_teacher, connect):
     teacher = start_teacher(tokenizer_fingerprint="t1")
-    assert connect(teacher, expected_tokenizer_fingerprint="t1").info() == teacher.info
+    assert connect(teacher, expected_tokenizer_fingerprint="t1").info() == teacher.sent_info
 
 
 def test_bad_requests_name_sequence_and_field_and_reach_no_teacher(start_teacher, connect):

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from jdistill.student import hosts
+
 SHOW = (
     "import jax; from jdistill.student import hosts; hosts.initialize(); "
     "print(hosts.count(), jax.process_index(), jax.config.values['jax_cuda_visible_devices'])"
@@ -52,3 +54,9 @@ def test_each_process_takes_the_right_devices_under_slurm(
         for process in processes:
             process.kill()
     assert printed == [["2", str(process), devices[process]] for process in range(2)]
+
+
+@pytest.mark.parametrize("coordinator", ["localhost", "http://localhost:1234", "::1:1234", "unix:/tmp/socket"])
+def test_a_malformed_address_of_the_coordinator_is_refused_before_jax_waits_for_it(coordinator):
+    with pytest.raises(ValueError, match=f"--coordinator '{coordinator}'.*(?i:host:port)"):
+        hosts.initialize(coordinator, 2, 0)
