@@ -88,7 +88,7 @@ def test_gsm8k_run_is_the_one_it_is_named_after():
     run = config.load(config.TrainConfig, GSM8K)
     spawn = run.teacher.spawn
     assert pathlib.Path(run.model.path).name == "Qwen3-0.6B" and pathlib.Path(spawn.model).name == "Qwen3-14B"
-    assert (spawn.engine, spawn.tensor_parallel_size) == ("vllm", 2)
+    assert (spawn.engine, spawn.tensor_parallel_size) == ("vllm", 4)
     assert len(spawn.env["CUDA_VISIBLE_DEVICES"].split(",")) == spawn.tensor_parallel_size
     assert spawn.python not in (None, "python")  # vLLM's own environment
     assert run.objective.rl_loss_weight > 0 and run.objective.distill_loss_weight > 0

@@ -85,11 +85,13 @@ def run(args: argparse.Namespace) -> int:
     if not console.is_terminal:
         console = Console(stderr=True, highlight=False, width=120)  # a file has no width; the table needs 120
     began = time.monotonic()
-    base = config.load(config.TrainConfig, config_path, args.overrides)
+    base, note = _base(config_path, args)
     assert base.teacher is not None and base.teacher.spawn is not None
-    spawn = base.teacher.spawn.model_copy(update={"engine": args.teacher, "python": args.teacher_python})
+    spawn = base.teacher.spawn
     groups: dict[str, list[pathlib.Path]] = {}
     args.to.mkdir(parents=True, exist_ok=True)
+    if note:
+        console.print(note)
     console.print(f"starting the teacher: {args.teacher}, {spawn.model} (log: {args.to / 'teacher.log'})")
     with TeacherProcess(spawn, args.to / "teacher.log") as teacher:
         console.print(f"the teacher serves on {teacher.endpoint}, process {teacher.pid}")
@@ -126,6 +128,17 @@ def run(args: argparse.Namespace) -> int:
     console.print(report.table(summaries, accuracy))
     console.print(f"\n{(time.monotonic() - began) / 60:.1f} minutes\npicture: {png}\npage:    {html}")
     return 0
+
+
+def _base(path: pathlib.Path, args: argparse.Namespace) -> tuple[TrainConfig, str]:
+    """The configuration with the teacher that was asked for, and which GPUs are whose ("": there are none)."""
+    from jdistill import config
+    from jdistill.student import devices
+
+    base = config.load(config.TrainConfig, path, args.overrides)
+    assert base.teacher is not None and base.teacher.spawn is not None
+    spawn = base.teacher.spawn.model_copy(update={"engine": args.teacher, "python": args.teacher_python})
+    return devices.reserve(base.model_copy(update={"teacher": base.teacher.model_copy(update={"spawn": spawn})}))
 
 
 def _teacher_accuracy(base: TrainConfig, path: str) -> dict[str, float]:

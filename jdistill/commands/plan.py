@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file (see configs/)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides; values are YAML")
     parser.add_argument(
-        "--devices", type=int, metavar="N", help="number of devices to plan for (default: local devices)"
+        "--devices",
+        type=int,
+        metavar="N",
+        help="devices of the machine; those of teacher.spawn are not the student's (default: local devices)",
     )
     parser.add_argument(
         "--device-memory",
@@ -53,11 +56,21 @@ def run(args: argparse.Namespace) -> int:
     memory = None if args.device_memory is None else _size(args.device_memory)
     import json
 
+    from jdistill.student import devices
+
+    parsed, _ = (parsed, "") if args.devices else devices.reserve(parsed)  # before JAX is asked for its devices
     import jax
 
     from jdistill.student import plan
 
     num_devices = args.devices or jax.device_count()
+    num_taken = num_devices - devices.num_left(parsed, num_devices) if args.devices else 0
+    if num_taken == num_devices:
+        raise ValueError(
+            f"teacher.spawn takes all {num_devices} devices: plan for more, or set teacher.offload: true (teacher and "
+            "student take turns)"
+        )
+    num_devices -= num_taken
     made = plan.make_plan(parsed, num_devices)
     if args.compile and num_devices > 1:
         raise ValueError(f"--compile compiles for one device, and the plan is for {num_devices}: add --devices 1")
@@ -68,14 +81,20 @@ def run(args: argparse.Namespace) -> int:
         phases = ("always", "training", "sampling")
         found = {phase: {item.name: item.num_bytes for item in getattr(made, phase)} for phase in phases}
         found |= {"peak_training": made.peak_training, "peak_sampling": made.peak_sampling, "peak": made.peak}
-        found |= {"devices": num_devices, "mesh": made.axes, "device_memory": memory, "compiled": compiled}
+        found |= {
+            "devices": num_devices,
+            "teacher_devices": num_taken,
+            "mesh": made.axes,
+            "device_memory": memory,
+            "compiled": compiled,
+        }
         print(json.dumps(found))
     else:
-        _print(made, num_devices, memory, compiled)
+        _print(made, num_devices, num_taken, memory, compiled)
     return int(memory is not None and made.peak > memory)
 
 
-def _print(made, num_devices: int, memory: int | None, compiled: dict[str, int] | None) -> None:
+def _print(made, num_devices: int, num_taken: int, memory: int | None, compiled: dict[str, int] | None) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -83,6 +102,8 @@ def _print(made, num_devices: int, memory: int | None, compiled: dict[str, int] 
     console = Console(highlight=False)
     axes = ", ".join(f"{axis} {size}" for axis, size in made.axes.items())
     title = f"{num_devices} device(s): {axes}"
+    if num_taken:
+        title = f"{num_devices + num_taken} devices, of which teacher.spawn takes {num_taken}; the student's {title}"
     table = Table("", "each device", "reduced by", title=title, title_justify="left", box=box.SIMPLE)
     table.columns[0].no_wrap = table.columns[1].no_wrap = True
     table.columns[1].justify = "right"

@@ -63,7 +63,11 @@ class SpawnSection(EngineSection):
     python: str | None = Field(
         None, description="Python interpreter of the teacher's environment; null: the trainer's interpreter"
     )
-    env: dict[str, str] = Field({}, description="environment variables to add, e.g. CUDA_VISIBLE_DEVICES")
+    env: dict[str, str] = Field(
+        {},
+        description="environment variables to add; CUDA_VISIBLE_DEVICES (or HIP_VISIBLE_DEVICES) names the sidecar's "
+        "GPUs, which the student leaves alone; without it the sidecar gets the first ones",
+    )
     startup_timeout_s: float = Field(
         600.0, description="seconds until the sidecar must answer; a 14B model on a network disk takes minutes"
     )

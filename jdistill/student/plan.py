@@ -26,7 +26,7 @@ from jdistill.models.mesh import AXES, BATCH_AXES
 from jdistill.student.batch import TrainBatch
 from jdistill.student.optimizer import make_optimizer
 from jdistill.student.recipe import Recipe, make_recipe
-from jdistill.student.sharding import mesh_sizes
+from jdistill.student.sharding import check_rows, mesh_sizes
 from jdistill.student.state import TrainState, ValueHead, moment_shardings
 from jdistill.student.step import TrainStep, make_train_step
 
@@ -129,14 +129,10 @@ def make_plan(config: TrainConfig, num_devices: int, model: models.DecoderConfig
         axes = mesh_sizes(config.mesh, num_devices)
     except ValueError as e:
         raise ConfigError(str(e)) from None
+    check_rows(config, axes)
     shapes = make_shapes(config, model)
     layout = _layout(shapes, axes)
     num_rows = len(shapes.batch.tokens) // (config.optimizer.minibatches * config.optimizer.accumulate)
-    if num_rows % layout.num_shards:
-        raise ConfigError(
-            f"a part of an update has {num_rows} rows, which do not split over mesh.data * mesh.fsdp = "
-            f"{layout.num_shards} devices: change rollout.num_prompts, num_completions or optimizer.accumulate"
-        )
     part = jax.tree.map(lambda x: x[: num_rows // layout.num_shards], shapes.batch)
     sampling = _sampling(config, shapes, layout) if shapes.recipe.on_policy else []
     return Plan(_always(config, shapes, layout), _training(config, shapes, layout, part), sampling, axes)

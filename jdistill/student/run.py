@@ -88,10 +88,12 @@ def make_run(
         label: heads the progress line.
 
     Raises:
-        ConfigError: the configuration does not fit the data, the model, the checkpoint or the teacher.
+        ConfigError: the configuration does not fit the data, the devices, the model, the checkpoint or the teacher.
         TeacherError: no teacher is up before the deadline.
     """
     progress = Progress(label, config.num_steps, None if hosts.is_first() else Console(quiet=True))
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_rows(config, mesh.shape)
     task = _make_task(config)
     model_config = models.config_from_hf(config.model.path)
     _check_lengths(config, model_config)
@@ -100,7 +102,6 @@ def make_run(
         # It takes its share of the memory before the student does.
         teacher = RemoteTeacher(config, model_config, task, run_dir, stack, say=progress.say)
     recipe = make_recipe(config) if teacher is None else teacher.recipe
-    mesh = sharding.make_mesh(config.mesh)
     # The sampler has a whole copy of the parameters on each host.
     own_mesh, host_mesh = (mesh, None) if hosts.count() == 1 else hosts.meshes(mesh)
     stack.enter_context(jax.set_mesh(mesh))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import pathlib
+import sys
 import time
 from collections.abc import Mapping
 
 import jax
 
 from jdistill.config import TrainConfig
-from jdistill.student import hosts, recipe, run_dir
+from jdistill.student import devices, hosts, recipe, run_dir
 from jdistill.student.batch import TrainBatch
 from jdistill.student.compilations import COMPILATIONS
 from jdistill.student.evaluate import held_out_accuracy
@@ -40,9 +41,12 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
         Stopped: SIGINT or SIGTERM; the state is saved.
     """
     recipe.check(config)
+    asked, (config, note) = config, devices.reserve(config)  # before anything asks JAX for its devices
     hosts.check_split(config)
-    hosts.from_first(lambda: run_dir.prepare(config, resume=resume, overwrite=overwrite))
+    hosts.from_first(lambda: run_dir.prepare(asked, resume=resume, overwrite=overwrite))
     directory = pathlib.Path(config.run_dir)
+    if note and hosts.is_first():
+        print(note, file=sys.stderr)
     with StopSignals() as stop, contextlib.ExitStack() as stack:
         try:
             run, position = make_run(config, directory, stack, label=label or directory.name)

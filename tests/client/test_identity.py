@@ -14,7 +14,7 @@ from jdistill.client.identity import Identity, SeveralServersError
 from jdistill.wire.channel import SERVER_OPTIONS
 from jdistill.wire.endpoint import parse_endpoint
 from jdistill.wire.types import ServerState
-from tests.client.test_teacher_client import check, sequences
+from tests.client.factories import check, sequences
 
 
 class Balancer:

@@ -76,8 +76,9 @@ def test_a_mesh_that_does_not_fit_the_devices_or_rows_is_refused():
 
 def test_the_command_prints_a_table_json_and_whether_it_fits(capsys):
     demo = "configs/demo.yaml"
-    assert cli.main(["plan", demo, "--devices", "2"]) == 0
+    assert cli.main(["plan", demo, "--devices", "3"]) == 0
     text = capsys.readouterr().out
+    assert "3 devices, of which teacher.spawn takes 1; the student's 2 device(s)" in " ".join(text.split())
     assert "activations kept for the backward pass" in text and "data 2" in text and "while sampling" in text
     assert cli.main(["plan", demo, "--json", "--compile", "--devices", "1", "num_steps=3"]) == 0
     found = json.loads(capsys.readouterr().out)
