@@ -17,6 +17,7 @@ from jdistill import checkpoint_files
 from jdistill.config import ConfigError, Section, parse
 from jdistill.rollout.completion import Completion
 from jdistill.tasks.response import Response
+from jdistill.tokenizer_check import check_tokenizer
 from jdistill.turn_end import read_turn_end
 
 
@@ -135,7 +136,8 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
     """Loads the Hugging Face tokenizer of a checkpoint directory; never from the network.
 
     Raises:
-        ValueError: the directory does not exist, or holds no readable tokenizer.
+        ValueError: the directory does not exist, holds no readable tokenizer, or transformers loads another one than
+            its files describe.
     """
     path = pathlib.Path(path)
     if not path.is_dir():
@@ -148,9 +150,11 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
     from transformers import AutoTokenizer  # imported here because it is slow, and listing TASKS does not need it
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as e:  # tokenizers raises bare Exception for a damaged file
         raise ValueError(f"the tokenizer in {path} cannot be loaded: {e}") from e
+    check_tokenizer(path, tokenizer)
+    return tokenizer
 
 
 def decode_all(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> str:
