@@ -14,6 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from jdistill.student.cross_tokenizer import CrossTokenizer, scatter
 from jdistill.student.token_bytes import TokenBytes
+from jdistill.tasks.base import load_tokenizer
+from jdistill.turn_end import read_turn_end
+from tests.family_tokenizers import FAMILIES, id_of, write_family
 
 END = "<end>"
 CORPUS = [
@@ -342,6 +345,36 @@ def test_bytes_that_are_not_utf8_are_left_out():
     ids = np.delete(half, 2)  # one of the four bytes
     found = kept_cross("bytes", "bpe").retokenize(PROMPT, ids)
     assert check("bytes", "bpe", found, ids) == [b"a", b"b", b"<END>"]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("qwen2.5", "gemma"), ("gemma", "llama3"), ("mistral", "qwen2.5 base")]
+)
+def test_a_turn_ends_on_both_sides_with_what_the_chat_templates_write(tmp_path, student, teacher):
+    """Gemma's end of a turn was once scored as `<eos>`, which never follows a turn."""
+    ends, loaded = [], []
+    for side in (student, teacher):
+        loaded.append(load_tokenizer(write_family(tmp_path / side, FAMILIES[side])))
+        ends.append(read_turn_end(tmp_path / side, loaded[-1]))
+    both = CrossTokenizer(
+        *loaded, student_stop_ids=ends[0].stop_token_ids, teacher_stop_id=ends[1].appended_id, max_length=100
+    )
+    chats = [
+        one.apply_chat_template(
+            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "72 low"}], return_dict=True
+        )["input_ids"]
+        for one in loaded
+    ]
+    # From the answer to the end of the turn, as each template writes it.
+    spans = []
+    for one, ids, end, side in zip(loaded, chats, ends, (student, teacher), strict=True):
+        begin = max(i for i, token_id in enumerate(ids) if one.decode([token_id]) == "7")
+        stop = max(i for i, token_id in enumerate(ids) if token_id == id_of(FAMILIES[side], FAMILIES[side].turn_end))
+        assert ids[stop] in end.stop_token_ids
+        spans.append(ids[begin : stop + 1])
+    found = both.retokenize(PROMPT, np.array(spans[0], np.int32))
+    assert found.token_ids[3:].tolist() == spans[1]
+    assert (found.segment_ids >= 0).all() and (found.teacher_segment_ids >= 0).all()
 
 
 def test_after_a_special_token_nothing_is_scored():
