@@ -136,9 +136,12 @@ def _print_result(args: argparse.Namespace, result: EvalResult) -> None:
         f"{args.task}, {result.num_problems} held-out problems, {how}: accuracy {result.accuracy:.3f}, "
         f"mean reward {result.mean_reward:.3f}, {result.mean_response_tokens:.1f} tokens per response, "
         f"{result.stop_share:.1%} ended by themselves"
+        + ("" if result.readable_share is None else f", {result.readable_share:.1%} with a readable answer")
     )
     if result.stop_share < 0.5:
         print("most responses ran into the length limit: is --max-new-tokens too small for this task?", file=sys.stderr)
+    elif result.readable_share is not None and result.readable_share < 0.5:
+        print("most responses have no answer in the format that the task reads: compare --output", file=sys.stderr)
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:

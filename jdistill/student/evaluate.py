@@ -23,6 +23,7 @@ class EvalResult:
     mean_reward: float
     mean_response_tokens: float  # stop token included
     stop_share: float  # share of completions that a stop token or stop string ended, rather than the length limit
+    readable_share: float | None = None  # share with an answer that the task can read; None: the task does not say
 
 
 def held_out_accuracy(
@@ -88,8 +89,9 @@ def evaluate(
             seeds = seed_N[np.array(group)]
             for completion in sampler.sample(weights, prompts, seeds=seeds, temperature=temperature, greedy=greedy):
                 n = group[completion.index]
-                reward = float(task.reward(problems[n], task.response(completion)))
-                answers.add(n, completion, reward)
+                response = task.response(completion)
+                reward = float(task.reward(problems[n], response))
+                answers.add(n, completion, reward, task.is_readable(response))
                 if on_answer is not None:
                     on_answer(problems[n], completion, reward)
     return answers.result()
@@ -101,17 +103,19 @@ class _Answers:
     def __init__(self, num_problems: int):
         self._rewards_N = np.zeros(num_problems)
         self._lengths_N, self._stopped_N, self._answered_N = (np.zeros(num_problems, np.int32) for _ in range(3))
+        self._readable_N = np.zeros(num_problems, np.int32)  # 2: readable, 1: not, 0: the task does not say
 
-    def add(self, n: int, completion: Completion, reward: float) -> None:
+    def add(self, n: int, completion: Completion, reward: float, is_readable: bool | None) -> None:
         self._rewards_N[n] = reward
         self._lengths_N[n] = len(completion.completion_ids)
         self._stopped_N[n] = completion.finish_reason == "stop"
         self._answered_N[n] = 1
+        self._readable_N[n] = 0 if is_readable is None else 1 + is_readable
 
     def result(self) -> EvalResult:
         """The means over all processes' answers."""
-        own = (self._rewards_N, self._lengths_N, self._stopped_N, self._answered_N)
-        rewards_N, lengths_N, stopped_N, answered_N = map(hosts.total, own)
+        own = (self._rewards_N, self._lengths_N, self._stopped_N, self._answered_N, self._readable_N)
+        rewards_N, lengths_N, stopped_N, answered_N, readable_N = map(hosts.total, own)
         assert (answered_N == 1).all(), "a problem without an answer would pass for a wrong one"
         return EvalResult(
             num_problems=len(rewards_N),
@@ -119,4 +123,5 @@ class _Answers:
             mean_reward=float(rewards_N.mean()),
             mean_response_tokens=float(lengths_N.mean()),
             stop_share=float(stopped_N.mean()),
+            readable_share=float(np.mean(readable_N == 2)) if (readable_N > 0).all() else None,
         )

@@ -57,6 +57,9 @@ METRICS = {
     "reward": Metric("mean reward of the completions sampled in this step", "1"),
     "response_length": Metric("mean length of the completions, stop token included", "tokens"),
     "stopped_share": Metric("share of completions that a stop token or stop string ended, not max_new_tokens", "1"),
+    "readable_share": Metric(
+        "share of completions that ended with an answer that the task can read, right or wrong (gsm8k)", "1"
+    ),
     "dropped_completions": Metric(
         "completions sampled in this step and not trained on, because of dynamic sampling", "completions"
     ),

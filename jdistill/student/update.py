@@ -15,6 +15,7 @@ import numpy as np
 from jdistill.config import TrainConfig
 from jdistill.losses import weights
 from jdistill.rollout.collect import Rollout, shape_rewards
+from jdistill.rollout.completion import Completion
 from jdistill.rollout.sampled import SampledBatch
 from jdistill.student import hosts
 from jdistill.student.batch import TrainBatch, make_batch, make_supervised_batch
@@ -85,7 +86,7 @@ def on_policy_update(run: Run, position: Position) -> Update:
         timings["teacher_exposed_share"] = waited_s / max(rollout.scoring.busy_s, waited_s, 1e-9)
     if isinstance(content, Gradient):
         timings["train_s"] = time.monotonic() - sampled - waited_s
-    values = rows.values
+    values = rows.values | _readable_share(run.task, rollout.batch.completions)
     if config.objective.dynamic_sampling:
         values = values | {"dropped_completions": float(hosts.total(np.array(rollout.batch.num_dropped)))}
     return Update(content, rows.num_tokens, values, timings, next_problem, ahead)
@@ -124,6 +125,14 @@ def _rows(run: Run, batch: SampledBatch) -> _Rows:
         num_rows=len(all_N4),
         values={name: float(mean) for name, mean in zip(names, means, strict=True)},
     )
+
+
+def _readable_share(task: Task, completions: Sequence[Completion]) -> dict[str, float]:
+    """Returns the metric over all processes; nothing for a task that does not define it."""
+    readable_B = [task.is_readable(task.response(completion)) for completion in completions]
+    if None in readable_B:
+        return {}
+    return {"readable_share": float(hosts.gather(np.array(readable_B, np.float32)[:, None]).mean(dtype=np.float64))}
 
 
 def _distill_weights(

@@ -90,6 +90,10 @@ class Task(abc.ABC):
     def reward(self, problem: Problem, response: Response) -> float:
         """Returns the reward of a response, which may have been cut off (`response.ended`)."""
 
+    def is_readable(self, response: Response) -> bool | None:
+        """Returns whether a response gives an answer that the reward can read, right or wrong; None: not defined."""
+        return None
+
     @abc.abstractmethod
     def solution_ids(self, problem: Problem) -> np.ndarray:
         """Returns a right completion for the supervised objective: int32[R], its stop token included.

@@ -87,10 +87,16 @@ class Gsm8k(Task):
 
     def reward(self, problem: Problem, response: Response) -> float:
         """Returns 1.0 for the right number; a completion that was cut off has no final answer, even with a number."""
+        return float(self._answer(response) == decimal.Decimal(problem.data["answer"]))
+
+    def is_readable(self, response: Response) -> bool:
+        """Returns whether a response ended with a number in the format that the prompt asks for."""
+        return self._answer(response) is not None
+
+    def _answer(self, response: Response) -> decimal.Decimal | None:
         if not response.ended:
-            return 0.0
-        text = without_special_tokens(response.text, self.tokenizer)
-        return float(final_number(text, self.answer_format) == decimal.Decimal(problem.data["answer"]))
+            return None
+        return final_number(without_special_tokens(response.text, self.tokenizer), self.answer_format)
 
     def solution_ids(self, problem: Problem) -> np.ndarray:
         """Returns the published reasoning, the final answer in the format that the prompt asks for, the end token."""

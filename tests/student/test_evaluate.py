@@ -73,6 +73,16 @@ def test_metrics_are_means_over_problems_and_rewards_match_their_problem(task):
     }
 
 
+@pytest.mark.parametrize(("readable", "share"), [([True, False, True, True], 0.75), ([None] * 4, None)])
+def test_readable_answers_are_counted_where_the_task_says_which_are(task, monkeypatch, readable, share):
+    problems = task.eval_problems(4)
+    fake = FakeSampler(task, {tuple(p.prompt_ids): task.solution_ids(p) for p in problems})
+    told = {tuple(task.solution_ids(p)): value for p, value in zip(problems, readable, strict=True)}
+    monkeypatch.setattr(task, "is_readable", lambda response: told[tuple(response.token_ids)])
+    result = evaluate(fake, None, task, problems, temperature=1.0, greedy=True, seed=0)
+    assert result.readable_share == share
+
+
 def test_a_problems_seed_does_not_depend_on_the_number_of_problems(task):
     problems = task.eval_problems(9)
     fake = FakeSampler(task, {tuple(p.prompt_ids): task.solution_ids(p) for p in problems})

@@ -77,6 +77,14 @@ def test_a_completion_is_right_only_with_the_number_and_a_stop_token(make):
     assert task.reward(problem, respond(task, completion(task, "72"))) == 0.0
 
 
+def test_an_answer_is_readable_where_it_ended_with_a_number(make):
+    task = make()
+    texts = {"#### 73": True, "#### 72 or 73": False, "72": False, "#### 7,2": False}
+    for text, readable in texts.items():
+        assert task.is_readable(respond(task, completion(task, text))) == readable
+        assert not task.is_readable(respond(task, completion(task, text, end=False)))
+
+
 def test_every_epoch_visits_every_line_once_in_another_order(make):
     lines = [{"question": f"What is {i}?", "answer": f"#### {i}"} for i in range(11)]
     task = make("\n".join(map(json.dumps, lines)))
