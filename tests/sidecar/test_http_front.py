@@ -16,6 +16,7 @@ from aiohttp import web
 
 from jdistill.config import ConfigError, TeacherServerConfig
 from jdistill.sidecar.engines import http_front
+from jdistill.sidecar.engines.http_connection import server_url
 from jdistill.sidecar.engines.vllm_http import VllmHttpEngine
 from jdistill.wire.codec import token_crc
 from jdistill.wire.errors import FingerprintMismatchError, InvalidRequestError, TeacherError, UnavailableError
@@ -414,7 +415,7 @@ def test_closing_the_iterator_ends_the_requests_at_the_server(path):
 @pytest.mark.parametrize(
     ("server", "config", "words"),
     [
-        ({"key": "secret"}, {}, "api_key_file"),
+        ({"key": "secret"}, {}, "answers 401 Unauthorized: it wants a key.*api_key_file"),
         ({}, {"engine_args": {"server_model": "math"}}, "no model 'math'"),
         ({}, {"engine_args": {"max_top_k": 2, "scoring": "magic"}}, "scoring"),
         ({}, {"engine_args": {"api_key_file": "/nowhere/key"}}, "api_key_file: /nowhere/key"),
@@ -429,6 +430,67 @@ def test_a_server_that_contradicts_the_configuration_is_refused_at_start(path, s
             with pytest.raises(ConfigError, match=words):
                 async with engine_for(path, fake, **config):
                     pass
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
+def test_a_url_as_openais_clients_take_it_is_understood(path, end):
+    async def run():
+        fake = FakeVllm(path)
+        async with running(fake):
+            fake.url += end
+            async with engine_for(path, fake) as engine:
+                assert engine.connection.url == f"http://127.0.0.1:{fake.port}"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("127.0.0.1:8000", "expected http://HOST:PORT"),
+        ("ftp://127.0.0.1:8000", "expected http://HOST:PORT"),
+        ("http://", "expected http://HOST:PORT"),
+        ("http://127.0.0.1:70000", "expected http://HOST:PORT"),
+        ("http://[::1:8000", "expected http://HOST:PORT"),
+        ("http://127.0.0.1 :8000", "spaces"),
+        ("http://127.0.0.1:8000?key=1", "without a query"),
+        ("http://user:secret@127.0.0.1:8000", "without a query"),
+    ],
+)
+def test_a_malformed_url_is_refused_before_it_is_asked(url, words):
+    with pytest.raises(ConfigError, match=words):
+        server_url(url)
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        (
+            web.Response(text="<html>sign in</html>", content_type="text/html"),
+            "answers with text/html, not JSON: is this",
+        ),
+        (web.Response(status=404), "answers 404 Not Found: is this a vllm server"),
+        (web.Response(status=403), "answers 403 Forbidden: it refuses the key in .*key .engine_args.api_key_file"),
+        (web.json_response({"models": []}), "do not answer like vLLM's"),
+    ],
+)
+def test_a_server_of_another_kind_and_a_refused_key_are_told_apart(path, tmp_path, reply, words):
+    (tmp_path / "key").write_text("mine\n")
+
+    async def run():
+        fake = FakeVllm(path)
+
+        async def models(request):
+            return web.Response(status=reply.status, body=reply.body, content_type=reply.content_type)
+
+        fake.models = models
+        async with running(fake):
+            with pytest.raises(ConfigError, match=words) as refused:
+                async with engine_for(path, fake, engine_args={"api_key_file": str(tmp_path / "key")}):
+                    pass
+            assert "mine" not in str(refused.value)
 
     asyncio.run(run())
 

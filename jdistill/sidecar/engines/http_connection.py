@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import pathlib
+import re
+import urllib.parse
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -26,18 +28,40 @@ class ServerRefusedError(TeacherError):
     reason = "ENGINE_RESULT"
 
 
+def server_url(text: str) -> str:
+    """Returns http://HOST:PORT of a server; a path /v1 at the end, which OpenAI's clients want, is left out.
+
+    Raises:
+        ConfigError: it is no such URL.
+    """
+    url = text.rstrip("/").removesuffix("/v1").rstrip("/")
+    expected = "expected http://HOST:PORT or https://HOST:PORT"
+    if re.search(r"\s", url):
+        raise ConfigError(f"--url {text!r}: it contains spaces; {expected}")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        has_host = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of the port, or of brackets
+        has_host = False
+    if not has_host:
+        raise ConfigError(f"--url {text}: {expected}")
+    if parts.query or parts.fragment or parts.username is not None:
+        raise ConfigError(f"--url {text}: {expected}, without a query; a key goes into engine_args.api_key_file")
+    return url
+
+
 class Connection:
     """A session with one server.
 
     Args:
-        url: http://HOST:PORT.
+        url: as `server_url` returns it.
         engine: the engine's name, for messages.
         timeout_s: for one request.
         api_key_file: holds the key that the server asks for; None: none.
     """
 
     def __init__(self, url: str, engine: str, *, timeout_s: float, api_key_file: str | None):
-        self.url = url.rstrip("/")
+        self.url = url
         self._engine = engine
         self._timeout_s = timeout_s
         self._api_key_file = api_key_file
@@ -76,18 +100,19 @@ class Connection:
         assert self.session is not None
         try:
             async with self.session.get(self.url + path) as reply:
-                if reply.status in UNAVAILABLE_STATUSES:
-                    raise UnavailableError(f"{self.url}{path} answers {reply.status} {reply.reason}")
-                if reply.status != 200:
-                    raise ConfigError(
-                        f"{self.url}{path} answers {reply.status} {reply.reason}: is this a server for the "
-                        f"{self._engine} engine, and does it want a key (engine_args.api_key_file)?"
-                    )
-                return await reply.json(content_type=None)
-        except ValueError as e:
-            raise ConfigError(f"{self.url}{path} does not answer in JSON: {e}") from None
+                data = await reply.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as e:
             raise UnavailableError(f"cannot reach {self.url}{path} ({type(e).__name__}: {e})") from None
+        if reply.status in UNAVAILABLE_STATUSES:
+            raise UnavailableError(f"{self.url}{path} answers {reply.status} {reply.reason}")
+        if reply.status != 200:
+            raise ConfigError(f"{self.url}{path} answers {reply.status} {reply.reason}: {self._remedy(reply.status)}")
+        try:
+            return json.loads(data)
+        except ValueError:
+            raise ConfigError(
+                f"{self.url}{path} answers with {reply.content_type}, not JSON: {self._remedy(reply.status)}"
+            ) from None
 
     async def post(
         self, path: str, body: dict[str, Any], *, abandon: Callable[[dict[str, Any]], Awaitable[None]]
@@ -124,6 +149,10 @@ class Connection:
             raise UnavailableError(f"{self.url} answers {reply.status}: {_excerpt(data)}")
         if reply.status >= 500 and not await self._is_healthy():  # its engine has died
             raise UnavailableError(f"{self.url} answers {reply.status} and is not healthy: {_excerpt(data)}")
+        if reply.status in (401, 403):
+            raise ServerRefusedError(
+                f"{self.url}{path} answers {reply.status}: {_excerpt(data)}: {self._remedy(reply.status)}"
+            )
         try:
             parsed = json.loads(data)
         except ValueError:
@@ -133,6 +162,15 @@ class Connection:
         if reply.status != 200 or not isinstance(parsed, dict):
             raise ServerRefusedError(f"{self.url} answers {reply.status}: {_excerpt(data)}")
         return parsed
+
+    def _remedy(self, status: int) -> str:
+        """What to do about an answer that is not the expected one."""
+        if status in (401, 403):
+            if self._api_key_file is None:
+                return "it wants a key: put it into a file and set engine_args.api_key_file"
+            return f"it refuses the key in {self._api_key_file} (engine_args.api_key_file)"
+        server = self._engine.removesuffix("-http")
+        return f"is this a {server} server, as the engine {self._engine} needs it, and its URL http://HOST:PORT?"
 
     async def _is_healthy(self) -> bool:
         assert self.session is not None
@@ -145,7 +183,7 @@ class Connection:
 
 def _read_key(file: str) -> str:
     try:
-        key = pathlib.Path(file).read_text().strip()
+        key = pathlib.Path(file).read_text(encoding="utf-8", errors="replace").strip()
     except OSError as e:
         raise ConfigError(f"engine_args.api_key_file: {file}: {e.strerror}") from None
     if not key or not key.isprintable() or not key.isascii():

@@ -34,7 +34,7 @@ from jdistill.config import ConfigError, Section, TeacherServerConfig, parse
 from jdistill.fingerprint import model_fingerprint
 from jdistill.sidecar.engines.adapters import Adapter, adapter_info, read_adapter
 from jdistill.sidecar.engines.base import Engine
-from jdistill.sidecar.engines.http_connection import Connection, ServerRefusedError
+from jdistill.sidecar.engines.http_connection import Connection, ServerRefusedError, server_url
 from jdistill.sidecar.engines.http_root import check_root, check_root_weights
 from jdistill.sidecar.engines.own_loader import check_own_loader
 from jdistill.sidecar.engines.probe import distance, probe_ids
@@ -342,9 +342,7 @@ def _checked_url(name: str, config: TeacherServerConfig) -> str:
         raise ConfigError(
             f"engine {name} stands in front of a running server: give its address, --url http://HOST:PORT"
         )
-    for url in config.urls:
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"--url {url}: expected http://HOST:PORT or https://HOST:PORT")
+    urls = [server_url(url) for url in config.urls]
     if len(config.urls) > 1:
         raise ConfigError(
             f"--url is given {len(config.urls)} times, but a sidecar stands in front of one server: start one sidecar "
@@ -358,4 +356,4 @@ def _checked_url(name: str, config: TeacherServerConfig) -> str:
             raise ConfigError(f"{field}: the server behind engine {name} has its own; leave it out here")
     if config.offload:
         raise ConfigError(f"offload: engine {name} does not own the server and cannot put it to sleep")
-    return config.urls[0]
+    return urls[0]
