@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # What serves the teacher in `make demo`: jax (default), transformers or vllm.
 TEACHER ?= jax
-# Overrides of the demo's configuration, e.g. ARGS='num_steps=20'.
+# Overrides of the demo's configuration, and flags, e.g. ARGS='num_steps=20 --overwrite'.
 ARGS ?=
 # Extra options of pip install, e.g. --extra-index-url with PyTorch's index of CPU builds (README, "Installation").
 PIP_ARGS ?=
@@ -88,7 +88,7 @@ demo: $(STUDENT)/.student $(TEACHER_ENV_$(TEACHER))  ## three ways to train a st
 	@$(STUDENT)/bin/jdistill demo --teacher $(TEACHER) --teacher-python $(TEACHER_PYTHON_$(TEACHER)) $(ARGS)
 
 figure: $(STUDENT)/.student  ## the README's picture: every arm over 3 seeds and 200 steps (20 to 30 minutes)
-	@$(STUDENT)/bin/jdistill demo num_steps=200 eval.every=20 --seeds 0 1 2 --arms all --to runs/figure --picture docs/images/demo.png
+	@$(STUDENT)/bin/jdistill demo num_steps=200 eval.every=20 --seeds 0 1 2 --arms all --to runs/figure --picture docs/images/demo.png $(ARGS)
 
 tune: $(STUDENT)/.student  ## every arm over the same grid of learning rates
 	@$(STUDENT)/bin/python benchmarks/tune_addition.py

@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="output directory (default: runs/demo)",
     )
     parser.add_argument("--picture", type=pathlib.Path, metavar="PNG", help="also copy the picture here")
+    parser.add_argument("--overwrite", action="store_true", help="delete the runs of an earlier demo in DIR")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="overrides for every arm, e.g. num_steps=30"
     )
@@ -89,26 +90,25 @@ def run(args: argparse.Namespace) -> int:
     assert base.teacher is not None and base.teacher.spawn is not None
     spawn = base.teacher.spawn
     groups: dict[str, list[pathlib.Path]] = {}
+    run_dirs = _run_dirs(args)
     args.to.mkdir(parents=True, exist_ok=True)
     if note:
         console.print(note)
     console.print(f"starting the teacher: {args.teacher}, {spawn.model} (log: {args.to / 'teacher.log'})")
     with TeacherProcess(spawn, args.to / "teacher.log") as teacher:
         console.print(f"the teacher serves on {teacher.endpoint}, process {teacher.pid}")
-        for seed in args.seeds:
-            for arm in DEFAULT_ARMS if args.arms == "main" else ARMS:
-                run_dir = args.to / f"{_slug(arm)}-seed{seed}"
-                overrides = [
-                    *args.overrides,
-                    *ARMS[arm],
-                    f"seed={seed}",
-                    f"run_dir={run_dir}",
-                    "teacher.spawn=null",
-                    f"teacher.endpoints=['{teacher.endpoint}']",
-                ]
-                label = arm if len(args.seeds) == 1 else f"{arm}, seed {seed}"
-                train(config.load(config.TrainConfig, config_path, overrides), overwrite=True, label=label)
-                groups.setdefault(arm, []).append(run_dir)
+        for (arm, seed), run_dir in run_dirs.items():
+            overrides = [
+                *args.overrides,
+                *ARMS[arm],
+                f"seed={seed}",
+                f"run_dir={run_dir}",
+                "teacher.spawn=null",
+                f"teacher.endpoints=['{teacher.endpoint}']",
+            ]
+            label = arm if len(args.seeds) == 1 else f"{arm}, seed {seed}"
+            train(config.load(config.TrainConfig, config_path, overrides), overwrite=args.overwrite, label=label)
+            groups.setdefault(arm, []).append(run_dir)
     accuracy = _teacher_accuracy(base, spawn.model)
     png, html = args.to / "demo.png", args.to / "demo.html"
     command = ["jdistill demo", f"--teacher {args.teacher}", f"--seeds {' '.join(map(str, args.seeds))}"]
@@ -139,6 +139,18 @@ def _base(path: pathlib.Path, args: argparse.Namespace) -> tuple[TrainConfig, st
     assert base.teacher is not None and base.teacher.spawn is not None
     spawn = base.teacher.spawn.model_copy(update={"engine": args.teacher, "python": args.teacher_python})
     return devices.reserve(base.model_copy(update={"teacher": base.teacher.model_copy(update={"spawn": spawn})}))
+
+
+def _run_dirs(args: argparse.Namespace) -> dict[tuple[str, int], pathlib.Path]:
+    """The directory of each arm and seed, in the order in which they run; an earlier demo's runs are refused."""
+    from jdistill.student.run_dir import has_steps
+
+    arms = DEFAULT_ARMS if args.arms == "main" else ARMS
+    found = {(arm, seed): args.to / f"{_slug(arm)}-seed{seed}" for seed in args.seeds for arm in arms}
+    earlier = [path for path in found.values() if has_steps(path)]
+    if earlier and not args.overwrite:
+        raise ValueError(f"{earlier[0]} holds a run already: --overwrite deletes it, --to DIR uses another directory")
+    return found
 
 
 def _teacher_accuracy(base: TrainConfig, path: str) -> dict[str, float]:

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from flax import nnx
 
     from jdistill import checkpoint_files, models
-    from jdistill.config import MeshSection, TrainConfig, parse
+    from jdistill.config import MeshSection, ModelSection, parse
     from jdistill.fingerprint import model_fingerprint
     from jdistill.student import sharding
     from jdistill.student.checkpoint import restore_params
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     config_file = args.run_dir / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"{args.run_dir} has no config.json: it is not the directory of a `jdistill train` run")
-    section = parse(TrainConfig, json.loads(config_file.read_text()), source=str(config_file)).model
+    section = parse(ModelSection, json.loads(config_file.read_text())["model"], source=f"model of {config_file}")
     source = args.source or pathlib.Path(section.path)
     if not source.is_dir():
         raise FileNotFoundError(

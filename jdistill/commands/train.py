@@ -19,8 +19,10 @@ examples:
   srun jdistill train configs/demo.yaml --distributed
 
 The run directory holds metrics.jsonl (one line per step, the same for the same seed), timings.jsonl, config.json,
-teacher.log and checkpoints/. `jdistill plot RUN...` draws runs, `jdistill export RUN --to DIR` writes the student as a
-Hugging Face checkpoint.
+teacher.log and checkpoints/. A run can be resumed elsewhere (other devices, mesh, hosts, teachers' addresses) or for
+longer; changes.jsonl records it. A start that fails leaves no run behind.
+
+`jdistill plot RUN...` draws runs, `jdistill export RUN --to DIR` writes the student as a Hugging Face checkpoint.
 
 exit codes: 0 done, 1 the teacher or the numbers failed (state saved), 2 the configuration was wrong, 130 Ctrl-C and
 143 SIGTERM (state saved)."""
@@ -33,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides; values are YAML")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, bit for bit")
-    again.add_argument("--overwrite", action="store_true", help="delete an earlier run in run_dir first")
+    again.add_argument(
+        "--overwrite", action="store_true", help="delete an earlier run in run_dir, once this one begins"
+    )
     several = parser.add_argument_group("several hosts", "the same command on each; see docs/multi_host.md")
     several.add_argument(
         "--distributed",

@@ -25,6 +25,7 @@ from jdistill.student.metrics import MetricsWriter
 from jdistill.student.optimizer import make_optimizer
 from jdistill.student.progress import Progress
 from jdistill.student.recipe import Recipe, make_recipe
+from jdistill.student.run_dir import RunDirectory
 from jdistill.student.state import TrainState, init_state
 from jdistill.student.step import TrainStep, make_train_step
 from jdistill.student.teacher import RemoteTeacher
@@ -77,13 +78,13 @@ class Run:
 
 
 def make_run(
-    config: TrainConfig, run_dir: pathlib.Path, stack: contextlib.ExitStack, *, label: str
+    config: TrainConfig, directory: RunDirectory, stack: contextlib.ExitStack, *, label: str
 ) -> tuple[Run, Position]:
     """Makes the parts of a run, in an order in which cheap mistakes show first, and restores its position.
 
     Args:
         config: configuration of the run.
-        run_dir: its directory, which exists.
+        directory: its directory, locked; taken for the run when nothing is left that often fails.
         stack: closes the parts.
         label: heads the progress line.
 
@@ -100,7 +101,7 @@ def make_run(
     teacher = None
     if config.objective.has_distillation:
         # It takes its share of the memory before the student does.
-        teacher = RemoteTeacher(config, model_config, task, run_dir, stack, say=progress.say)
+        teacher = RemoteTeacher(config, model_config, task, directory.path, stack, say=progress.say)
     recipe = make_recipe(config) if teacher is None else teacher.recipe
     # The sampler has a whole copy of the parameters on each host.
     own_mesh, host_mesh = (mesh, None) if hosts.count() == 1 else hosts.meshes(mesh)
@@ -124,14 +125,15 @@ def make_run(
     train_step = make_train_step(graphdef, config, optimizer, mesh, recipe=recipe, base=base, reference=reference)
     # Only the adapters are in a checkpoint, so it records the fingerprint of the weights that they adapt.
     adapted = model_fingerprint(config.model.path, config.model.compute_dtype) if base else None
-    checkpoints = stack.enter_context(
-        contextlib.closing(Checkpoints(run_dir, keep=config.checkpoint.keep, base=adapted))
-    )
+    place = _place(mesh, teacher)
+    if not directory.resumes:
+        directory.begin(place, progress.say)
+    checkpoints = Checkpoints(directory.path, keep=config.checkpoint.keep, base=adapted)
+    stack.enter_context(contextlib.closing(checkpoints))
     position = _restore(checkpoints, state, task, collector)
-    writer = None
-    if hosts.is_first():
-        writer = stack.enter_context(contextlib.closing(MetricsWriter(run_dir)))
-        writer.truncate_to(position.step if position.step else -1)
+    if directory.resumes:
+        directory.resume_at(position.step, place, progress.say)
+    writer = _make_writer(directory, position, stack) if hosts.is_first() else None
     progress.begin_at(position.step)
     stack.enter_context(progress)
     run = Run(config, recipe, task, teacher, sampler, collector, policy, train_step, checkpoints, writer, progress)
@@ -192,6 +194,19 @@ class HostCopy:
 
 
 # ---- the parts ----
+
+
+def _make_writer(directory: RunDirectory, position: Position, stack: contextlib.ExitStack) -> MetricsWriter:
+    """The metrics files, without the lines of steps that a resumed run makes again."""
+    writer = stack.enter_context(contextlib.closing(MetricsWriter(directory.path)))
+    writer.truncate_to(position.step if position.step else -1)
+    return writer
+
+
+def _place(mesh: Mesh, teacher: RemoteTeacher | None) -> dict[str, Any]:
+    """Where a run runs, as far as its directory records it."""
+    fingerprints = {} if teacher is None else teacher.fingerprints
+    return {"devices": mesh.size, "processes": hosts.count(), "teachers": fingerprints}
 
 
 def _make_task(config: TrainConfig) -> Task:

@@ -65,6 +65,7 @@ class RemoteTeacher:
             self._client.wake()  # a run that was killed may have left it asleep
             self._client.check_can_sleep()  # now rather than after the first rollout
         infos = [self._client.info(name) for name in self._names]
+        self.fingerprints = dict(zip(self._names, (info.model.fingerprint for info in infos), strict=True))
         num_token_ids = 1 + max(task.tokenizer.get_vocab().values())
         for info in infos:
             check_teacher(config, model_config, info, num_token_ids=num_token_ids)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import pathlib
 import sys
 import time
 from collections.abc import Mapping
@@ -12,11 +11,12 @@ from collections.abc import Mapping
 import jax
 
 from jdistill.config import TrainConfig
-from jdistill.student import devices, hosts, recipe, run_dir
+from jdistill.student import devices, hosts, recipe
 from jdistill.student.batch import TrainBatch
 from jdistill.student.compilations import COMPILATIONS
 from jdistill.student.evaluate import held_out_accuracy
 from jdistill.student.run import Position, Run, make_run
+from jdistill.student.run_dir import RunDirectory
 from jdistill.student.signals import Stopped, StopSignals
 from jdistill.student.update import Update, on_policy_update, supervised_update
 
@@ -31,7 +31,7 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
     Args:
         config: configuration of the run.
         resume: continue from the newest checkpoint in run_dir, exactly as if the run had never stopped.
-        overwrite: delete an earlier run in run_dir first.
+        overwrite: delete an earlier run in run_dir, once this one begins.
         label: heads the progress line; default: the name of the run directory.
 
     Raises:
@@ -43,13 +43,13 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
     recipe.check(config)
     asked, (config, note) = config, devices.reserve(config)  # before anything asks JAX for its devices
     hosts.check_split(config)
-    hosts.from_first(lambda: run_dir.prepare(asked, resume=resume, overwrite=overwrite))
-    directory = pathlib.Path(config.run_dir)
+    directory = RunDirectory(asked, resume=resume, overwrite=overwrite)
     if note and hosts.is_first():
         print(note, file=sys.stderr)
     with StopSignals() as stop, contextlib.ExitStack() as stack:
+        stack.enter_context(directory.locked())
         try:
-            run, position = make_run(config, directory, stack, label=label or directory.name)
+            run, position = make_run(config, directory, stack, label=label or directory.path.name)
             try:
                 _loop(run, position, stop)
             except BaseException as e:

@@ -1,0 +1,117 @@
+"""What a resumed run may change: a table of all keys, and the differences between two configurations of one run.
+
+A key is free if it says where or how often something is done, or how the work is cut into pieces: the numbers stay the
+same within rounding. Every other key defines the run.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from jdistill.config import ConfigError, ScheduleSection, Section, TrainConfig
+
+# Section -> its keys. An optional section is also a key of the section around it: whether it is there at all.
+FREE: dict[str, tuple[str, ...]] = {
+    "": ("run_dir", "num_steps", "teacher"),  # for num_steps see `length_note`
+    "model": ("remat",),
+    "teacher": (
+        *("endpoints", "several", "spawn", "deadline_s", "max_in_flight", "batch_tokens", "hedge_after_s", "stall_s"),
+        *("model", "offload", "tls_ca", "tls_cert", "tls_key", "token_file"),
+    ),
+    "rollout": ("max_rows", "chunk_tokens"),
+    "objective": ("chunk_tokens",),
+    "optimizer": ("accumulate", "packing"),
+    "eval": ("every", "greedy"),
+    "checkpoint": ("every", "keep"),
+    "mesh": ("data", "fsdp", "tensor"),
+}
+DEFINES: dict[str, tuple[str, ...]] = {
+    "": ("seed",),
+    "model": ("path", "init", "compute_dtype", "lora"),
+    "model.lora": ("rank", "alpha", "targets"),
+    "task": ("name", "options"),
+    "teacher": ("privileged", "tokenizer"),
+    "rollout": (
+        *("num_prompts", "num_completions", "max_prompt_tokens", "max_new_tokens", "temperature", "min_new_tokens"),
+        *("top_k", "top_p", "min_p", "stop_strings", "cache_dtype", "ahead"),
+    ),
+    "objective": (
+        *("kind", "rl_loss_weight", "advantage", "policy", "clip_low", "clip_high", "dual_clip", "tau_positive"),
+        *("tau_negative", "proximal", "behavior", "discount", "gae_lambda", "value_loss_weight", "value_clip"),
+        *("dynamic_sampling", "overlong_buffer", "reference", "distill_loss_weight", "distillation"),
+        *("distill_placement", "distill_top_k", "distill_candidates", "distill_tail", "distill_beta"),
+        *("distill_discount", "distill_clip", "distill_where", "distill_threshold", "distill_entropy_weight"),
+        *("teacher_weights", "reduction"),
+    ),
+    "objective.behavior": ("action", "level", "lower", "upper"),
+    "objective.reference": ("path", "weight", "estimator"),
+    "optimizer": (
+        *("name", "learning_rate", "b1", "b2", "eps", "moment_dtype", "weight_decay", "clip_norm", "warmup_steps"),
+        *("schedule", "end_factor", "minibatches", "batch_size"),
+    ),
+    "eval": ("num_prompts",),
+}
+
+
+class Change(NamedTuple):
+    """One key with another value than before."""
+
+    key: str
+    old: Any  # JSON
+    new: Any
+
+
+def between(old: TrainConfig, new: TrainConfig) -> list[Change]:
+    """Returns the free keys that differ.
+
+    Raises:
+        ConfigError: a key that defines the run differs; the message lists all of them with both values.
+    """
+    free, refused = _compare("", old, new)
+    if refused:
+        raise ConfigError(
+            "the run in the directory was made with another configuration, so the resumed run would not be the same "
+            "run. Restore the old values, or use another run_dir.\n  "
+            + "\n  ".join(f"{change.key}: was {change.old!r}, is {change.new!r}" for change in refused)
+        )
+    return free
+
+
+def _compare(path: str, old: Section, new: Section) -> tuple[list[Change], list[Change]]:
+    """The differences within one section: those of free keys, and those of others."""
+    free: list[Change] = []
+    refused: list[Change] = []
+    was, now = old.model_dump(mode="json"), new.model_dump(mode="json")
+    for name in was:
+        key = f"{path}.{name}" if path else name
+        before, after = getattr(old, name), getattr(new, name)
+        if before == after:
+            continue
+        if (key in FREE or key in DEFINES) and isinstance(before, Section) and isinstance(after, Section):
+            inner = _compare(key, before, after)
+            free, refused = free + inner[0], refused + inner[1]
+        else:
+            (free if name in FREE.get(path, ()) else refused).append(Change(key, was[name], now[name]))
+    return free, refused
+
+
+def length_note(config: TrainConfig) -> str | None:
+    """Says what else depends on num_steps, if anything does, for a run whose length was changed."""
+    objective, section = config.objective, config.optimizer
+    weights = {"objective.rl_loss_weight": objective.rl_loss_weight}
+    weights["objective.distill_loss_weight"] = objective.distill_loss_weight
+    if objective.reference is not None:
+        weights["objective.reference.weight"] = objective.reference.weight
+    depends = [
+        key
+        for key, weight in weights.items()
+        if isinstance(weight, ScheduleSection) and weight.kind != "kdrl" and weight.num_steps is None
+    ]
+    if section.schedule != "constant":
+        depends.append(f"optimizer.schedule: {section.schedule}")
+    if not depends:
+        return None
+    return (
+        f"num_steps was changed, and {', '.join(depends)} end with the run: from here on they follow the new length, "
+        "so this is not the run that it would have been from the start"
+    )
