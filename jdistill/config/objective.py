@@ -30,6 +30,8 @@ class ScheduleSection(Section):
             raise ValueError(
                 "kdrl falls from begin to end by decrement per step: it takes no num_steps, and end <= begin"
             )
+        if self.begin == self.end:
+            raise ValueError(f"begin and end are both {self.begin:g}: a weight that does not change is a number")
         return self
 
 
@@ -127,7 +129,9 @@ class ObjectiveSection(Section):
     reference: ReferenceSection | None = Field(None, description="KL to a frozen reference model; null: none")
     # The teacher's side.
     distill_loss_weight: Weight = Field(
-        0.0, description="weight of the distillation term: a number or a schedule; 0: no teacher"
+        0.0,
+        description="weight of the distillation term: a number or a schedule; 0: no teacher. With a teacher it must be "
+        "given",
     )
     distillation: str = Field(
         "auto",

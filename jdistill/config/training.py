@@ -184,7 +184,7 @@ class RolloutSection(Section):
     @property
     def is_truncated(self) -> bool:
         """Whether tokens are sampled from a part of the distribution."""
-        return (self.top_k, self.top_p, self.min_p) != (None, None, None)
+        return self.top_k is not None or self.min_p is not None or self.top_p not in (None, 1)
 
 
 class OptimizerSection(Section):
@@ -261,6 +261,12 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _relations(self) -> TrainConfig:
         objective = self.objective
+        unsaid = "distill_loss_weight" not in objective.model_fields_set
+        if objective.kind == "on_policy" and self.teacher is not None and unsaid:
+            raise ValueError(
+                "teacher: objective.distill_loss_weight is not given, and with its default of 0 the teacher would do "
+                "nothing: set it above 0 to distil, or to 0 to train with the reward alone"
+            )
         if objective.kind == "supervised":
             return self._check_parts(self.optimizer.batch_size, "optimizer.batch_size")
         if objective.has_distillation and self.teacher is None:

@@ -55,6 +55,11 @@ METRICS = {
     "sampler_gap_mean": Metric("mean |trainer's - sampler's log-prob| of the sampled tokens", "nats"),
     "sampler_gap_max": Metric("largest |trainer's - sampler's log-prob| of a sampled token", "nats"),
     "reward": Metric("mean reward of the completions sampled in this step", "1"),
+    "signal_share": Metric(
+        "share of groups whose rewards differ, overlong_buffer included: only they have an advantage; 0: the reward "
+        "trains nothing in this step",
+        "1",
+    ),
     "response_length": Metric("mean length of the completions, stop token included", "tokens"),
     "stopped_share": Metric("share of completions that a stop token or stop string ended, not max_new_tokens", "1"),
     "readable_share": Metric(

@@ -115,6 +115,20 @@ def _decays(params: optax.Params) -> optax.Params:
     )
 
 
+def check(section: OptimizerSection) -> None:
+    """Raises ConfigError if the name is unknown, or the optimizer does not have a given option."""
+    kind = OPTIMIZERS.get(section.name)
+    if kind is None:
+        raise ConfigError(f"optimizer.name: {section.name!r} is none of {', '.join(OPTIMIZERS)}")
+    if wrong := sorted(set(_given(section)) - set(kind.options)):
+        has = ", ".join(kind.options) or "none of b1, b2, eps"
+        raise ConfigError(f"optimizer.{wrong[0]}: {section.name} has no such option (it has {has}): leave it out")
+
+
+def _given(section: OptimizerSection) -> dict[str, float]:
+    return {name: number for name in ("b1", "b2", "eps") if (number := getattr(section, name)) is not None}
+
+
 def make_optimizer(section: OptimizerSection, num_steps: int) -> optax.GradientTransformation:
     """Builds clipping by the global norm, followed by the named optimizer; norm scales and biases do not decay.
 
@@ -125,15 +139,10 @@ def make_optimizer(section: OptimizerSection, num_steps: int) -> optax.GradientT
     Raises:
         ConfigError: the name is unknown, or the optimizer does not have a given option.
     """
-    kind = OPTIMIZERS.get(section.name)
-    if kind is None:
-        raise ConfigError(f"optimizer.name: {section.name!r} is none of {', '.join(OPTIMIZERS)}")
-    given = {name: number for name in ("b1", "b2", "eps") if (number := getattr(section, name)) is not None}
-    if wrong := sorted(set(given) - set(kind.options)):
-        has = ", ".join(kind.options) or "none of b1, b2, eps"
-        raise ConfigError(f"optimizer.{wrong[0]}: {section.name} has no such option (it has {has}): leave it out")
+    check(section)
+    kind = OPTIMIZERS[section.name]
     schedule = make_schedule(section, num_steps)
-    optimizer = kind.make(schedule, section.weight_decay, _decays, **(kind.options | given))
+    optimizer = kind.make(schedule, section.weight_decay, _decays, **(kind.options | _given(section)))
     if section.moment_dtype == "bfloat16":
         optimizer = in_bfloat16(optimizer)
     return optax.chain(optax.clip_by_global_norm(section.clip_norm), optimizer)

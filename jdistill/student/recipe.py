@@ -15,6 +15,7 @@ from typing import Any
 
 from jdistill.config import ConfigError, ObjectiveSection, TrainConfig
 from jdistill.losses import advantages, estimators, policy_gradient
+from jdistill.student import effect, optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +99,11 @@ def make_recipe(
     if objective.has_rl or (term is not None and term.placement == "advantage"):
         policy = policy_gradient.POLICIES[objective.policy]
     has_segments = term is not None and _has_other_tokenizer(config)
-    optimizer, rollout = config.optimizer, config.rollout
+    rollout, updates = config.rollout, config.optimizer
     on_policy = objective.kind == "on_policy"
     return Recipe(
         on_policy=on_policy,
-        num_rows=rollout.num_prompts * rollout.num_completions if on_policy else optimizer.batch_size,
+        num_rows=rollout.num_prompts * rollout.num_completions if on_policy else updates.batch_size,
         temperature=rollout.temperature if on_policy else 1.0,
         policy=policy,
         policy_options={} if policy is None else _given(objective, policy.options),
@@ -118,9 +119,9 @@ def make_recipe(
         num_shared_ids=None if term is None or has_segments else _num_shared_ids(vocab_size, teachers),
         has_segments=has_segments,
         batch_fields=_batch_fields(objective, term, has_critic=has_critic, has_segments=has_segments),
-        recomputes_proximal=on_policy and objective.proximal == "recomputed" and optimizer.minibatches > 1,
+        recomputes_proximal=on_policy and objective.proximal == "recomputed" and updates.minibatches > 1,
         adds_over_targets=_adds_over_targets(objective, policy, term, has_segments=has_segments),
-        takes_parts=optimizer.accumulate > 1 and optimizer.minibatches == 1 and not has_critic,
+        takes_parts=updates.accumulate > 1 and updates.minibatches == 1 and not has_critic,
     )
 
 
@@ -129,6 +130,8 @@ def check(config: TrainConfig) -> None:
     objective, teacher = config.objective, config.teacher
     term = _named_distillation(objective)  # None: there is none, or `auto`
     _reference(objective)
+    optimizer.check(config.optimizer)
+    effect.check(config, term)
     if objective.has_distillation and _has_other_tokenizer(config) and term is not None and term.name != AUTO_SAMPLED:
         raise ConfigError(
             "teacher.tokenizer: a teacher with another tokenizer scores spans of text, not the student's tokens, so "
@@ -157,6 +160,11 @@ def check(config: TrainConfig) -> None:
     unknown = sorted(set(objective.teacher_weights) - set(several or ()))
     if unknown:
         raise ConfigError(f"objective.teacher_weights: {unknown[0]} is none of teacher.several")
+
+
+def notes(config: TrainConfig) -> list[str]:
+    """Returns what a user should know of a configuration that is right; see `effect.notes`."""
+    return effect.notes(config, _named_distillation(config.objective))
 
 
 # ---- the terms ----

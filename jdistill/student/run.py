@@ -24,7 +24,7 @@ from jdistill.student.checkpoint import Checkpoints
 from jdistill.student.metrics import MetricsWriter
 from jdistill.student.optimizer import make_optimizer
 from jdistill.student.progress import Progress
-from jdistill.student.recipe import Recipe, make_recipe
+from jdistill.student.recipe import Recipe, make_recipe, notes
 from jdistill.student.run_dir import RunDirectory
 from jdistill.student.state import TrainState, init_state
 from jdistill.student.step import TrainStep, make_train_step
@@ -92,7 +92,7 @@ def make_run(
         ConfigError: the configuration does not fit the data, the devices, the model, the checkpoint or the teacher.
         TeacherError: no teacher is up before the deadline.
     """
-    progress = Progress(label, config.num_steps, None if hosts.is_first() else Console(quiet=True))
+    progress = _make_progress(config, label)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_rows(config, mesh.shape)
     task = _make_task(config)
@@ -207,6 +207,14 @@ def _place(mesh: Mesh, teacher: RemoteTeacher | None) -> dict[str, Any]:
     """Where a run runs, as far as its directory records it."""
     fingerprints = {} if teacher is None else teacher.fingerprints
     return {"devices": mesh.size, "processes": hosts.count(), "teachers": fingerprints}
+
+
+def _make_progress(config: TrainConfig, label: str) -> Progress:
+    """The progress of the run, which begins with what should be known of its configuration."""
+    progress = Progress(label, config.num_steps, None if hosts.is_first() else Console(quiet=True))
+    for note in notes(config):
+        progress.say(note)
+    return progress
 
 
 def _make_task(config: TrainConfig) -> Task:

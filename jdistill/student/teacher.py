@@ -69,6 +69,12 @@ class RemoteTeacher:
         num_token_ids = 1 + max(task.tokenizer.get_vocab().values())
         for info in infos:
             check_teacher(config, model_config, info, num_token_ids=num_token_ids)
+        student_fingerprint = checkpoint_files.tokenizer_fingerprint(config.model.path)
+        if teacher.tokenizer and checkpoint_files.tokenizer_fingerprint(teacher.tokenizer) == student_fingerprint:
+            say(
+                "teacher.tokenizer is the student's own tokenizer: without the key, the teacher would score the "
+                "student's tokens instead of spans of text, and candidates too"
+            )
         if teacher.tokenizer is None:
             for size in sorted({info.model.vocab_size for info in infos} - {model_config.vocab_size}):
                 say(_sizes_differ(model_config.vocab_size, size, num_token_ids))

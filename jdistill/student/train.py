@@ -12,6 +12,7 @@ import jax
 
 from jdistill.config import TrainConfig
 from jdistill.student import devices, hosts, recipe
+from jdistill.student.advantage_watch import AdvantageWatch
 from jdistill.student.batch import TrainBatch
 from jdistill.student.compilations import COMPILATIONS
 from jdistill.student.evaluate import held_out_accuracy
@@ -71,6 +72,7 @@ def _loop(run: Run, position: Position, stop: StopSignals) -> None:
         timings = _evaluate(run, position, values)
         run.write(position, values, timings)
         run.progress.step(0, values)
+    watch = AdvantageWatch()
     while position.step < config.num_steps:
         started, compiled = time.monotonic(), (COMPILATIONS.count, COMPILATIONS.seconds)
         update = on_policy_update(run, position) if run.recipe.on_policy else supervised_update(run, position)
@@ -89,6 +91,8 @@ def _loop(run: Run, position: Position, stop: StopSignals) -> None:
             if _is_due(config.checkpoint.every, position.step) or is_last:
                 run.save(position)
         run.progress.step(position.step, values | timings)
+        if (warning := watch.warning(values, is_last=is_last)) is not None:
+            run.progress.say(warning)
 
 
 def _is_due(every: int, step: int) -> bool:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jdistill.config import TrainConfig
-from jdistill.losses import weights
+from jdistill.losses import advantages, weights
 from jdistill.rollout.collect import Rollout, shape_rewards
 from jdistill.rollout.completion import Completion
 from jdistill.rollout.sampled import SampledBatch
@@ -110,11 +110,12 @@ def _rows(run: Run, batch: SampledBatch) -> _Rows:
     stopped_B = np.array([c.finish_reason == "stop" for c in completions])
     # Gathered from all processes, since some advantages are relative to all rows.
     all_N4 = hosts.gather(np.stack([shaped_B, rewards_B, lengths_B, stopped_B], axis=1).astype(np.float32))
-    advantages_B = np.zeros_like(rewards_B)
+    advantages_B, values = np.zeros_like(rewards_B), {}
     if run.recipe.group_advantage is not None:
         rewards_PG = all_N4[:, 0].reshape(run.config.rollout.num_prompts, -1)
         advantages_N = np.asarray(run.recipe.group_advantage(rewards_PG)).reshape(-1)
         advantages_B = advantages_N[hosts.own_part(len(advantages_N))]
+        values["signal_share"] = signal_share(rewards_PG)
     means = all_N4[:, 1:].mean(axis=0, dtype=np.float64)
     names = ("reward", "response_length", "stopped_share")
     return _Rows(
@@ -123,7 +124,7 @@ def _rows(run: Run, batch: SampledBatch) -> _Rows:
         distill_weights=_distill_weights(run.config, run.task, batch.problems, rewards_B),
         num_tokens=int(all_N4[:, 2].sum(dtype=np.float64)),
         num_rows=len(all_N4),
-        values={name: float(mean) for name, mean in zip(names, means, strict=True)},
+        values=values | {name: float(mean) for name, mean in zip(names, means, strict=True)},
     )
 
 
@@ -133,6 +134,12 @@ def _readable_share(task: Task, completions: Sequence[Completion]) -> dict[str, 
     if None in readable_B:
         return {}
     return {"readable_share": float(hosts.gather(np.array(readable_B, np.float32)[:, None]).mean(dtype=np.float64))}
+
+
+def signal_share(rewards_PG: np.ndarray) -> float:
+    """Share of groups whose rewards differ; with one completion per prompt the batch is the group."""
+    groups = rewards_PG if rewards_PG.shape[1] > 1 else rewards_PG.T
+    return float(np.mean(np.asarray(advantages.has_signal(groups))))
 
 
 def _distill_weights(
