@@ -53,7 +53,7 @@ def check(config: TrainConfig, term: Term) -> None:
     """
     keys = given(config) - {key for off in SWITCHED_OFF if off.when(config, term) for key in off.keys.split()}
     wrong = [
-        f"{key} has no effect: {idle.why}"
+        f"{key} has no effect here: {idle.why}"
         for idle in REFUSED
         if idle.when(config, term)
         for key in idle.keys.split()

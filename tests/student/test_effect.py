@@ -236,7 +236,7 @@ def test_several_mistakes_are_in_one_message():
     with pytest.raises(ConfigError) as caught:
         recipe.check(config)
     for key in ("objective.tau_positive", "objective.discount", "optimizer.end_factor"):
-        assert f"{key} has no effect: " in str(caught.value)
+        assert f"{key} has no effect here: " in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["configs/demo.yaml", "configs/gsm8k_qwen3_0.6b_from_14b.yaml"])

@@ -170,8 +170,10 @@ def test_a_start_that_fails_or_is_killed_leaves_no_run(tmp_path):
 
 def test_two_processes_cannot_use_one_directory(tmp_path):
     code = (
-        "import sys; from tests.student.test_run_dir import *\n"
-        "with RunDirectory(train_config(sys.argv[1]), resume=False, overwrite=False).locked():\n"
+        "import sys; from jdistill import config; from jdistill.student.run_dir import RunDirectory\n"
+        "given = {'num_steps': 4, 'model': {'path': 'unused'}, 'task': {'name': 'unused'}, 'run_dir': sys.argv[1]}\n"
+        "made = config.parse(config.TrainConfig, given)\n"
+        "with RunDirectory(made, resume=False, overwrite=False).locked():\n"
         "    print('locked', flush=True); sys.stdin.read()"
     )
     root = pathlib.Path(__file__).parents[2]
