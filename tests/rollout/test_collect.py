@@ -23,7 +23,7 @@ def train_config(num_prompts=2, **sections):
         "task": {"name": "unused"},
         "teacher": {"endpoints": ["unused:1"]},
         "rollout": {"num_prompts": num_prompts, "num_completions": G, "max_new_tokens": 9, "temperature": 0.7},
-        "objective": {},
+        "objective": {"distill_loss_weight": 1.0},
     }
     for name, section in sections.items():
         data[name] |= section
