@@ -74,7 +74,7 @@ def config(distillation: str, **changes: Any) -> TrainConfig:
             "distillation": distillation,
             "distill_placement": "loss",
             "distill_loss_weight": work.KL_WEIGHT,
-            "distill_top_k": CANDIDATES,
+            **({"distill_top_k": CANDIDATES} if distillation.startswith("topk") else {}),
         },
         # clip_norm: the peers do not clip; the norm itself is still computed.
         "optimizer": {

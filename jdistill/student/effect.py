@@ -35,6 +35,8 @@ def _given(path: str, section: Section) -> Iterator[str]:
     is_dump = section.model_fields_set == set(fields)
     for name in section.model_fields_set:
         value, key = getattr(section, name), f"{path}{name}"
+        if value is None and fields[name].default is None:
+            continue  # `null` leaves a key out
         if not is_dump or value != fields[name].default:
             yield key
             if isinstance(value, Section):

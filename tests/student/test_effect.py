@@ -33,6 +33,7 @@ CASES = [
     ("teacher.endpoints", ["unused:1"], {"objective": {"distill_loss_weight": 0}}, "noted"),
     ("teacher.endpoints", ["unused:1"], {"objective": SUPERVISED}, "noted"),
     ("teacher.endpoints", ["unused:1"], {"objective": DISTIL}, "used"),
+    ("objective.distill_clip", None, {}, "used"),  # null leaves a key out
     ("teacher.hedge_after_s", 2.0, {"objective": DISTIL, "teacher": SPAWN | {"endpoints": None}}, "refused"),
     ("teacher.hedge_after_s", None, {"objective": DISTIL, "teacher": SPAWN | {"endpoints": None}}, "used"),
     ("teacher.hedge_after_s", 2.0, {"objective": DISTIL}, "used"),
