@@ -110,14 +110,9 @@ def make_run(
     graphdef, params, base = nnx.split(decoder, models.trained_kind(decoder.config), ...)
     sampler = _make_sampler(config, recipe, task, graphdef, own_mesh)
     policy = SamplingPolicy(sampler, base, None if host_mesh is None else HostCopy(decoder, own_mesh, host_mesh))
+    own = hosts.own_part(config.rollout.num_prompts)
     collector = Collector(
-        config,
-        task,
-        sampler,
-        teacher,
-        own_prompts=hosts.own_part(config.rollout.num_prompts),
-        maximum=hosts.maximum,
-        show_phase=progress.phase,
+        config, task, sampler, teacher, own_prompts=own, maximum=hosts.maximum, show_phase=progress.phase
     )
     optimizer = make_optimizer(config.optimizer, config.num_steps)
     state = init_state(params, optimizer, mesh, value_width=model_config.hidden_size if recipe.has_critic else None)
