@@ -33,7 +33,7 @@ DEFINES: dict[str, tuple[str, ...]] = {
     "teacher": ("privileged", "tokenizer"),
     "rollout": (
         *("num_prompts", "num_completions", "max_prompt_tokens", "max_new_tokens", "temperature", "min_new_tokens"),
-        *("top_k", "top_p", "min_p", "stop_strings", "cache_dtype", "ahead"),
+        *("top_k", "top_p", "min_p", "stop_strings", "include_stop_str_in_output", "cache_dtype", "ahead"),
     ),
     "objective": (
         *("kind", "rl_loss_weight", "advantage", "policy", "clip_low", "clip_high", "dual_clip", "tau_positive"),

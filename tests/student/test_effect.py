@@ -160,7 +160,10 @@ ALWAYS = {
         *("max_batch_tokens", "engine_args", "python", "env", "startup_timeout_s"),
     },
     # Limits, and what evaluation samples with too.
-    "rollout": {"max_prompt_tokens", "max_new_tokens", "temperature", "max_rows", "cache_dtype", "chunk_tokens"},
+    "rollout": {
+        *("max_prompt_tokens", "max_new_tokens", "temperature", "max_rows", "cache_dtype", "chunk_tokens"),
+        "include_stop_str_in_output",  # stop tokens count too
+    },
     "objective": {"kind", "reduction", "chunk_tokens"},
     "objective.behavior": {"action", "level", "lower", "upper"},
     "objective.reference": {"path", "weight", "estimator"},
