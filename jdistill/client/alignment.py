@@ -23,7 +23,8 @@ class BatchScores(NamedTuple):
         valid: bool [B, T], equal to the requested loss mask.
         logprobs: [B, T].
         candidate_logprobs: [B, T, C], or None if no candidates were given.
-        top_ids, top_logprobs: int32 and float32 [B, T, K], or None if top_k is 0.
+        top_ids, top_logprobs: int32 and float32 [B, T, K], or None if top_k is 0. Ids of the teacher: its output may
+            have more rows than the student's, so an id is no index into the student's logits unchecked.
     """
 
     valid: np.ndarray

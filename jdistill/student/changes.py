@@ -1,14 +1,18 @@
 """What a resumed run may change: a table of all keys, and the differences between two configurations of one run.
 
 A key is free if it says where or how often something is done, or how the work is cut into pieces: the numbers stay the
-same within rounding. Every other key defines the run.
+same within rounding. Every other key defines the run; a directory that defines it may have moved.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jdistill import checkpoint_files
 from jdistill.config import ConfigError, ScheduleSection, Section, TrainConfig
+from jdistill.fingerprint import model_fingerprint
 
 # Section -> its keys. An optional section is also a key of the section around it: whether it is there at all.
 FREE: dict[str, tuple[str, ...]] = {
@@ -61,20 +65,56 @@ class Change(NamedTuple):
     new: Any
 
 
-def between(old: TrainConfig, new: TrainConfig) -> list[Change]:
-    """Returns the free keys that differ.
+def between(old: TrainConfig, new: TrainConfig, contents: Mapping[str, str]) -> list[Change]:
+    """Returns the free keys that differ, and the directories that have moved.
+
+    Args:
+        old: configuration of the run in the directory.
+        new: configuration that it is resumed with.
+        contents: `contents(old)`, as recorded when the run began.
 
     Raises:
         ConfigError: a key that defines the run differs; the message lists all of them with both values.
     """
-    free, refused = _compare("", old, new)
+    free, differ = _compare("", old, new)
+    moved = [
+        change for change in differ if change.key in contents and contents[change.key] == _content(new, change.key)
+    ]
+    free, refused = free + moved, [change for change in differ if change not in moved]
     if refused:
         raise ConfigError(
             "the run in the directory was made with another configuration, so the resumed run would not be the same "
-            "run. Restore the old values, or use another run_dir.\n  "
-            + "\n  ".join(f"{change.key}: was {change.old!r}, is {change.new!r}" for change in refused)
+            "run. Restore the old values, or use another run_dir. (A moved directory must have the contents of the old "
+            "one.)\n  " + "\n  ".join(f"{change.key}: was {change.old!r}, is {change.new!r}" for change in refused)
         )
     return free
+
+
+def contents(config: TrainConfig) -> dict[str, str]:
+    """Returns a fingerprint of each directory that defines the run, by its key."""
+    return {key: found for key in _DIRECTORIES if (found := _content(config, key)) is not None}
+
+
+_DIRECTORIES = ("model.path", "objective.reference.path", "teacher.tokenizer")
+
+
+def _content(config: TrainConfig, key: str) -> str | None:
+    """Fingerprint of the directory that a key names; None: it names none, or one that cannot be read."""
+    teacher, reference = config.teacher, config.objective.reference
+    paths = {"model.path": config.model.path}
+    paths["objective.reference.path"] = "" if reference is None else reference.path
+    paths["teacher.tokenizer"] = "" if teacher is None else teacher.tokenizer or ""
+    if not (path := paths[key]):
+        return None
+    try:
+        tokenizer = checkpoint_files.tokenizer_fingerprint(path)
+        if key == "teacher.tokenizer":
+            return tokenizer
+        if key == "model.path" and config.model.init == "random":
+            return f"{tokenizer} {json.dumps(checkpoint_files.read_config(path), sort_keys=True)}"
+        return f"{tokenizer} {model_fingerprint(path, config.model.compute_dtype)}"
+    except (ValueError, OSError):
+        return None
 
 
 def _compare(path: str, old: Section, new: Section) -> tuple[list[Change], list[Change]]:

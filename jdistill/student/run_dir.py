@@ -4,6 +4,7 @@ A start takes the directory when everything that can fail early has succeeded: a
 reached, neither leaves a run behind nor deletes one with `--overwrite`.
 
     config.json      the configuration, once the run has begun
+    contents.json    fingerprints of the directories that define the run, which may move
     place.json       where it runs: devices, processes, the teachers' fingerprints
     changes.jsonl    one line per resume that changed something: step, time, old and new values
     run.lock         held by the process that runs
@@ -26,7 +27,8 @@ from jdistill.config import ConfigError, TrainConfig, parse
 from jdistill.student import changes, hosts, metrics
 from jdistill.student.checkpoint import DIRECTORY as CHECKPOINTS
 
-CONFIG, PLACE, CHANGES, LOCK = "config.json", "place.json", "changes.jsonl", "run.lock"
+CONFIG, CONTENTS, PLACE = "config.json", "contents.json", "place.json"
+CHANGES, LOCK = "changes.jsonl", "run.lock"
 METRICS = ("metrics.jsonl", "timings.jsonl")
 TEACHER = ("teacher.log", "teacher.yaml", "teacher.port")  # written before the run begins
 
@@ -53,7 +55,7 @@ class RunDirectory:
 
     def _check(self, *, resume: bool) -> None:
         if self._overwrite:
-            known = {CONFIG, PLACE, CHANGES, LOCK, CHECKPOINTS, *METRICS, *TEACHER}
+            known = {CONFIG, CONTENTS, PLACE, CHANGES, LOCK, CHECKPOINTS, *METRICS, *TEACHER}
             there = {one.name for one in self.path.iterdir()} if self.path.is_dir() else set()
             if not there <= known and CONFIG not in there:
                 raise ConfigError(f"{self.path} holds no run of jdistill: it is not overwritten; delete it yourself")
@@ -93,9 +95,10 @@ class RunDirectory:
         if (self.path / CONFIG).exists() and not has_steps(self.path):
             say(f"an earlier start in {self.path} made no step: starting over")
         for one in list(self.path.iterdir()):
-            ours = one.name in (CONFIG, PLACE, CHANGES, CHECKPOINTS, *METRICS)
+            ours = one.name in (CONFIG, CONTENTS, PLACE, CHANGES, CHECKPOINTS, *METRICS)
             if ours or (self._overwrite and one.name not in (LOCK, *TEACHER)):
                 shutil.rmtree(one) if one.is_dir() and not one.is_symlink() else one.unlink()
+        _replace(self.path / CONTENTS, json.dumps(changes.contents(self._config), indent=2))
         self._write(place)
 
     def resume_at(self, step: int, place: Mapping[str, Any], say: Callable[[str], None]) -> None:
@@ -131,7 +134,8 @@ class RunDirectory:
 
     def _changes(self) -> list[changes.Change]:
         source = self.path / CONFIG
-        return changes.between(parse(TrainConfig, _read_json(source), source=str(source)), self._config)
+        contents = _read_json(self.path / CONTENTS) if (self.path / CONTENTS).exists() else {}
+        return changes.between(parse(TrainConfig, _read_json(source), source=str(source)), self._config, contents)
 
     def _write(self, place: Mapping[str, Any]) -> None:
         _replace(self.path / PLACE, json.dumps(dict(place), indent=2))

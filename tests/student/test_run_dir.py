@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from jdistill.config.loading import section_type
 from jdistill.student import changes
 from jdistill.student.run_dir import RunDirectory, has_steps
 
+ROOT = pathlib.Path(__file__).parents[2]
 PLACE = {"devices": 1, "processes": 1, "teachers": {"": "f"}}
 
 
@@ -64,7 +66,7 @@ def test_what_defines_the_run_is_refused_with_both_values(tmp_path):
     old = train_config(tmp_path, optimizer__learning_rate=1e-4, mesh__fsdp=4, seed=1)
     new = train_config(tmp_path, optimizer__learning_rate=2e-4, mesh__fsdp=2, objective__reference={"path": "x"})
     with pytest.raises(ConfigError) as caught:
-        changes.between(old, new)
+        changes.between(old, new, {})
     *_, first, second, third = str(caught.value).splitlines()
     assert first == "  seed: was 1, is 0"
     assert second.startswith("  objective.reference: was None, is {'path': 'x'")
@@ -78,7 +80,7 @@ def test_what_defines_nothing_may_change(tmp_path):
     keys = {"mesh__fsdp": 2, "mesh__data": 1, "checkpoint__every": 3, "eval__every": 1, "optimizer__packing": True}
     keys |= {"teacher__endpoints": ["elsewhere:1"], "teacher__deadline_s": 5.0, "num_steps": 9, "model__remat": "none"}
     new = train_config("moved", objective__distill_loss_weight=1.0, **keys)
-    found = {change.key: change.new for change in changes.between(old, new)}
+    found = {change.key: change.new for change in changes.between(old, new, {})}
     expected = {key.replace("__", "."): value for key, value in keys.items()}
     assert found == expected | {"run_dir": "moved", "teacher.spawn": None}
     for key in ("privileged", "tokenizer"):
@@ -86,7 +88,7 @@ def test_what_defines_nothing_may_change(tmp_path):
         keys = {"teacher__spawn": spawned, f"teacher__{key}": value}
         other = train_config(tmp_path, objective__distill_loss_weight=1.0, **keys)
         with pytest.raises(ConfigError, match=f"teacher.{key}: was"):
-            changes.between(old, other)
+            changes.between(old, other, {})
 
 
 @pytest.mark.parametrize(
@@ -127,6 +129,34 @@ def test_changes_are_recorded_with_step_and_time(tmp_path):
         start(train_config(tmp_path, num_steps=2), resume=True, steps=3)
 
 
+@pytest.mark.parametrize("key", ["model.path", "objective.reference.path", "teacher.tokenizer"])
+def test_a_directory_that_defines_the_run_may_move_but_not_change(tmp_path, key):
+    student, run_dir = ROOT / "examples/addition/student", tmp_path / "run"
+
+    def config(path):
+        keys = {"model__path": str(student), "objective__distill_loss_weight": 1.0}
+        keys |= {"objective__reference": {"path": str(student)}, "teacher__endpoints": ["unused:1"]}
+        keys |= {"teacher__tokenizer": str(student)}
+        if key == "objective.reference.path":
+            keys["objective__reference"] = {"path": str(path)}
+        else:
+            keys[key.replace(".", "__")] = str(path)
+        return train_config(run_dir, **keys)
+
+    start(config(student), steps=2)
+    moved = shutil.copytree(student, tmp_path / "moved")
+    said = start(config(moved), resume=True, steps=2)
+    assert said == [f"resumed at step 2 with changes: {key}: {student} -> {moved}"]
+    other = shutil.copytree(ROOT / "examples/addition/teacher", tmp_path / "other")  # other weights
+    (other / "tokenizer_config.json").write_text("{}")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {"1": tokenizer["model"]["vocab"]["2"], "2": tokenizer["model"]["vocab"]["1"]}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for path in (other, tmp_path / "nowhere"):
+        with pytest.raises(ConfigError, match=rf"{key}: was '.*moved', is '{path}'"):
+            start(config(path), resume=True, steps=2)
+
+
 def test_a_run_is_neither_mixed_nor_lost(tmp_path):
     start(train_config(tmp_path), steps=1)
     with pytest.raises(ConfigError, match="holds a run already: --resume continues it, --overwrite starts over"):
@@ -163,7 +193,12 @@ def test_a_start_that_fails_or_is_killed_leaves_no_run(tmp_path):
     for resume in (False, True):
         said = start(train_config(path, seed=7), resume=resume)
         assert said == [f"an earlier start in {path} made no step: starting over"]
-        assert sorted(one.name for one in path.iterdir()) == ["config.json", "place.json", "teacher.log"]
+        assert sorted(one.name for one in path.iterdir()) == [
+            "config.json",
+            "contents.json",
+            "place.json",
+            "teacher.log",
+        ]
     (path / "checkpoints" / "3").mkdir(parents=True)
     assert has_steps(path)
 
@@ -176,9 +211,8 @@ def test_two_processes_cannot_use_one_directory(tmp_path):
         "with RunDirectory(made, resume=False, overwrite=False).locked():\n"
         "    print('locked', flush=True); sys.stdin.read()"
     )
-    root = pathlib.Path(__file__).parents[2]
     holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
         assert holder.stdout.readline() == "locked\n"
