@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
+import importlib.util
+import os
+import pathlib
 import sys
 from collections.abc import Sequence
 
 import jdistill
+from jdistill import exit_status
 
 # One line per command, in the order in which users need them. A command's module is imported only when that command
 # runs, so `jdistill probe` works where neither jax nor vLLM is installed.
@@ -51,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             module.add_arguments(subparser)
         except ModuleNotFoundError as e:
-            return _missing(name, e)
+            return _missing(name, e, wants_help=not {"-h", "--help"}.isdisjoint(argv))
         subparser.set_defaults(run=module.run)
     args, rest = parser.parse_known_args(argv)
     # argparse accepts overrides only in one run of words; users also write `train a.yaml k=v --resume k=v`.
@@ -59,8 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides += rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    from jdistill.wire.errors import TeacherError
-
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -68,33 +71,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except ModuleNotFoundError as e:
         return _missing(args.command, e)
-    except (TeacherError, ValueError, FileNotFoundError) as e:  # the user's mistake or the network's: no traceback
-        print("\n".join([f"jdistill {args.command}: {e}", *getattr(e, "__notes__", [])]), file=sys.stderr)
-        return 2 if isinstance(e, (ValueError, FileNotFoundError)) else 1
+    except BrokenPipeError:  # `jdistill sample ... | head`: what the interpreter flushes at its end has no reader
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as e:
+        found = exit_status.of_error(e)
+        if found is None:
+            raise
+        print(f"jdistill {args.command}: {found[0]}", file=sys.stderr)
+        return found[1]
 
 
-EXTRA_OF_MODULE = {
-    "pydantic": "cli",
-    "ruamel": "cli",
-    "rich": "cli",
-    "prometheus_client": "server",
-    "grpc_reflection": "server",
-    "pythonjsonlogger": "server",
-    "jax": "student",
-    "flax": "student",
-    "optax": "student",
-    "torch": "transformers",
-    "vllm": "vllm",
-}
+# The pip extra with which a command works; an engine's own libraries are named by the engine.
+EXTRAS = {"probe": "cli", "score": "cli", "teacher": "vllm"}  # the others: student
 
 
-def _missing(command: str, error: ModuleNotFoundError) -> int:
+def _missing(command: str, error: ModuleNotFoundError, *, wants_help: bool = False) -> int:
+    """Says what a command needs; shows its description all the same if that was asked for."""
     root = (error.name or "").partition(".")[0]
     if root == "jdistill":
         raise error  # a bug of ours, not a missing package
-    extra = EXTRA_OF_MODULE.get(root, "student")
-    print(f"jdistill {command}: needs {root}, which is not installed: pip install 'jdistill[{extra}]'", file=sys.stderr)
+    needs = f"needs {root}, which is not installed: pip install 'jdistill[{EXTRAS.get(command, 'student')}]'"
+    if command == "teacher":
+        needs += ", or, for another engine, [sglang], [http], [transformers] or [student] (jax)"
+    if wants_help:
+        print(f"usage: jdistill {command} ...\n\n{_description(command)}\n\nTo list the options it {needs}")
+        return 0
+    print(f"jdistill {command}: {needs}", file=sys.stderr)
     return 1
+
+
+def _description(command: str) -> str:
+    """The command's DESCRIPTION, read from its source: the module cannot be imported."""
+    spec = importlib.util.find_spec(f"jdistill.commands.{command}")
+    assert spec is not None and spec.origin is not None
+    for node in ast.parse(pathlib.Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "DESCRIPTION":
+            return ast.literal_eval(node.value)
+    raise AssertionError(f"{spec.origin} has no DESCRIPTION")
 
 
 if __name__ == "__main__":

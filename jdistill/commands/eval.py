@@ -85,7 +85,7 @@ def _evaluate(args: argparse.Namespace, task: Task, problems: list[Problem]) -> 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     num_answers, total_reward = 0, 0.0
     with contextlib.ExitStack() as stack:
-        output = stack.enter_context(open(args.output, "w")) if args.output is not None else None
+        output = stack.enter_context(open(args.output, "w", encoding="utf-8")) if args.output is not None else None
         bar = stack.enter_context(Progress(*columns, console=console, transient=True, disable=not console.is_terminal))
         line = bar.add_task("compiling", total=len(problems))
 

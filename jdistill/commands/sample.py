@@ -11,6 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from jdistill.text_files import read_json_lines, read_lines
+
+PROMPT_LINE = '{"prompt": TEXT} or {"token_ids": [..]}'  # of a prompts file
 DESCRIPTION = """\
 Sample completions from a Hugging Face checkpoint with the sampler that `jdistill train` uses. Each is printed as it
 ends, so short ones come first; --jsonl writes one JSON object per line, with token ids and log-probabilities.
@@ -249,15 +252,11 @@ def _read_prompts(args: argparse.Namespace, tokenizer: Any) -> list[tuple[str | 
         path = pathlib.Path(args.prompts_file)
         if not path.is_file():
             raise ValueError(f"--prompts-file: no file {path}")
-        prompts = []
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                prompts.append(
-                    _from_json(args, tokenizer, line, where)
-                    if path.suffix == ".jsonl"
-                    else (line, _encode(args, tokenizer, line))
-                )
+        if path.suffix == ".jsonl":
+            objects = read_json_lines(path, PROMPT_LINE)
+            prompts = [_from_json(args, tokenizer, value, f"{path} line {number}") for number, value in objects]
+        else:
+            prompts = [(line, _encode(args, tokenizer, line)) for _, line in read_lines(path) if line.strip()]
     if args.chat and any(text is None for text, _ in prompts):
         raise ValueError("--chat applies a template to text, but a prompt is given as token ids: omit --chat")
     if not prompts:
@@ -265,17 +264,14 @@ def _read_prompts(args: argparse.Namespace, tokenizer: Any) -> list[tuple[str | 
     return prompts
 
 
-def _from_json(args: argparse.Namespace, tokenizer: Any, line: str, where: str) -> tuple[str | None, list[int]]:
-    expected = 'expected {"prompt": TEXT} or {"token_ids": [..]}'
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{where}: not JSON ({e}); {expected}") from None
-    if isinstance(value, dict) and isinstance(value.get("prompt"), str):
+def _from_json(
+    args: argparse.Namespace, tokenizer: Any, value: dict[str, Any], where: str
+) -> tuple[str | None, list[int]]:
+    if isinstance(value.get("prompt"), str):
         return value["prompt"], _encode(args, tokenizer, value["prompt"])
-    ids = value.get("token_ids") if isinstance(value, dict) else None
+    ids = value.get("token_ids")
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise ValueError(f"{where}: {expected}, got {line[:80]}")
+        raise ValueError(f"{where}: expected {PROMPT_LINE}, got {json.dumps(value)[:80]}")
     return None, ids
 
 
@@ -285,12 +281,16 @@ def _encode(args: argparse.Namespace, tokenizer: Any, text: str) -> list[int]:
             f"{args.model} has no tokenizer: copy tokenizer.json from the checkpoint it was made from, "
             "or give --token-ids"
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"--prompt {text!a}: it is not UTF-8; is the terminal's encoding another one?") from None
     if not args.chat:
         return tokenizer.encode(text)
-    if tokenizer.chat_template is None:
-        raise ValueError(f"the tokenizer in {args.model} has no chat template: omit --chat")
-    messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    from jdistill.tasks.base import render_chats
+
+    (chat,) = render_chats(tokenizer, [[{"role": "user", "content": text}]], "--chat")
+    return tokenizer(chat, add_special_tokens=False)["input_ids"]
 
 
 def _stop_token_ids(args: argparse.Namespace, tokenizer: Any) -> tuple[int, ...]:

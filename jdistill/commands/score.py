@@ -19,6 +19,7 @@ import numpy as np
 from jdistill.commands import teacher
 from jdistill.commands.probe import add_credentials_arguments, client_credentials
 from jdistill.config import ConfigError, Section, parse
+from jdistill.text_files import read_json_lines
 from jdistill.wire.errors import InvalidRequestError, TeacherError, UnsupportedError, VerificationError
 from jdistill.wire.types import ModelInfo, SequenceToScore, TokenScores
 
@@ -135,19 +136,16 @@ def read(path: pathlib.Path) -> Iterator[Item]:
     Raises:
         ConfigError: names file and line.
     """
-    with path.open("rb") as file:
-        for number, text in enumerate(file, start=1):
-            if text.strip():
-                yield _item(text, number, f"{path}:{number}")
-
-
-def _item(text: bytes, number: int, place: str) -> Item:
     try:
-        data = json.loads(text)
+        for number, data in read_json_lines(path, "with token_ids"):
+            yield _item(data, number, f"{path} line {number}")
+    except ConfigError:
+        raise
     except ValueError as e:
-        raise ConfigError(f"{place}: not JSON ({e})") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{place}: expected a JSON object with token_ids, got {type(data).__name__}")
+        raise ConfigError(str(e)) from None
+
+
+def _item(data: dict[str, Any], number: int, place: str) -> Item:
     line = parse(ScoreLine, data, source=place)
     spans: tuple[tuple[int, int], ...] = ()
     if line.spans is not None:
@@ -319,7 +317,7 @@ def check(source: pathlib.Path, model: ModelInfo, temperature: float) -> tuple[i
             validate_options(info=model, top_k=item.top_k, temperature=temperature)
             validate_sequence(item.sequence, item.line, info=model)
         except (InvalidRequestError, UnsupportedError) as e:
-            raise type(e)(f"{source}:{item.line}: {e}") from None
+            raise type(e)(f"{source} line {item.line}: {e}") from None
         num_sequences += 1
         num_tokens += len(item.sequence.token_ids)
     return num_sequences, num_tokens
@@ -356,7 +354,7 @@ async def _result(item: Item, future: asyncio.Future[TokenScores], source: pathl
     try:
         return await future
     except TeacherError as e:
-        raise TeacherError(f"{source}:{item.line}: {e}") from e
+        raise TeacherError(f"{source} line {item.line}: {e}") from e
 
 
 def groups(items: Iterator[Item]) -> Iterator[list[Item]]:

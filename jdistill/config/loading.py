@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from jdistill.config.section import ConfigError, Section
+from jdistill.text_files import read_text
 
 C = TypeVar("C", bound=Section)
 
@@ -38,11 +39,13 @@ def load(schema: type[C], path: str | pathlib.Path | None, overrides: Sequence[s
         return parse(schema, data, source="command line")
     path = pathlib.Path(path)
     try:
-        data = YAML(typ="safe").load(path.read_text())
+        data = YAML(typ="safe").load(read_text(path))
     except FileNotFoundError:
         raise ConfigError(f"no config file {path}") from None
-    except (YAMLError, UnicodeDecodeError) as e:
+    except YAMLError as e:
         raise ConfigError(f"{path} is not YAML: {e}") from None
+    except ValueError as e:  # not UTF-8
+        raise ConfigError(str(e)) from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, got {type(data).__name__}")
     for override in overrides:

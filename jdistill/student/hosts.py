@@ -20,9 +20,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
+from jdistill import exit_status
 from jdistill.config import ConfigError, TrainConfig
 from jdistill.wire.endpoint import parse_endpoint
-from jdistill.wire.errors import TeacherError
 
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
@@ -122,8 +122,9 @@ def leave(error: BaseException) -> NoReturn:
 
     An orderly exit would wait for the other processes, which wait for this one; JAX's coordination service ends them.
     """
-    if isinstance(error, TeacherError | ValueError | FileNotFoundError):
-        print("\n".join([f"jdistill train: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+    found = exit_status.of_error(error)
+    if found is not None:
+        print(f"jdistill train: {found[0]}", file=sys.stderr)
     else:
         traceback.print_exception(error)
     print(
@@ -132,7 +133,7 @@ def leave(error: BaseException) -> NoReturn:
         file=sys.stderr,
         flush=True,
     )
-    os._exit(2 if isinstance(error, ValueError | FileNotFoundError) else 1)
+    os._exit(1 if found is None else found[1])
 
 
 def check_split(config: TrainConfig) -> None:

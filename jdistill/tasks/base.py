@@ -161,6 +161,37 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
     return tokenizer
 
 
+def render_chats(tokenizer: Any, chats: Sequence[Sequence[Mapping[str, str]]], what: str, **options: Any) -> list[str]:
+    """Renders chats as the student's prompts, with its template's special tokens.
+
+    Args:
+        tokenizer: of the checkpoint.
+        chats: messages with role and content.
+        what: who needs the template, for error messages.
+        options: for the template, e.g. enable_thinking.
+
+    Raises:
+        ValueError: there is no template, several without a default, or the template refuses these messages.
+    """
+    template, place = tokenizer.chat_template, tokenizer.name_or_path
+    if not template:
+        raise ValueError(
+            f"the tokenizer in {place} has no chat template, which {what} needs for its prompts: use an "
+            "instruction-tuned checkpoint, or put a chat_template.jinja beside tokenizer.json"
+        )
+    if isinstance(template, Mapping) and "default" not in template:
+        raise ValueError(
+            f"the tokenizer in {place} has the chat templates {', '.join(template)} and none named default, which "
+            f"{what} needs: rename one of them in its tokenizer_config.json (or additional_chat_templates/)"
+        )
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True, **options)
+    except TemplateError as e:
+        raise ValueError(f"the chat template of the tokenizer in {place} refuses the prompts of {what}: {e}") from None
+
+
 def decode_all(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> str:
     """Returns the text of `ids`, special tokens included and spaces as they are."""
     return tokenizer.decode([int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import decimal
-import json
-import pathlib
 import re
 from typing import Any, Literal
 
@@ -20,8 +18,9 @@ import pydantic
 
 from jdistill.config import Section
 from jdistill.tasks.answers import final_number
-from jdistill.tasks.base import Problem, Task, epoch_permutation, without_special_tokens
+from jdistill.tasks.base import Problem, Task, epoch_permutation, render_chats, without_special_tokens
 from jdistill.tasks.response import Response
+from jdistill.text_files import read_json_lines
 
 INSTRUCTIONS = {
     "####": 'Let\'s think step by step and output the final answer after "####".',
@@ -57,11 +56,6 @@ class Gsm8k(Task):
         self.answer_format = options.answer_format
         self.keep_calculator = options.keep_calculator
         self._template_options = {} if options.enable_thinking is None else {"enable_thinking": options.enable_thinking}
-        if not tokenizer.chat_template:
-            raise ValueError(
-                f"the tokenizer in {tokenizer.name_or_path} has no chat template, which gsm8k needs for its prompts: "
-                "use an instruction-tuned checkpoint, or put a chat_template.jinja beside tokenizer.json"
-            )
         if self.turn_end.appended_id is None:
             raise ValueError(
                 f"the tokenizer in {tokenizer.name_or_path} has no end token, so solutions cannot end: "
@@ -115,9 +109,7 @@ class Gsm8k(Task):
             [{"role": "user", "content": f"{question}\n{INSTRUCTIONS[self.answer_format]}"}]
             for _, question, _, _ in lines
         ]
-        texts = self.tokenizer.apply_chat_template(
-            chats, tokenize=False, add_generation_prompt=True, **self._template_options
-        )
+        texts = render_chats(self.tokenizer, chats, "task gsm8k", **self._template_options)
         # The template already writes the special tokens; a tokenizer that adds a BOS would add a second one.
         all_ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         problems = []
@@ -134,23 +126,15 @@ class Gsm8k(Task):
 
 def _read_jsonl(path: str) -> list[tuple[int, str, str, str]]:
     """Reads (line number from 1, question, reasoning, answer) of each line that is not blank."""
+    lines = []
     try:
-        raw_lines = pathlib.Path(path).read_bytes().split(b"\n")
+        objects = list(read_json_lines(path, "with question and answer"))
     except OSError as e:
         raise ValueError(
             f"task gsm8k cannot read {path} ({e.strerror}): set task.options.train_path and task.options.test_path"
         ) from e
-    lines = []
-    for number, raw in enumerate(raw_lines, 1):
-        if not raw.strip():
-            continue
+    for number, line in objects:
         where = f"{path} line {number}"
-        try:
-            line = json.loads(raw)
-        except ValueError as e:  # UnicodeDecodeError too
-            raise ValueError(f"{where} is not JSON: {e}") from None
-        if not isinstance(line, dict):
-            raise ValueError(f"{where}: expected an object with question and answer, got {type(line).__name__}")
         for field in ("question", "answer"):
             if not isinstance(line.get(field), str) or not line[field].strip():
                 raise ValueError(

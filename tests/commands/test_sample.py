@@ -133,7 +133,7 @@ def test_a_checkpoint_without_an_end_token_is_a_warning(checkpoint, capsys, tmp_
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--prompt", "1+1=", "--chat"], "has no chat template: omit --chat"),
+        (["--prompt", "1+1=", "--chat"], "has no chat template, which --chat needs for its prompts"),
         (["--token-ids", "1,2", "--chat"], "a prompt is given as token ids: omit --chat"),
         (["--token-ids", "1;2"], "--token-ids: expected token ids like 5,6,7, got '1;2'"),
         (["--token-ids", "1,99"], "prompt 0, token 1: id 99 is outside the model's vocabulary of 16"),
@@ -156,7 +156,8 @@ def test_a_wrong_request_is_answered_with_a_remedy_and_exit_code_2(checkpoint, c
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{", "line 1: not JSON"),
+        ("{", "line 1 is not JSON"),
+        ('{"prompt": "a\\\\ud83d"}', "line 1 holds \\\\ud83d, half of a surrogate pair"),
         ('{"text": "a"}', 'line 1: expected {"prompt": TEXT} or {"token_ids": [..]}, got {"text": "a"}'),
         ('{"token_ids": [1, 2.5]}', "line 1: expected"),
         ("\n", "has no prompts; expected one per line"),

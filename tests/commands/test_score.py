@@ -95,7 +95,7 @@ GOOD = {"token_ids": [1, 2, 3]}
     "line, message",
     [
         ("{", "not JSON"),
-        ("[1, 2]", "expected a JSON object"),
+        ("[1, 2]", "expected an object, with token_ids, got list"),
         ({"token_id": [1, 2]}, "unknown key token_id; did you mean token_ids?"),
         ({"id": 3}, "missing key token_ids"),
         ({"token_ids": [1, 2.5]}, "token_ids.1"),
@@ -126,7 +126,7 @@ def test_a_bad_line_is_named_before_anything_is_scored_and_nothing_is_written(li
     # The engine would fail, with another exit code, if it saw a token of the good lines.
     assert cli.main([*argv, "--engine-arg", "die_on_token=2"]) == 2
     error = capsys.readouterr().err
-    assert f"{source}:4: " in error and "Traceback" not in error
+    assert f"{source} line 4" in error and "Traceback" not in error
     assert re.search(message, error), error
     assert target.read_text() == "what was there before\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
@@ -144,7 +144,7 @@ def test_a_failure_in_the_middle_names_the_line_and_leaves_no_half_file(way, tmp
         message = "the fake engine died"
     assert cli.main(["score", *scorer, "--input", str(source), "--output", str(target)]) == 1
     error = capsys.readouterr().err
-    assert f"{source}:" in error and message in error
+    assert f"{source} line " in error and message in error
     assert not target.exists() and not list(tmp_path.glob(".out*"))
 
 

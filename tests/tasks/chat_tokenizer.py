@@ -11,7 +11,7 @@ CHAT_TEMPLATE = (
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def write_chat_tokenizer(path: pathlib.Path, *, chat_template: str | None = CHAT_TEMPLATE) -> pathlib.Path:
+def write_chat_tokenizer(path: pathlib.Path, *, chat_template: str | list | None = CHAT_TEMPLATE) -> pathlib.Path:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -99,7 +99,7 @@ def test_every_epoch_visits_every_line_once_in_another_order(make):
         ("", r"train.jsonl is empty: expected one"),
         ("\n \n", r"train.jsonl is empty"),
         ('{"question": "a", "answer": "#### 1"}\n{"question": ', r"train.jsonl line 2 is not JSON"),
-        ('\n["question"]', r"train.jsonl line 2: expected an object .* got list"),
+        ('\n["question"]', r"train.jsonl line 2: expected an object, .* got list"),
         ('{"question": "a"}', r"train.jsonl line 1: expected a string in 'answer', got None; fields: \['question'\]"),
         ('{"question": 3, "answer": "#### 1"}', r"train.jsonl line 1: expected a string in 'question', got 3"),
         ('{"question": "a", "answer": "72"}', r"train.jsonl line 1: expected an answer that ends in '#### number'"),
@@ -113,7 +113,7 @@ def test_a_bad_file_is_an_error_that_names_file_and_line(make, train, message):
 
 def test_a_file_that_is_not_text_is_an_error_that_names_file_and_line(make, tmp_path):
     (tmp_path / "latin.jsonl").write_bytes('{"question": "prix en £", "answer": "#### 1"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin.jsonl line 1 is not JSON: 'utf-8' codec"):
+    with pytest.raises(ValueError, match=r"latin.jsonl line 1 is not UTF-8 .*iconv -f LATIN1"):
         make(train_path=str(tmp_path / "latin.jsonl"))
 
 
@@ -133,6 +133,25 @@ def test_a_prompt_over_the_limit_names_file_and_line(make):
 def test_a_tokenizer_without_a_chat_template_is_refused(make, tmp_path):
     path = chat_tokenizer.write_chat_tokenizer(tmp_path / "base", chat_template=None)
     with pytest.raises(ValueError, match=r"has no chat template.*use an instruction-tuned checkpoint"):
+        make(tokenizer=path)
+
+
+NAMED = [{"name": "rag", "template": "a"}, {"name": "tool_use", "template": "b"}]
+
+
+def test_named_chat_templates_without_a_default_are_refused_with_the_remedy(make, tmp_path):
+    path = chat_tokenizer.write_chat_tokenizer(tmp_path / "named", chat_template=NAMED)
+    with pytest.raises(ValueError, match=r"the chat templates rag, tool_use and none named default.*rename one"):
+        make(tokenizer=path)
+    default = {"name": "default", "template": chat_tokenizer.CHAT_TEMPLATE}
+    chat_tokenizer.write_chat_tokenizer(path, chat_template=[*NAMED, default])
+    make(tokenizer=path)
+
+
+def test_a_template_that_refuses_the_prompts_is_named(make, tmp_path):
+    template = "{{ raise_exception('no user, please') }}"
+    path = chat_tokenizer.write_chat_tokenizer(tmp_path / "refuses", chat_template=template)
+    with pytest.raises(ValueError, match=r"the chat template of .* refuses the prompts of task gsm8k: no user, please"):
         make(tokenizer=path)
 
 

@@ -1,0 +1,81 @@
+"""Text files that users bring: UTF-8 or an error with file, line and remedy. Needs only the standard library."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+_OTHER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def read_text(path: str | pathlib.Path) -> str:
+    """Returns the text of a file, without a byte order mark.
+
+    Raises:
+        ValueError: it is not UTF-8.
+        OSError: it cannot be read.
+    """
+    return "\n".join(text for _, text in read_lines(path))
+
+
+def read_lines(path: str | pathlib.Path) -> Iterator[tuple[int, str]]:
+    """Yields the lines of a file with their numbers from 1, without line ends and byte order mark.
+
+    Raises:
+        ValueError: it is not UTF-8; names the line, and the command that converts the file.
+        OSError: it cannot be read.
+    """
+    with pathlib.Path(path).open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if number == 1:
+                for mark, name in _OTHER_MARKS.items():
+                    if raw.startswith(mark):
+                        raise ValueError(f"{path} is {name}, expected UTF-8: iconv -f {name} -t UTF-8 {path} > NEW")
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            try:
+                text = raw.decode("utf-8")
+            except UnicodeDecodeError as e:
+                raise ValueError(
+                    f"{path} line {number} is not UTF-8 (byte {e.start + 1} is 0x{raw[e.start]:02x}): convert it, for "
+                    f"example from Latin-1: iconv -f LATIN1 -t UTF-8 {path} > NEW"
+                ) from None
+            yield number, text.removesuffix("\n").removesuffix("\r")
+
+
+def read_json_lines(path: str | pathlib.Path, expected: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the JSON objects of a file with one per line, and their line numbers; skips blank lines.
+
+    Args:
+        path: of the file.
+        expected: what a line holds, for error messages.
+
+    Raises:
+        ValueError: as `read_lines`, or a line is no JSON object or holds half of a surrogate pair; names the line.
+        OSError: it cannot be read.
+    """
+    for number, text in read_lines(path):
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(text)
+        except ValueError as e:
+            raise ValueError(f"{path} line {number} is not JSON: {e}; expected {expected}") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} line {number}: expected an object, {expected}, got {type(value).__name__}")
+        if "\\u" in text:
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError as e:
+                raise ValueError(
+                    f"{path} line {number} holds \\u{ord(e.object[e.start]):04x}, half of a surrogate pair, which is "
+                    "no character: something cut an emoji in two. Remove it, or write the file again"
+                ) from None
+        yield number, value
