@@ -1,6 +1,7 @@
 """Reads a Hugging Face config.json field by field, and writes the fields that all families share.
 
-Reading is strict: a field that is not implemented and could change the numbers is an error, never ignored.
+A field that could change the numbers and is not implemented is refused, never ignored. All problems of a file are
+reported together.
 """
 
 from __future__ import annotations
@@ -12,45 +13,66 @@ from typing import Any
 
 from jdistill.models.config import DecoderConfig, Rope
 
-# Fields of config.json that do not affect the forward pass: any value is accepted.
+# Fields of config.json that do not affect the forward pass: any value is accepted. First those of all models, then
+# those of generation (transformers 4 wrote them too), then what other tools leave behind.
 HARMLESS = frozenset(
     """
-    _attn_implementation _attn_implementation_internal _commit_hash _name_or_path architectures bos_token_id
-    cache_implementation chunk_size_feed_forward dtype eos_token_id id2label keys_to_ignore_at_inference label2id
-    max_window_layers model_type num_labels output_attentions output_hidden_states pad_token_id prefix pretraining_tp
-    problem_type return_dict sep_token_id task_specific_params tie_last_hidden_states tokenizer_class torch_dtype
-    transformers_version unk_token_id unsloth_fixed unsloth_version use_cache do_sample length_penalty max_length
-    max_new_tokens min_length num_beams num_return_sequences repetition_penalty temperature top_k top_p
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _experts_implementation
+    _name_or_path architectures attn_implementation bos_token_id cache_implementation chunk_size_feed_forward
+    decoder_start_token_id dtype eos_token_id finetuning_task id2label initializer_factor keys_to_ignore_at_inference
+    label2id max_window_layers model_type num_labels output_attentions output_hidden_states output_scores pad_token_id
+    prefix pretraining_tp problem_type return_dict return_dict_in_generate sep_token_id task_specific_params
+    tie_last_hidden_states tokenizer_class torch_dtype torchscript transformers_version unk_token_id use_bfloat16
+    use_cache
+
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length max_new_tokens
+    min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences remove_invalid_values
+    repetition_penalty suppress_tokens temperature top_k top_p typical_p
+
+    bos_token eos_token gradient_checkpointing is_llama_config model_max_length pad_token tokenizer_model_max_length
+    tokenizer_padding_side transformers.js_config unsloth_fixed unsloth_version use_flash_attention
+    use_flash_attention_2
     """.split()
 )
+# Stands in for a field that has a problem, so that the others are read too.
+_PLACEHOLDERS: dict[type, Any] = {int: 2, float: 1.0, bool: False, str: "", list: [], dict: {}}
 
 
 class HFFields:
-    """The fields of one config.json; `finish` raises for fields that were not read and might change the model."""
+    """The fields of one config.json; problems are collected, and `finish` raises them together."""
 
-    def __init__(self, fields: dict[str, Any], source: str):
+    def __init__(self, fields: dict[str, Any], source: str, *, parent: HFFields | None = None, prefix: str = ""):
         self._fields = dict(fields)
         self._taken: set[str] = set()
+        self._prefix = prefix if parent is None else parent._prefix + prefix
         self.source = source
+        self.problems: list[str] = [] if parent is None else parent.problems
+
+    def inner(self, fields: dict[str, Any], name: str = "") -> HFFields:
+        """Returns the fields of a nested object (`name`), whose problems count as this file's."""
+        return HFFields(fields, self.source, parent=self, prefix=f"{name}." if name else "")
+
+    def refuse(self, problem: str) -> None:
+        """Notes a problem; begins with the name of the field."""
+        self.problems.append(self._prefix + problem)
 
     def take(self, name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
-        """Returns the value of a field, or `default` if it is absent or null.
-
-        Raises:
-            ValueError: the type is wrong, or the field is absent and there is no default.
-        """
+        """Returns the value of a field, or `default` if it is absent or null; a placeholder if there is a problem."""
         self._taken.add(name)
         value = self._fields.get(name)
-        if value is None:
-            if default is ...:
-                raise ValueError(f"{self.source}: missing field {name!r}: is it a whole config.json of a causal LM?")
-            return default
         kinds = kind if isinstance(kind, tuple) else (kind,)
+        if value is None and default is not ...:
+            return default
         if float in kinds and type(value) is int:
             return float(value)
-        if type(value) not in kinds:
-            raise ValueError(f"{self.source}: {name} = {value!r}: expected {' or '.join(k.__name__ for k in kinds)}")
-        return value
+        if type(value) in kinds:
+            return value
+        if value is None:
+            self.refuse(f"{name} is missing: is it a whole config.json of a causal LM?")
+        else:
+            self.refuse(f"{name} = {value!r}: expected {' or '.join(k.__name__ for k in kinds)}")
+        return _PLACEHOLDERS[kinds[0]] if default is ... else default
 
     def take_unless_null(self, name: str, kind: type | tuple[type, ...], default: Any) -> Any:
         """Like `take`, but null gives None: for fields where null switches a feature off."""
@@ -59,6 +81,14 @@ class HFFields:
             return None
         return self.take(name, kind, default)
 
+    def take_alike(self, names: Sequence[str], kind: type | tuple[type, ...], default: Any) -> Any:
+        """Returns a value that the file may give under several names; they must not differ."""
+        values = {name: value for name in names if (value := self.take(name, kind, None)) is not None}
+        if len(set(values.values())) > 1:
+            said = ", ".join(f"{name} = {value!r}" for name, value in values.items())
+            self.refuse(f"{said} disagree: delete the wrong one")
+        return next(iter(values.values()), default)
+
     def sliding_layers(self, num_layers: int, default: Sequence[bool]) -> tuple[bool, ...]:
         """Returns one flag per layer, from `layer_types`: whether it has a sliding window; `default` if absent."""
         types = self.take("layer_types", list, None)
@@ -66,52 +96,54 @@ class HFFields:
             return tuple(default)
         odd = sorted({str(kind) for kind in types} - {"full_attention", "sliding_attention"})
         if odd or len(types) != num_layers:
-            raise ValueError(
-                f"{self.source}: layer_types = {types}: expected {num_layers} (num_hidden_layers) of full_attention "
-                "and sliding_attention"
+            self.refuse(
+                f"layer_types = {types}: expected {num_layers} (num_hidden_layers) of full_attention and "
+                "sliding_attention"
             )
+            return tuple(default)
         return tuple(kind == "sliding_attention" for kind in types)
 
     def refuse_unless(self, name: str, *allowed: Any) -> None:
-        """Raises ValueError unless the field is absent, null or one of `allowed`."""
+        """Notes a problem unless the field is absent, null or one of `allowed`."""
         self._taken.add(name)
         value = self._fields.get(name)
         if value is not None and value not in allowed:
-            raise ValueError(
-                f"{self.source}: {name} = {value!r} is not supported (only {', '.join(map(repr, allowed))}): "
-                "use another checkpoint, or serve it with the vllm or transformers engine"
-            )
+            self.refuse(f"{name} = {value!r} is not supported (only {', '.join(map(repr, allowed)) or 'null'})")
 
-    def rope(self, *, max_position_embeddings: int) -> Rope:
-        """Reads either spelling: `rope_theta` + `rope_scaling`, or `rope_parameters` (transformers 5)."""
+    def rope(self, *, max_position_embeddings: int, name: str = "rope_parameters") -> Rope:
+        """Reads either spelling: `rope_theta` + `rope_scaling`, or `rope_parameters` (transformers 5).
+
+        Args:
+            max_position_embeddings: stands for an absent original_max_position_embeddings.
+            name: of rope_parameters, for messages.
+        """
         self.refuse_unless("partial_rotary_factor", 1)
         theta = self.take("rope_theta", float, None)
         original = self.take("original_max_position_embeddings", int, None)
         old, new = self.take("rope_scaling", dict, None), self.take("rope_parameters", dict, None)
-        if old is not None and new is not None and old != new:
-            raise ValueError(f"{self.source}: rope_scaling and rope_parameters disagree: delete the wrong one")
-        where = "rope_scaling" if new is None else "rope_parameters"
-        rope = HFFields(new or old or {}, f"{self.source}: {where}")
+        if old and new and old != new:
+            self.refuse("rope_scaling and rope_parameters disagree: delete the wrong one")
+        where = name if new else "rope_scaling"
+        rope = self.inner(new or old or {}, where)
         inner_theta = rope.take("rope_theta", float, None)
         if theta is not None and inner_theta is not None and theta != inner_theta:
-            raise ValueError(
-                f"{self.source}: rope_theta = {theta} but {where}.rope_theta = {inner_theta}: delete the wrong one"
-            )
+            self.refuse(f"rope_theta = {theta} but {where}.rope_theta = {inner_theta}: delete the wrong one")
         theta = inner_theta or theta or Rope.theta  # 10,000, the default of transformers
         rope.refuse_unless("partial_rotary_factor", 1)
-        kind = rope.take("type", str, "default")
-        kind = rope.take("rope_type", str, kind)
+        kind = rope.take_alike(("rope_type", "type"), str, "default")
         if kind not in ("default", "linear", "llama3", "yarn"):
-            raise ValueError(
-                f"{rope.source}.rope_type = {kind!r} is not supported (default, linear, llama3, yarn): "
-                "use another checkpoint, or serve it with the vllm or transformers engine"
-            )
-        if kind == "default":
+            rope.refuse(f"rope_type = {kind!r} is not supported (only default, linear, llama3, yarn)")
+        if kind not in ("linear", "llama3", "yarn"):
             # The other fields are left over from a scaling that was switched off.
             return Rope(theta=theta)
         fields: dict[str, Any] = {"theta": theta, "kind": kind, "factor": rope.take("factor", float)}
+        inner_original = rope.take("original_max_position_embeddings", int, None)
         if kind in ("llama3", "yarn"):
-            inner_original = rope.take("original_max_position_embeddings", int, None)
+            if original is not None and inner_original is not None and original != inner_original:
+                rope.refuse(
+                    f"original_max_position_embeddings = {inner_original}, but beside {where} it is {original}: "
+                    "delete the wrong one"
+                )
             fields["original_max_position_embeddings"] = original or inner_original or max_position_embeddings
         if kind == "llama3":
             fields["low_freq_factor"] = rope.take("low_freq_factor", float)
@@ -121,24 +153,28 @@ class HFFields:
             fields["beta_slow"] = rope.take("beta_slow", float, 1.0)
             fields["truncate"] = rope.take("truncate", bool, True)
             fields["attention_factor"] = _yarn_attention_factor(rope, fields["factor"])
-        rope.finish()
+        rope.refuse_unknown()
         return Rope(**fields)
 
-    def finish(self) -> None:
-        """Raises ValueError if a field was not read, is not harmless, and is set to anything but null or false."""
-        unknown = {
-            name: value
-            for name, value in self._fields.items()
-            if name not in self._taken | HARMLESS and not (value is None or value is False)
-        }
-        if unknown:
-            name, value = next(iter(unknown.items()))
+    def refuse_unknown(self) -> None:
+        """Notes a problem for each field that was not read and may change the model."""
+        for name, value in self._fields.items():
+            if name in self._taken or name in HARMLESS or "dropout" in name or not value:  # null, false, 0, empty
+                continue
             near = difflib.get_close_matches(name, sorted(self._taken), n=1, cutoff=0.8)
-            raise ValueError(
-                f"{self.source}: unknown field {name} = {value!r}"
-                + (f" (did you mean {near[0]}?)" if near else "")
-                + ": it may change the model, so it is not ignored. If it is irrelevant, delete it from the file"
-            )
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            self.refuse(f"{name} = {value!r} is an unknown field{hint}: it may change the model. If not, delete it")
+
+    def finish(self) -> None:
+        """Raises ValueError with all problems that were noted."""
+        problems = list(dict.fromkeys(self.problems))
+        if not problems:
+            return
+        text = problems[0] if len(problems) == 1 else "\n- ".join([f"{len(problems)} problems", *problems])
+        raise ValueError(
+            f"{self.source}: {text}\nCorrect the file, use another checkpoint, or, for a teacher, the vllm or "
+            "transformers engine"
+        )
 
 
 def _yarn_attention_factor(rope: HFFields, factor: float) -> float:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import pathlib
 from types import ModuleType
+from typing import Any
 
 from jdistill import checkpoint_files, weight_files
 from jdistill.models.config import DecoderConfig
@@ -40,7 +41,14 @@ def config_from_hf(path: str | pathlib.Path) -> DecoderConfig:
     """
     raw = checkpoint_files.read_config(path)
     source = str(pathlib.Path(path) / "config.json")
+    _refuse_quantized(raw, source)
     model_type = raw.get("model_type")
+    if raw.get("text_config"):
+        raise ValueError(
+            f"{source}: model_type = {model_type!r} is a multimodal model, whose language model is in text_config: the "
+            "student and the jax engine need that part alone (docs/troubleshooting.md says how to take it out); a "
+            "teacher can serve the whole with the vllm engine"
+        )
     if model_type not in FAMILIES:
         raise ValueError(
             f"{source}: model_type = {model_type!r} is not supported (only {', '.join(FAMILIES)}): "
@@ -55,13 +63,29 @@ def config_from_hf(path: str | pathlib.Path) -> DecoderConfig:
         )
     fields = HFFields(raw, source)
     fields.refuse_unless("hidden_act", module.HIDDEN_ACT)
-    fields.refuse_unless("attention_dropout", 0)
     try:
         config = module.from_hf(fields)
-    except ValueError as e:
-        raise e if source in str(e) else ValueError(f"{source}: {e}") from None
+        fields.refuse_unknown()
+    except ZeroDivisionError:
+        fields.refuse("num_attention_heads = 0: expected at least 1")
+    except ValueError as e:  # values that do not go together; every field has been read
+        if not fields.problems:  # otherwise placeholders may be what does not fit
+            fields.refuse(str(e))
+        fields.refuse_unknown()
     fields.finish()
     if config.tie_word_embeddings and any(pathlib.Path(path).glob("*.safetensors")):
         tied = not weight_files.has_separate_head(weight_files.stored_tensors(path))
         config = dataclasses.replace(config, tie_word_embeddings=tied)
     return config
+
+
+def _refuse_quantized(raw: dict[str, Any], source: str) -> None:
+    """Raises ValueError for a quantized checkpoint (FP8, AWQ, GPTQ, bitsandbytes, compressed-tensors)."""
+    said = raw.get("quantization_config") or raw.get("compression_config")
+    if said:
+        method = said.get("quant_method", "unknown") if isinstance(said, dict) else said
+        raise ValueError(
+            f"{source}: the weights are quantized (quant_method {method}); the student and the jax engine need plain "
+            "float32, bfloat16 or float16 weights. Use the checkpoint that it was made from (often the same name "
+            "without -FP8, -AWQ, -GPTQ or -bnb-4bit); a teacher can serve it as it is with the vllm or sglang engine"
+        )

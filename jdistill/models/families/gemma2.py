@@ -52,8 +52,8 @@ def gemma_fields(
     fields.refuse_unless("sliding_window_size", window)  # the first releases had both fields
     sliding = fields.sliding_layers(num_layers, [(layer + 1) % full_every != 0 for layer in range(num_layers)])
     if window is None and any(sliding):
-        raise ValueError(
-            f"{fields.source}: sliding_window is null, but {sum(sliding)} of {num_layers} layers are "
+        fields.refuse(
+            f"sliding_window is null, but {sum(sliding)} of {num_layers} layers are "
             "sliding_attention: set the window, or layer_types to full_attention"
         )
     return {

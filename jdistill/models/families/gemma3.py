@@ -24,9 +24,8 @@ def from_hf(fields: HFFields) -> DecoderConfig:
     rope = _rope(fields, "full_attention", {"rope_theta": "rope_theta", "rope_scaling": "rope_scaling"}, 1_000_000.0)
     local_rope = _rope(fields, "sliding_attention", {"rope_local_base_freq": "rope_theta"}, 10_000.0)
     if local_rope.kind != "default":
-        raise ValueError(
-            f"{fields.source}: rope_parameters.sliding_attention.rope_type = {local_rope.kind!r} is not supported "
-            "(only 'default'): use another checkpoint, or serve it with the vllm or transformers engine"
+        fields.refuse(
+            f"rope_parameters.sliding_attention.rope_type = {local_rope.kind!r} is not supported (only 'default')"
         )
     shared = gemma2.gemma_fields(fields, max_position_embeddings=131_072, full_every=pattern, rope=rope)
     return DecoderConfig(
@@ -46,28 +45,21 @@ def _rope(fields: HFFields, kind: str, flat_names: dict[str, str], theta: float)
         kind: full_attention or sliding_attention, the key in `rope_parameters` (transformers 5).
         flat_names: the older fields of config.json -> their names in a model with a single rotation.
         theta: default of rope_theta.
-
-    Raises:
-        ValueError: the two spellings disagree, or the rotation is not supported.
     """
     flat = {name: fields.take(old, (dict, float), None) for old, name in flat_names.items()}
     both = fields.take("rope_parameters", dict, None)
     if both is not None and not set(both) <= {"full_attention", "sliding_attention"}:
-        raise ValueError(
-            f"{fields.source}: rope_parameters = {both}: expected one entry for full_attention and one for "
-            "sliding_attention"
-        )
+        fields.refuse(f"rope_parameters = {both}: expected one entry for full_attention and one for sliding_attention")
+        both = None
     length = fields.take("max_position_embeddings", int, 131_072)
     given = None if both is None else both.get(kind)
-    flat_rope = HFFields({"rope_theta": theta, **_set(flat)}, fields.source).rope(max_position_embeddings=length)
+    flat_rope = fields.inner({"rope_theta": theta, **_set(flat)}).rope(max_position_embeddings=length)
     if given is None:
         return flat_rope
-    where = f"{fields.source}: rope_parameters.{kind}"
-    rope = HFFields({"rope_parameters": {"rope_theta": theta, **_set(given)}}, where).rope(
-        max_position_embeddings=length
-    )
+    one = fields.inner({"rope_parameters": {"rope_theta": theta, **_set(given)}})
+    rope = one.rope(max_position_embeddings=length, name=f"rope_parameters.{kind}")
     if _set(flat) and rope != flat_rope:
-        raise ValueError(f"{where} and {', '.join(flat_names)} disagree: delete the wrong one")
+        fields.refuse(f"rope_parameters.{kind} and {', '.join(flat_names)} disagree: delete the wrong one")
     return rope
 
 

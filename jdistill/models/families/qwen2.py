@@ -46,7 +46,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def refuse_sliding_window(fields: HFFields, num_layers: int) -> None:
-    """Raises ValueError if a layer has sliding-window attention; a window that no layer uses is accepted."""
+    """Refuses sliding-window attention in any layer; a window that no layer uses is accepted."""
     window = fields.take("sliding_window", int, 4096)
     first_layer = fields.take("max_window_layers", int, 28)
     types = fields.take("layer_types", list, None)
@@ -55,7 +55,7 @@ def refuse_sliding_window(fields: HFFields, num_layers: int) -> None:
     fields.take("use_sliding_window", bool, False)
     odd = sorted({str(kind) for kind in types or () if kind != "full_attention"})
     if odd:
-        raise ValueError(
-            f"{fields.source}: use_sliding_window / layer_types ask for {', '.join(odd)} (window {window}), only full "
-            "attention is supported: use another checkpoint, or serve it with the vllm or transformers engine"
+        fields.refuse(
+            f"use_sliding_window / layer_types ask for {', '.join(odd)} (window {window}), only full attention is "
+            "supported"
         )

@@ -36,7 +36,7 @@ def from_hf(fields: HFFields) -> DecoderConfig:
     fields.take("intermediate_size", int, 6144)  # size of dense layers, which are refused above
     fields.take("router_aux_loss_coef", float, 0.001)  # for an auxiliary loss that we do not have
     fields.take("output_router_logits", bool, False)
-    num_experts = fields.take("num_local_experts", int, None)  # transformers 5's name
+    fields.refuse_unless("use_qk_norm", True)
     return DecoderConfig(
         family="qwen3_moe",
         vocab_size=fields.take("vocab_size", int),
@@ -55,7 +55,7 @@ def from_hf(fields: HFFields) -> DecoderConfig:
         output_bias=attention_bias,
         tie_word_embeddings=fields.take("tie_word_embeddings", bool, False),
         initializer_range=fields.take("initializer_range", float, 0.02),
-        num_experts=fields.take("num_experts", int, num_experts or 128),
+        num_experts=fields.take_alike(("num_experts", "num_local_experts"), int, 128),  # the second in transformers 5
         num_experts_per_tok=fields.take("num_experts_per_tok", int, 8),
         norm_topk_prob=fields.take("norm_topk_prob", bool, False),
     )
