@@ -157,7 +157,7 @@ def test_a_wrong_request_is_answered_with_a_remedy_and_exit_code_2(checkpoint, c
     "text, message",
     [
         ("{", "line 1 is not JSON"),
-        ('{"prompt": "a\\\\ud83d"}', "line 1 holds \\\\ud83d, half of a surrogate pair"),
+        ('{"prompt": "a\\ud83d"}', "line 1 holds \\ud83d, half of a surrogate pair"),
         ('{"text": "a"}', 'line 1: expected {"prompt": TEXT} or {"token_ids": [..]}, got {"text": "a"}'),
         ('{"token_ids": [1, 2.5]}', "line 1: expected"),
         ("\n", "has no prompts; expected one per line"),
