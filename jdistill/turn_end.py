@@ -80,20 +80,20 @@ def _template_end_id(tokenizer: Any) -> int | None:
     Whitespace around it, and whatever follows it, is not the end: `<|im_end|>` of Qwen's `<|im_end|>` and newline,
     `</s>` of Llama 2's space and `</s>`, `<|end|>` of Phi-3's `<|end|>`, newline and `<|endoftext|>`.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        return None
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except Exception:  # a template may refuse this conversation, with any error; then it says nothing about ends
+        if not tokenizer.chat_template:
+            return None
+        text, added = tokenizer.apply_chat_template(chat, tokenize=False), tokenizer.added_tokens_decoder
+    except Exception:
+        # A template may refuse this conversation, with any error, and mistral-common's tokenizers have none of these:
+        # then the template says nothing about ends.
         return None
     _, probe, after = text.rpartition(_PROBE)
     after = after.lstrip()
     if not probe:
         return None
     ends = {
-        str(token): token_id
-        for token_id, token in tokenizer.added_tokens_decoder.items()
-        if str(token).strip() and after.startswith(str(token))
+        str(token): token_id for token_id, token in added.items() if str(token).strip() and after.startswith(str(token))
     }
     return ends[max(ends, key=len)] if ends else None

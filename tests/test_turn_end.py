@@ -113,6 +113,16 @@ def test_a_template_that_writes_no_end_token_adds_none(tmp_path, template):
     assert read_turn_end(tmp_path, tokenizer) == TurnEnd((eos,), eos)
 
 
+def test_a_tokenizer_without_templates_adds_none():
+    class MistralCommon:  # as transformers' MistralCommonBackend
+        eos_token_id = 2
+
+        def __getattr__(self, name):
+            raise NotImplementedError(name)
+
+    assert read_turn_end("nowhere", MistralCommon()) == TurnEnd((2,), 2)
+
+
 def test_whitespace_that_is_an_added_token_is_not_an_end(tmp_path):
     # Gemma has added tokens for runs of line feeds.
     family = FAMILIES["gemma"]._replace(special=(*FAMILIES["gemma"].special, "\n\n"))

@@ -123,13 +123,19 @@ class Sampler:
             params: the decoder's state (`nnx.split`), on one device or sharded over a mesh.
 
         Raises:
-            ValueError: num_candidates is above the decoder's vocabulary.
+            ValueError: num_candidates is above the decoder's vocabulary, or no stop token is in it.
         """
         vocab_size = nnx.merge(self._graphdef, params).config.vocab_size
         num_candidates = self._decode_settings.num_candidates
         if num_candidates > vocab_size:
             raise ValueError(
                 f"Sampler: num_candidates must be at most the vocabulary's {vocab_size}, got {num_candidates}"
+            )
+        stops = self._decode_settings.stop_token_ids
+        if stops and min(stops) >= vocab_size:
+            raise ValueError(
+                f"Sampler: the stop tokens {list(stops)} are all outside the model's vocabulary of {vocab_size}, so no "
+                "completion would end: is it another model's tokenizer or generation_config.json?"
             )
         with self.on_its_devices():
             return Weights(params, self._programs.cast(params), vocab_size)

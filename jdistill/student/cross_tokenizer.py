@@ -186,13 +186,19 @@ class CrossTokenizer:
     def _split(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Tokenizes a text that continues a prompt; returns the teacher's ids and their character ranges."""
         found = self._backend.encode(text, add_special_tokens=False)
-        if found.ids and not text.startswith(" ") and (self._teacher_bytes[found.ids[0]] or b"").startswith(b" "):
+        spelled = b"".join(self._teacher_bytes[i] or b"" for i in found.ids)
+        if _num_spaces(spelled) > _num_spaces(text.encode()):
             # SentencePiece adds a space before a text, but a continuation has none: tokenize it after a line feed.
             longer = self._backend.encode("\n" + text, add_special_tokens=False)
             first = next((i for i, (begin, _) in enumerate(longer.offsets) if begin >= 1), None)
             if first is not None and all(end <= 1 for _, end in longer.offsets[:first]):
                 return longer.ids[first:], [(begin - 1, end - 1) for begin, end in longer.offsets[first:]]
         return found.ids, found.offsets
+
+
+def _num_spaces(text: bytes) -> int:
+    """Returns how many spaces a text begins with."""
+    return len(text) - len(text.lstrip(b" "))
 
 
 def scatter(

@@ -54,14 +54,14 @@ _NUMBER_WORDS = frozenset(
     "squared cubed factorial point or mil mille mln mrd bn lakh lakhs crore crores".split()
 )
 _VARIABLES = frozenset({"x", "y", "z", "n", "i", "e", "k", "K", "M", "B", "T", "π"})
-_LATEX = (
+_MARKUP = (
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\!"), ""),
     (re.compile(r"\\[,;: ]|(?<=\w)~(?=[\w\\])|\\q?quad(?![a-z])"), "\u2009"),
     (re.compile(r"\\([$%€£])"), r"\1"),
     (re.compile(r"\\pounds(?![a-z])"), "£"),
     (re.compile(r"\^\{?\\circ\}?|\\degree(?![a-z])"), "°"),
-    (re.compile(r"\\[()\[\]]|\$\$|\n"), _MARK),
+    (re.compile(r"\\[()\[\]]|\$\$|\n|</?[A-Za-z]+/?>"), _MARK),
     (
         re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox|operatorname|boxed|fbox)\s*\{([^{}]*)\}"),
         rf"{_MARK}\1{_MARK}",
@@ -81,7 +81,8 @@ def final_number(text: str, answer_format: AnswerFormat) -> decimal.Decimal | No
     """
     if answer_format == "boxed":
         boxed = _last_boxed(text)
-        return None if boxed is None else read_number(boxed)
+        # In mathematics a space after the sign says nothing; in plain text `- 5` may be an item of a list.
+        return None if boxed is None else read_number(re.sub(r"^\s*([-+])\s+", r"\1", boxed))
     _, marker, rest = text.rpartition("####")
     if not marker:
         return None
@@ -103,14 +104,14 @@ def read_number(answer: str) -> decimal.Decimal | None:
 
 
 def _plain(answer: str) -> str:
-    """Returns the answer with ASCII digits, without LaTeX's markup and spaces."""
+    """Returns the answer with ASCII digits, without the markup of LaTeX and HTML."""
     digits = (str(unicodedata.decimal(c)) if c.isdecimal() else c for c in answer)
     # U+2212 is the minus sign of typeset text; the others are full-width forms.
     text = "".join(digits).translate(str.maketrans("\u2212\uff0d\uff0b\uff0c\uff0e\uff04\uff05", "--+,.$%"))
     before = None
     while before != text:  # braces within braces: from the innermost outwards
         before = text
-        for pattern, replacement in _LATEX:
+        for pattern, replacement in _MARKUP:
             text = pattern.sub(replacement, text)
     return text.strip()
 

@@ -384,6 +384,13 @@ def test_a_completion_ends_with_the_token_that_completes_a_stop_string(decoder, 
             assert cut.text(decode) == text[: cut.stop_string_span[0]]
 
 
+def test_stop_tokens_that_the_model_does_not_have_are_refused(decoder, params):
+    limits = LIMITS | {"stop_token_ids": (VOCAB, VOCAB + 5)}
+    with pytest.raises(ValueError, match=r"stop tokens \[23, 28\] are all outside the model's vocabulary of 23"):
+        Sampler(decoder, **limits).prepare(params)
+    Sampler(decoder, **LIMITS | {"stop_token_ids": (3, VOCAB)}).prepare(params)  # a tokenizer's end token beside it
+
+
 def test_bf16_samples_near_the_float32_distribution(decoder, params):
     bf16 = models.Decoder(CONFIG, rngs=nnx.Rngs(0), compute_dtype="bfloat16")
     sampler = Sampler(bf16, max_prompt_tokens=8, max_new_tokens=10, stop_token_ids=(), chunk_tokens=4)

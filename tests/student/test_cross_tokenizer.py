@@ -318,9 +318,10 @@ def test_sentencepiece_adds_no_space_before_the_completion():
     ids = ids_of("bpe", "hello lower")
     found = kept_cross("bpe", "sentencepiece").retokenize(PROMPT, ids)
     assert b"".join(check("bpe", "sentencepiece", found, ids)) == b"hello lower<END>"
-    ids = ids_of("bpe", " hello")
-    found = kept_cross("bpe", "sentencepiece").retokenize(PROMPT, ids)
-    check("bpe", "sentencepiece", found, ids)
+    for text in (" hello", "  hello", "\nhello"):
+        ids = ids_of("bpe", text)
+        found = kept_cross("bpe", "sentencepiece").retokenize(PROMPT, ids)
+        assert b"".join(check("bpe", "sentencepiece", found, ids)) == f"{text}<END>".encode()
 
 
 def test_text_that_the_teachers_tokenizer_changes_is_left_out():

@@ -52,6 +52,9 @@ NUMBERS = {
     "**Answer: 72**": "72",
     "**Answer:** 72": "72",
     "The final answer is 72.": "72",
+    "72</answer>": "72",
+    "<b>72</b>": "72",
+    "72<br>": "72",
     "= 72": "72",
     "x = 72": "72",
     # Money.
@@ -193,6 +196,7 @@ NONE = [
         "1\\,23",
         "2\\boxed{72}",
         "\\text{7}2",
+        "7<sup>2</sup>",
     ),
 ]
 
@@ -201,7 +205,7 @@ NONE = [
 def test_the_number_that_an_answer_is(answer, number):
     assert read_number(answer) == (None if number is None else Decimal(number))
     assert final_number(f"Add them.\n#### {answer}", "####") == read_number(answer)
-    if "boxed" not in answer and answer.count("{") == answer.count("}"):
+    if "boxed" not in answer and answer != "- 5" and answer.count("{") == answer.count("}"):
         assert final_number(f"So it is $\\boxed{{{answer}}}$.", "boxed") == read_number(answer)
 
 
@@ -238,6 +242,7 @@ def test_the_answer_follows_the_last_hashes(text, number):
         ("The answer is $\\boxed{72}$.", "72"),
         ("\\boxed{17} no, \\boxed{18}", "18"),
         ("\\boxed{\n72\n}", "72"),
+        ("\\boxed{- 5}", "-5"),
         ("\\boxed{1\n234}", None),
         ("\\boxed{\\frac{1}{2}}", None),
         ("\\boxed{72", None),
