@@ -93,7 +93,5 @@ def _template_end_id(tokenizer: Any) -> int | None:
     after = after.lstrip()
     if not probe:
         return None
-    ends = {
-        str(token): token_id for token_id, token in added.items() if str(token).strip() and after.startswith(str(token))
-    }
+    ends = {str(token): token_id for token_id, token in added.items() if after.startswith(str(token))}
     return ends[max(ends, key=len)] if ends else None

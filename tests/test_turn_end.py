@@ -131,6 +131,15 @@ def test_whitespace_that_is_an_added_token_is_not_an_end(tmp_path):
     assert read_turn_end(tmp_path, tokenizer).appended_id == id_of(family, "<eos>")
 
 
+@pytest.mark.parametrize("space", [" ", "\n", "\n\n"])
+def test_whitespace_before_the_end_token_is_not_the_end(tmp_path, space):
+    family = FAMILIES["qwen2.5 base"]
+    template = CHATML.replace("<|im_end|>", f"{space}<|im_end|>")
+    family = family._replace(special=(*family.special, "\n\n"), template=template)
+    tokenizer = load_tokenizer(write_family(tmp_path, family))
+    assert read_turn_end(tmp_path, tokenizer).appended_id == id_of(family, "<|im_end|>")
+
+
 def test_the_longest_token_is_the_end(tmp_path):
     family = FAMILIES["qwen2.5"]
     family = family._replace(special=("<|im_end", *family.special))
