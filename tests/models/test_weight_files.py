@@ -14,8 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 from jdistill import models
 from jdistill.checkpoint_files import check_checkpoint
+from jdistill.config import TeacherServerConfig
 from jdistill.fingerprint import model_fingerprint
-from jdistill.sidecar.engines.own_loader import LOAD_FORMATS, check_load_format, check_own_loader
+from jdistill.sidecar.engines.options import model_info
+from jdistill.sidecar.engines.own_loader import LOAD_FORMATS, check_model_args, check_own_loader
 from jdistill.weight_files import stored_tensors
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -224,13 +226,23 @@ def test_mistrals_own_files_are_refused_where_the_engines_own_loader_would_read_
         check_checkpoint(tiny)
 
 
-def test_a_load_format_that_reads_other_weights_is_refused():
+def test_engine_args_with_which_another_model_would_be_loaded_are_refused():
     for value in LOAD_FORMATS:
-        check_load_format("vLLM", {"load_format": value})
-    check_load_format("vLLM", {})
+        check_model_args("vLLM", {"load_format": value})
+    check_model_args("vLLM", {})
     for value in ("dummy", "mistral", "pt", "npcache"):
         with pytest.raises(ValueError, match=f"load_format = '{value}': vLLM would load other weights"):
-            check_load_format("vLLM", {"load_format": value})
+            check_model_args("vLLM", {"load_format": value})
+    for name, value in (("hf_overrides", {"rope_theta": 5e5}), ("json_model_override_args", '{"rope_theta": 5e5}')):
+        with pytest.raises(ValueError, match=f"{name} = .* changes the model behind the fingerprint: write the fields"):
+            check_model_args("vLLM", {name: value})
+        check_model_args("vLLM", {name: type(value)()})
+
+
+def test_online_quantization_is_part_of_the_fingerprint(tiny):
+    configs = [TeacherServerConfig(engine="vllm", model=str(tiny), quantization=kind) for kind in (None, "fp8")]
+    plain, quantized = (model_info(config).fingerprint for config in configs)
+    assert plain == model_fingerprint(tiny, "float32") != quantized
 
 
 # ---- the head ----

@@ -92,9 +92,11 @@ def model_info(
                 f"max_sequence_length: expected 2 to {longest} (the limit of {path}), got {max_sequence_length}"
             )
     size = vocab_size(hf_config)
+    # Quantizing at load changes the scores, as the dtype does.
+    computed = dtype if config.quantization is None else f"{dtype}, {config.quantization}"
     return ModelInfo(
         model=config.served_name or path.resolve().name,
-        fingerprint=model_fingerprint(path, dtype),
+        fingerprint=model_fingerprint(path, computed),
         tokenizer_fingerprint=tokenizer_fingerprint(path),
         vocab_size=size,
         max_sequence_length=max_sequence_length,

@@ -21,10 +21,18 @@ from jdistill.weight_files import (
 
 # Values of load_format that read the files that were fingerprinted.
 LOAD_FORMATS = ("auto", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "bitsandbytes")
+# Arguments of vLLM and of SGLang that replace fields of config.json, or the whole file.
+CONFIG_ARGS = ("hf_overrides", "hf_config_path", "config_format", "json_model_override_args")
 
 
-def check_load_format(engine: str, engine_args: Mapping[str, Any]) -> None:
-    """Raises ValueError for an engine_args.load_format that reads other files, or none."""
+def check_model_args(engine: str, engine_args: Mapping[str, Any]) -> None:
+    """Raises ValueError for engine_args with which the engine would load another model than was fingerprinted."""
+    for name in CONFIG_ARGS:
+        if engine_args.get(name) not in (None, "", "{}", {}):
+            raise ValueError(
+                f"engine_args: {name} = {engine_args[name]!r} changes the model behind the fingerprint: write the "
+                "fields into config.json of the checkpoint (a copy with links to the weights will do)"
+            )
     value = engine_args.get("load_format", "auto")
     if value not in LOAD_FORMATS:
         raise ValueError(

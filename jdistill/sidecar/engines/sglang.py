@@ -24,7 +24,7 @@ import aiohttp
 from jdistill.config import ConfigError, TeacherServerConfig
 from jdistill.sidecar.engines.adapters import read_adapter
 from jdistill.sidecar.engines.options import check_engine_args, model_info
-from jdistill.sidecar.engines.own_loader import check_load_format, check_own_loader
+from jdistill.sidecar.engines.own_loader import check_model_args, check_own_loader
 from jdistill.sidecar.engines.sglang_http import SglangHttpEngine, SglangHttpOptions
 from jdistill.weight_files import stored_tensors
 from jdistill.wire.errors import EngineDeadError, FingerprintMismatchError, TeacherError, UnavailableError
@@ -82,7 +82,7 @@ class SglangEngine(SglangHttpEngine):
         on_cpu = config.engine_args.get("device", None if has_accelerator else "cpu") == "cpu"
         if config.offload and on_cpu:
             raise ConfigError("offload: SGLang can free memory on GPUs only; leave offload out")
-        check_load_format("SGLang", config.engine_args)
+        check_model_args("SGLang", config.engine_args)
         info = await asyncio.to_thread(model_info, config)
         await asyncio.to_thread(check_own_loader, "SGLang", config.model)
         tensors = stored_tensors(config.model) if config.adapters else None

@@ -17,7 +17,7 @@ from jdistill.checkpoint_files import read_config
 from jdistill.config import ConfigError, TeacherServerConfig
 from jdistill.sidecar.engines.adapters import Adapter, check_applied, read_adapter
 from jdistill.sidecar.engines.options import check_engine_args
-from jdistill.sidecar.engines.own_loader import check_load_format
+from jdistill.sidecar.engines.own_loader import check_model_args
 from jdistill.sidecar.engines.vllm import worker
 from jdistill.weight_files import stored_tensors
 from jdistill.wire.errors import EngineDeadError
@@ -66,7 +66,7 @@ def check_args(config: TeacherServerConfig) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"engine_args: scoring: expected one of {', '.join(ways)}, got {scoring!r}")
     check_engine_args("vllm", args, _field_names() | {"scoring", "sleep_level"})
     _check_sleep(config, args.pop("sleep_level", 1))
-    check_load_format("vLLM", args)
+    check_model_args("vLLM", args)
     for name in RESERVED.keys() & args:
         instead = f"; set {RESERVED[name]} instead" if RESERVED[name] else ""
         raise ValueError(f"engine_args: {name} is set by the sidecar itself{instead}")
