@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,22 @@ _OTHER_MARKS = {
 }
 
 
+def check_output(option: str, path: str | pathlib.Path) -> None:
+    """Checks, before the work begins, that a file can be written; messages call it by the `option`.
+
+    Raises:
+        ValueError: its directory is missing, it is a directory itself, or it is read-only.
+    """
+    path = pathlib.Path(path)
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise ValueError(f"{option} {path}: there is no directory {parent}")
+    if path.is_dir():
+        raise ValueError(f"{option} {path}: it is a directory, expected the name of a file")
+    if not os.access(path if path.exists() else parent, os.W_OK):
+        raise ValueError(f"{option} {path}: this user may not write there")
+
+
 def read_text(path: str | pathlib.Path) -> str:
     """Returns the text of a file, without a byte order mark.
 
@@ -23,7 +40,9 @@ def read_text(path: str | pathlib.Path) -> str:
         ValueError: it is not UTF-8.
         OSError: it cannot be read.
     """
-    return "\n".join(text for _, text in read_lines(path))
+    for _ in read_lines(path):  # names the line that is not UTF-8
+        pass
+    return pathlib.Path(path).read_text(encoding="utf-8-sig")
 
 
 def read_lines(path: str | pathlib.Path) -> Iterator[tuple[int, str]]:
@@ -48,6 +67,22 @@ def read_lines(path: str | pathlib.Path) -> Iterator[tuple[int, str]]:
                     f"example from Latin-1: iconv -f LATIN1 -t UTF-8 {path} > NEW"
                 ) from None
             yield number, text.removesuffix("\n").removesuffix("\r")
+
+
+def read_json_object(path: str | pathlib.Path) -> dict[str, Any]:
+    """Reads a file that is one JSON object.
+
+    Raises:
+        ValueError: it is not.
+        OSError: it cannot be read.
+    """
+    try:
+        value = json.loads(text := read_text(path))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is not JSON ({e}): half written, or changed by hand?") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {text[:80]!r}")
+    return value
 
 
 def read_json_lines(path: str | pathlib.Path, expected: str) -> Iterator[tuple[int, dict[str, Any]]]:

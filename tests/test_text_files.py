@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from jdistill import cli
 from jdistill.config import ConfigError, TrainConfig, load
-from jdistill.text_files import read_json_lines, read_lines, read_text
+from jdistill.text_files import check_output, read_json_lines, read_json_object, read_lines, read_text
 
 TEXT = '{"question": "Prix en £ 😀?", "n": 1}\r\n\n{"n": 2}\n'
 OBJECTS = [(1, {"question": "Prix en £ 😀?", "n": 1}), (3, {"n": 2})]
@@ -47,6 +48,25 @@ def test_a_configuration_is_read_by_the_same_rules(tmp_path):
     with pytest.raises(ConfigError, match=r"a.yaml line 2 is not UTF-8"):
         load(TrainConfig, path)
     path.write_bytes("run_dir: é\n".encode("utf-8-sig"))
-    assert read_text(path) == "run_dir: é"
+    assert read_text(path) == "run_dir: é\n"
     with pytest.raises(ConfigError, match="missing key"):  # the mark is not part of the first key
         load(TrainConfig, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not JSON .*: half written"), ("[1]", "expected a JSON object")]
+)
+def test_a_file_that_is_no_json_object_is_named(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"config.json.* {message}"):
+        read_json_object(tmp_path / "config.json")
+    for argv in (["export", str(tmp_path), "--to", str(tmp_path / "new")], ["plot", str(tmp_path)]):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+        assert cli.main(argv) == 2
+
+
+def test_an_output_is_checked_before_the_work_begins(tmp_path):
+    check_output("--output", tmp_path / "new")
+    for path, message in ((tmp_path, "it is a directory"), (tmp_path / "no" / "new", "there is no directory")):
+        with pytest.raises(ValueError, match=f"--output {path}: {message}"):
+            check_output("--output", path)

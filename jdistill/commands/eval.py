@@ -6,11 +6,11 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
 
 from jdistill.commands.sample import add_model_arguments, add_sampling_arguments, check_sampling_arguments, load_sampler
+from jdistill.text_files import check_output
 
 if TYPE_CHECKING:  # imported where they are needed: jax and the tasks are slow to import
     from jdistill.rollout.completion import Completion
@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
     checkpoint_files.check_checkpoint(args.model)
     check_sampling_arguments(args)
     task, problems = _task_and_problems(args)
-    if args.output is not None and not pathlib.Path(args.output).absolute().parent.is_dir():
-        raise ValueError(f"--output: no directory {pathlib.Path(args.output).absolute().parent}")
+    if args.output is not None:
+        check_output("--output", args.output)
     _print_result(args, _evaluate(args, task, problems))
     return 0
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import pathlib
 
+from jdistill.text_files import read_json_object
+
 DESCRIPTION = """\
 Write a run's newest checkpoint as a Hugging Face directory (config.json, safetensors, tokenizer), which transformers,
 vLLM and every jdistill command load: to evaluate it, serve it, train it further, or use it as the next run's teacher.
@@ -39,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Restores a checkpoint of the run and exports it."""
-    import json
 
     import jax
     import jax.numpy as jnp
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     config_file = args.run_dir / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"{args.run_dir} has no config.json: it is not the directory of a `jdistill train` run")
-    section = parse(ModelSection, json.loads(config_file.read_text())["model"], source=f"model of {config_file}")
+    stored = read_json_object(config_file).get("model") or {}
+    section = parse(ModelSection, stored, source=f"model of {config_file}")
     source = args.source or pathlib.Path(section.path)
     if not source.is_dir():
         raise FileNotFoundError(

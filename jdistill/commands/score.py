@@ -19,7 +19,7 @@ import numpy as np
 from jdistill.commands import teacher
 from jdistill.commands.probe import add_credentials_arguments, client_credentials
 from jdistill.config import ConfigError, Section, parse
-from jdistill.text_files import read_json_lines
+from jdistill.text_files import check_output, read_json_lines
 from jdistill.wire.errors import InvalidRequestError, TeacherError, UnsupportedError, VerificationError
 from jdistill.wire.types import ModelInfo, SequenceToScore, TokenScores
 
@@ -119,8 +119,9 @@ def run(args: argparse.Namespace) -> int:
     source, target = pathlib.Path(args.input), pathlib.Path(args.output)
     if not source.is_file():
         raise ConfigError(f"--input {source}: there is no such file")
-    if not target.absolute().parent.is_dir():
-        raise ConfigError(f"--output {target}: there is no directory {target.absolute().parent}")
+    check_output("--output", target)
+    if target.exists() and not target.is_file():  # a device would be replaced by a file
+        raise ConfigError(f"--output {target}: it is no regular file; the complete output replaces it at the end")
     for _ in read(source):  # a malformed first line is found before a model is loaded
         break
     else:

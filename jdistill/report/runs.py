@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jdistill.text_files import read_json_object, read_text
+
 # Keys of a run's configuration that do not change what is trained.
 NOT_A_DIFFERENCE = ("run_dir", "seed", "teacher", "checkpoint")
 
@@ -27,7 +29,7 @@ def read_run(path: str | pathlib.Path) -> Run:
     path = pathlib.Path(path)
     metrics_path = path / "metrics.jsonl"
     try:
-        text = metrics_path.read_text()
+        text = read_text(metrics_path)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"no metrics.jsonl in {path}: give the run_dir of a `jdistill train`") from None
     columns: dict[str, dict[int, float]] = {}
@@ -46,7 +48,7 @@ def read_run(path: str | pathlib.Path) -> Run:
     if not columns:
         raise ValueError(f"{metrics_path} holds no finished step yet")
     config_path = path / "config.json"
-    config = json.loads(config_path.read_text()) if config_path.exists() else {}
+    config = read_json_object(config_path) if config_path.exists() else {}
     return Run(path, config, columns)
 
 

@@ -64,7 +64,8 @@ def test_text_says_what_was_measured_and_that_responses_were_cut(checkpoint, cap
         (["--task", "addition", "--task-option", "num_digits"], "expected name=value, got 'num_digits'"),
         (["--task", "addition", "--num-prompts", "0"], "--num-prompts must be at least 1, got 0"),
         (["--task", "addition", "--num-prompts", "1000000"], "task addition has 62500 held-out problems"),
-        (["--task", "addition", "--output", "nowhere/a.jsonl"], "--output: no directory"),
+        (["--task", "addition", "--output", "nowhere/a.jsonl"], "--output nowhere/a.jsonl: there is no directory"),
+        (["--task", "addition", "--output", "."], "--output .: it is a directory"),
         (["--task", "addition", "--temperature", "-1"], "--temperature must be above 0"),
     ],
 )

@@ -171,6 +171,8 @@ def test_a_missing_or_empty_input_is_an_error(content, tmp_path, capsys):
         (["--engine", "fkae", "--model", "m"], "did you mean fake?"),
         (["--engine", "fake", "--model", "m", "--temperature", "0"], "temperature = 0"),
         (["--engine", "fake", "--model", "m", "--output", "/no/such/directory/out"], "no directory /no/such"),
+        (["--engine", "fake", "--model", "m", "--output", "."], "it is a directory"),
+        (["--engine", "fake", "--model", "m", "--output", "/dev/null"], "it is no regular file"),
     ],
 )
 def test_a_request_that_cannot_be_meant_is_2(argv, message, tmp_path, capsys):
