@@ -10,6 +10,11 @@ if os.environ.get("JDISTILL_SOAK") != "1":
 
 import pytest
 
+from tests import shapes
+
+with contextlib.suppress(ModuleNotFoundError):  # the engines' environments have neither jax nor beartype
+    shapes.install()  # before a test module imports what is to be checked
+
 from tests.sidecar import processes
 
 with contextlib.suppress(ModuleNotFoundError):  # the SGLang environment has no use for it

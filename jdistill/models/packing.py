@@ -4,7 +4,8 @@ Outside attention, a transformer processes each token independently. So the toke
 P < B * S places, and matrix products run over P tokens. Attention sees [B, S], where the causal mask hides the padding
 from every real token: packed rows cannot see each other on any backend, and no kernel needs to support packing.
 
-Dimension key: G groups of rows (devices that share a batch), B rows per group, S tokens per row, P places per line.
+Dimension key: G groups of rows (devices that share a batch), B rows per group, rows = G * B, S tokens per row, P places
+per line.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ class Packing(NamedTuple):
     token_of: Int[Array, "G P"]  # b * S + s; B * S: an empty place
     place_of: Int[Array, "G B S"]  # P: padding, which has no place
 
-    def pack(self, x: Shaped[Array, "G*B S *rest"]) -> Shaped[Array, "G P *rest"]:
+    def pack(self, x: Shaped[Array, "rows S *rest"]) -> Shaped[Array, "G P *rest"]:
         """Converts rows to one line per group; empty places hold 0 (false)."""
         G, B, S = self.place_of.shape
         return _take(x.reshape(G, B * S, *x.shape[2:]), self.token_of, self.place_of.reshape(G, B * S))
 
-    def unpack(self, x: Shaped[Array, "G P *rest"]) -> Shaped[Array, "G*B S *rest"]:
+    def unpack(self, x: Shaped[Array, "G P *rest"]) -> Shaped[Array, "rows S *rest"]:
         """Converts one line per group to rows; padding holds 0 (false)."""
         G, B, S = self.place_of.shape
         return _take(x, self.place_of.reshape(G, B * S), self.token_of).reshape(G * B, S, *x.shape[2:])
