@@ -36,7 +36,7 @@ from jdistill.student.token_bytes import TokenBytes
 class Retokenized:
     """A prompt and its completion in the teacher's tokens."""
 
-    token_ids: Int[np.ndarray, "P+U"]  # int32: the teacher's prompt, and the completion in the teacher's tokens
+    token_ids: Int[np.ndarray, "S"]  # int32: the teacher's prompt, and the completion in the teacher's tokens
     spans: tuple[tuple[int, int], ...]  # the targets to score: the completion
     segment_ids: Int[np.ndarray, "R"]  # int32: segment of each student token, numbered from 0 in order; -1: not usable
     teacher_segment_ids: Int[np.ndarray, "U"]  # int32: the same for each teacher token
