@@ -89,7 +89,7 @@ def test_the_command_prints_a_table_json_and_whether_it_fits(capsys):
     assert "of 80.00 GiB on each device: it fits" in capsys.readouterr().out
     for wrong, message in (
         (["--device-memory", "lots"], "expected a number and a unit"),
-        (["--compile", "--devices", "2"], "--compile compiles for one device"),
+        (["--compile", "--devices", "3"], "--compile compiles for one device"),
         (["--devices", "0"], "expected at least 1"),
     ):
         assert cli.main(["plan", demo, *wrong]) == 2
