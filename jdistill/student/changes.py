@@ -16,7 +16,7 @@ from jdistill.fingerprint import model_fingerprint
 
 # Section -> its keys. An optional section is also a key of the section around it: whether it is there at all.
 FREE: dict[str, tuple[str, ...]] = {
-    "": ("run_dir", "num_steps", "teacher"),  # for num_steps see `length_note`
+    "": ("run_dir", "num_steps", "teacher"),  # for num_steps see `notes`
     "model": ("remat",),
     "teacher": (
         *("endpoints", "several", "spawn", "deadline_s", "max_in_flight", "batch_tokens", "hedge_after_s", "stall_s"),
@@ -135,8 +135,36 @@ def _compare(path: str, old: Section, new: Section) -> tuple[list[Change], list[
     return free, refused
 
 
-def length_note(config: TrainConfig) -> str | None:
-    """Says what else depends on num_steps, if anything does, for a run whose length was changed."""
+def notes(config: TrainConfig, changed: Mapping[str, Any], step: int) -> list[str]:
+    """Says what becomes of a run that is resumed with another length, or on another number of processes.
+
+    Args:
+        config: configuration that it is resumed with.
+        changed: what has changed: keys, and "processes"; each with its old and new value.
+        step: steps done.
+    """
+    found = []
+    if "num_steps" in changed:
+        if depends := _end_with_the_run(config):
+            found.append(
+                f"num_steps was changed, and {', '.join(depends)} end with the run: from here on they follow the new "
+                "length, so this is not the run that it would have been from the start"
+            )
+        if config.rollout.ahead and changed["num_steps"][0] == step:
+            found.append(
+                "num_steps was changed, and rollout.ahead sampled nothing ahead in the last step: the next batch is "
+                "sampled after the update instead of before it"
+            )
+    if "processes" in changed and config.objective.dynamic_sampling:
+        found.append(
+            "objective.dynamic_sampling looks for groups on each process, and their number was changed: the batches "
+            "are not those of the run as it would have continued"
+        )
+    return found
+
+
+def _end_with_the_run(config: TrainConfig) -> list[str]:
+    """The schedules that depend on num_steps."""
     objective, section = config.objective, config.optimizer
     weights = {"objective.rl_loss_weight": objective.rl_loss_weight}
     weights["objective.distill_loss_weight"] = objective.distill_loss_weight
@@ -149,9 +177,4 @@ def length_note(config: TrainConfig) -> str | None:
     ]
     if section.schedule != "constant":
         depends.append(f"optimizer.schedule: {section.schedule}")
-    if not depends:
-        return None
-    return (
-        f"num_steps was changed, and {', '.join(depends)} end with the run: from here on they follow the new length, "
-        "so this is not the run that it would have been from the start"
-    )
+    return depends

@@ -128,7 +128,7 @@ class RunDirectory:
                 file.write(line + "\n")
             what = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in (changed | moved).items())
             say(f"resumed at step {step} with changes: {what}")
-        if "num_steps" in changed and (note := changes.length_note(self._config)) is not None:
+        for note in changes.notes(self._config, changed | moved, step):
             say(note)
         self._write(place)
 

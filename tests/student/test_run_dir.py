@@ -108,6 +108,21 @@ def test_a_new_length_is_noted_where_something_depends_on_it(tmp_path, keys, say
     assert len(said) == (1 if says is None else 2) and (says is None or f"and {says} end with the run" in said[1])
 
 
+def test_what_another_length_or_number_of_processes_does_is_said(tmp_path):
+    keys = {"rollout__ahead": 1, "objective__dynamic_sampling": 2, "num_steps": 2}
+    start(train_config(tmp_path, **keys), steps=2)
+    said = start(
+        train_config(tmp_path, **keys | {"num_steps": 3}), resume=True, steps=2, place=PLACE | {"processes": 2}
+    )
+    assert ["rollout.ahead sampled nothing ahead" in said[1], "dynamic_sampling looks for groups" in said[2]] == [
+        True
+    ] * 2
+    assert len(said) == 3
+    assert (
+        len(start(train_config(tmp_path, **keys | {"num_steps": 4}), resume=True, steps=2)) == 2
+    )  # back to one process
+
+
 # ---- the directory ----
 
 
