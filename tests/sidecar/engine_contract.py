@@ -9,10 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import json
 import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -28,34 +25,10 @@ from jdistill.wire.errors import InvalidRequestError, TeacherError, UnavailableE
 from jdistill.wire.types import SequenceToScore, TokenScores
 from jdistill.wire.validate import validate_request
 from tests.sidecar.checkpoints import write_adapter, write_checkpoint
+from tests.sidecar.reference import reference_logits
 
 # float32 on both sides; measured differences are about 1e-5.
 TOLERANCE = 1e-4
-
-REFERENCE = """
-import json, sys
-import numpy as np, torch, transformers
-transformers.utils.logging.disable_progress_bar()
-path, out = sys.argv[1:]
-model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-logits = {}
-with torch.no_grad():
-    for i, ids in enumerate(json.load(sys.stdin)):
-        logits[str(i)] = model(torch.tensor([ids])).logits[0].numpy()
-np.savez(out, **logits)
-"""
-
-
-def reference_logits(path: pathlib.Path, sequences: list[np.ndarray], out: pathlib.Path) -> list[np.ndarray]:
-    """Returns the logits [S, V] of each sequence alone, from bare transformers."""
-    subprocess.run(
-        [sys.executable, "-c", REFERENCE, str(path), str(out)],
-        input=json.dumps([ids.tolist() for ids in sequences]).encode(),
-        check=True,
-        timeout=120,
-    )
-    with np.load(out) as logits:
-        return [logits[str(i)] for i in range(len(sequences))]
 
 
 def expected_logprobs(logits_SV: np.ndarray, temperature: float) -> np.ndarray:

@@ -29,8 +29,9 @@ from jdistill.wire.errors import EngineDeadError, UnsupportedError
 from jdistill.wire.types import SequenceToScore
 from tests.faults.harness import FULL
 from tests.sidecar.checkpoints import write_adapter, write_checkpoint
-from tests.sidecar.engine_contract import EngineContract, reference_logits, score_all, serve
+from tests.sidecar.engine_contract import EngineContract, score_all, serve
 from tests.sidecar.processes import launch
+from tests.sidecar.reference import reference_logits
 
 # The shared server starts in 40 s on two quiet cores, in 170 s on busy ones.
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]

@@ -19,11 +19,11 @@ from tests.sidecar.engine_contract import (
     AdapterContract,
     EngineContract,
     expected_logprobs,
-    reference_logits,
     score_all,
     serve,
     serve_adapters,
 )
+from tests.sidecar.reference import reference_logits
 
 pytest.importorskip("torch", reason="the transformers engine needs PyTorch: pip install 'jdistill[transformers]'")
 
