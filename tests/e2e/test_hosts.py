@@ -98,7 +98,7 @@ def test_two_processes_stop_together_resume_and_match_one_process(
 
 
 def test_an_error_that_one_process_detects_ends_all(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text("{}")
     for output in finish(start_two(tmp_path / "run"), 2):
         assert "holds a run already: --resume continues it" in output
