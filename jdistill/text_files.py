@@ -40,9 +40,12 @@ def read_text(path: str | pathlib.Path) -> str:
         ValueError: it is not UTF-8.
         OSError: it cannot be read.
     """
-    for _ in read_lines(path):  # names the line that is not UTF-8
-        pass
-    return pathlib.Path(path).read_text(encoding="utf-8-sig")
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        for _ in read_lines(path):  # raises the error that names the line
+            pass
+        raise
 
 
 def read_lines(path: str | pathlib.Path) -> Iterator[tuple[int, str]]:
