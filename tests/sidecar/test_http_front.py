@@ -495,27 +495,20 @@ def test_a_server_of_another_kind_and_a_refused_key_are_told_apart(path, tmp_pat
     asyncio.run(run())
 
 
-def test_a_server_whose_checkpoint_has_another_vocabulary_is_refused_before_it_scores(path, tmp_path):
-    other = write_checkpoint(tmp_path / "other", vocab_size=600)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vocab_size": 600}, r"another vocabulary or tokenizer than .*other"),
+        ({"seed": 1}, r"other weights or another config\.json than .*other"),
+    ],
+)
+def test_a_server_with_another_checkpoint_is_refused_before_it_scores(path, tmp_path, change, words):
+    other = write_checkpoint(tmp_path / "other" / "teacher", **change)
 
     async def run():
         fake = FakeVllm(other)
         async with running(fake):
-            with pytest.raises(ConfigError, match=r"another vocabulary or tokenizer than .*other"):
-                async with engine_for(path, fake):
-                    pass
-        assert fake.num_scored == 0
-
-    asyncio.run(run())
-
-
-def test_a_server_whose_checkpoint_has_other_weights_is_refused_before_it_scores(path, tmp_path):
-    other = write_checkpoint(tmp_path / "teacher", seed=1)
-
-    async def run():
-        fake = FakeVllm(other)
-        async with running(fake):
-            with pytest.raises(ConfigError, match=r"other weights or another config\.json than "):
+            with pytest.raises(ConfigError, match=words):
                 async with engine_for(path, fake):
                     pass
         assert fake.num_scored == 0
