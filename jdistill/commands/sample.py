@@ -13,7 +13,7 @@ from typing import Any
 
 from jdistill.text_files import read_json_lines, read_lines
 
-PROMPT_LINE = '{"prompt": TEXT} or {"token_ids": [..]}'  # of a prompts file
+PROMPT_LINE = '{"prompt": TEXT} or {"token_ids": [..]}'  # one line of a prompts file
 DESCRIPTION = """\
 Sample completions from a Hugging Face checkpoint with the sampler that `jdistill train` uses. Each is printed as it
 ends, so short ones come first; --jsonl writes one JSON object per line, with token ids and log-probabilities.

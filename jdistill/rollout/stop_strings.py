@@ -51,7 +51,7 @@ class StopStrings:
                 ends.append((start + len(string), start))
         if not ends:
             return None
-        end, start = min(ends, key=lambda found: found[0])  # of a tie, the one listed first
+        end, start = min(ends, key=lambda found: found[0])  # the first listed wins a tie
         low, high = first, len(ids)  # invariant: the text of `low` tokens ends before `end`, that of `high` does not
         while high - low > 1:
             middle = (low + high) // 2

@@ -65,7 +65,7 @@ def test_help_always_works_and_a_command_names_the_extra_that_it_needs(installed
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, "/root/x: Permission denied"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/x"), 2, "/data/x: Permission denied"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), 2, "a: Is a directory"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), 2, "a/b: Not a directory"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "writing: No space left on device; free some space"),

@@ -33,7 +33,7 @@ MERGE = "merge it into the checkpoint (PEFT: merge_and_unload, then save_pretrai
 _MATRIX = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # Names of input embeddings and output heads.
 _VOCABULARY_MODULES = {"lm_head", "embed_tokens", "unembed_tokens", "wte", "embed_in", "embed_out"}
-# Options that change the computation without a tensor of their own; neutral if empty.
+# Options that change the computation and add no tensor; neutral if empty.
 _UNSUPPORTED_OPTIONS = ("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora", "arrow_config")
 # Initialisations under which a saved adapter is a plain LoRA. PEFT changes the base weights when it loads the others.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal")

@@ -41,7 +41,7 @@ def server_url(text: str) -> str:
     try:
         parts = urllib.parse.urlsplit(url)
         has_host = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of the port, or of brackets
+    except ValueError:  # urlsplit rejects the port or the brackets
         has_host = False
     if not has_host:
         raise ConfigError(f"--url {text}: {expected}")

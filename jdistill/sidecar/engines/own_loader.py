@@ -1,7 +1,7 @@
 """Refuses what vLLM's and SGLang's own loaders would read otherwise than the fingerprint describes it.
 
-They choose files and the output head by rules of their own (weight_files has those that all engines share), and they
-load whatever their options say.
+Each chooses files and the output head by its own rules (weight_files has the rules that all engines share), and loads
+whatever its options say.
 """
 
 from __future__ import annotations
